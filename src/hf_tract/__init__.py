@@ -1,0 +1,40 @@
+"""TrAct for Hugging Face training: the first layer learns like an embedding."""
+
+from typing import TYPE_CHECKING, Any
+
+from hf_tract.apply import TrActHandle, apply_tract, remove_tract
+from hf_tract.config import TrActConfig, TrActError
+from hf_tract.layers import FirstLayer, find_first_layers
+
+if TYPE_CHECKING:
+    from hf_tract.callback import TrActCallback, TrActTrainerCallback
+    from hf_tract.hook import TrActHook
+
+__version__ = "0.1.0"
+__all__ = [
+    "FirstLayer",
+    "TrActCallback",
+    "TrActConfig",
+    "TrActError",
+    "TrActHandle",
+    "TrActHook",
+    "TrActTrainerCallback",
+    "apply_tract",
+    "find_first_layers",
+    "remove_tract",
+]
+
+# transformers and accelerate take seconds to import: only who asks for these pays.
+_LAZY = {"TrActCallback": "callback", "TrActTrainerCallback": "callback", "TrActHook": "hook"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,125 @@
+"""`TrActCallback`: TrAct in `transformers.Trainer`, by one line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_tract.apply import TrActHandle, apply_tract
+from hf_tract.config import Scope, TrActConfig, TrActError
+from hf_tract.layers import Layers
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME = "tract_config.json"
+
+
+class TrActCallback(TrainerCallback):
+    """Trains the first layer by TrAct: `Trainer(..., callbacks=[TrActCallback(lam=0.1)])`.
+
+    TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary model.
+    Trainer's logs get `tract/grad_norm_raw`, `tract/grad_norm` and `tract/condition` (see `TrActHandle.stats`), and each
+    checkpoint folder the settings as `tract_config.json`. There is no training state: nothing needs to be restored.
+
+    Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
+
+    Args:
+        lam: damping; 0.1 to start with, 0.2 for long training, 0.05 for short.
+        layers: "auto", or names, glob patterns or modules.
+        scope: "global" for one second moment per optimizer step, whatever the accumulation and the number of ranks;
+            "local" for one per forward call.
+
+    Raises:
+        TrActError: for a setting that is none; when training begins, for layers that match nothing or are frozen.
+
+    Source:
+        Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970.
+    """
+
+    def __init__(self, lam: float = 0.1, layers: Layers = "auto", scope: Scope = "global") -> None:
+        TrActConfig(lam=lam, scope=scope)
+        self.lam, self.layers, self.scope = lam, layers, scope
+        self.handle: TrActHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Applies TrAct: here, because `model_init` makes a new model for each `train()`."""
+        assert model is not None
+        self._remove()  # an exception in the last `train()` skips its end
+        try:
+            self.handle = apply_tract(model, self.lam, self.layers, self.scope)
+        except TrActError as error:
+            if not (isinstance(self.layers, str) and self.layers == "auto"):
+                raise
+            logger.warning("TrAct is off: %s", error)
+            return
+        if state.is_world_process_zero:
+            logger.info("%s", self.handle)
+            self._compare(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Removes TrAct."""
+        self._remove()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the figures of the last step to a training log and to the log history."""
+        if self.handle is None or logs is None or "loss" not in logs:
+            return
+        stats = self.handle.stats()
+        for name, figures in stats.items():
+            prefix = "tract" if len(stats) == 1 else f"tract/{name}"
+            figures = {f"{prefix}/{figure}": value for figure, value in figures.items()}
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the settings into the checkpoint folder."""
+        if self.handle is None or not args.should_save:
+            return
+        if folder := _checkpoint(args, state):
+            self.handle.config.to_json_file(folder / SETTINGS_NAME)
+
+    def _remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def _compare(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Says so when a run is resumed under other settings than its checkpoint's."""
+        assert self.handle is not None
+        folder = _checkpoint(args, state) if state.global_step else None
+        if folder is None:
+            return
+        path, now = folder / SETTINGS_NAME, self.handle.config
+        then = TrActConfig.from_json_file(path) if path.exists() else None
+        if then != now:
+            logger.warning(RESUMED, folder, "no TrAct" if then is None else then.to_dict(), now.to_dict())
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """The folder of the present step's checkpoint, if it is where Trainer puts or was told to find it."""
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    output = Path(args.output_dir or ".")
+    # A trial of a hyperparameter search has a folder of its own, whose name callbacks are not told.
+    trials = sorted(output.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    given = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+    folders = trials if state.is_hyper_param_search else [output / name, *given]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+RESUMED = "TrAct: this run resumes from %s, which was trained with other settings: %s then, %s now."
+
+TrActTrainerCallback = TrActCallback

@@ -1,0 +1,89 @@
+"""TrAct's settings and its one exception type."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+Scope = Literal["global", "local"]
+SCOPES = ("global", "local")
+
+
+class TrActError(ValueError):
+    """A setting or a model that TrAct cannot work with. The model is left as it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrActConfig:
+    """TrAct's settings, in the form that travels with a checkpoint.
+
+    Args:
+        lam: damping lambda of inv(C + lam I), in the units of C's eigenvalues, so of squared pixels after
+            normalisation. The paper's start is 0.1; 0.2 for long training, 0.05 for short.
+        layers: "auto" for the first layer, or names or glob patterns of layers.
+        scope: "global" for one second moment per optimizer step, over accumulated micro-steps and data-parallel ranks;
+            "local" for one per forward call of each process, as in the paper's code.
+
+    Raises:
+        TrActError: for a value outside of these.
+
+    Example:
+        >>> TrActConfig(lam=0.2).to_dict()
+        {'lam': 0.2, 'layers': 'auto', 'scope': 'global'}
+    """
+
+    lam: float = 0.1
+    layers: str | tuple[str, ...] = "auto"
+    scope: Scope = "global"
+
+    def __post_init__(self) -> None:
+        """Checks each value."""
+        object.__setattr__(self, "lam", checked_lam(self.lam))
+        if self.scope not in SCOPES:
+            raise TrActError(f"`scope` (={self.scope!r}) must be 'global' or 'local'.")
+        layers = self.layers if isinstance(self.layers, str) else tuple(self.layers)
+        if not layers or not all(isinstance(name, str) and name for name in ([layers] if isinstance(layers, str) else layers)):
+            raise TrActError(f"`layers` (={self.layers!r}) must be 'auto', a layer's name or pattern, or several of these.")
+        object.__setattr__(self, "layers", layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON types."""
+        values = dataclasses.asdict(self)
+        return {**values, "layers": values["layers"] if isinstance(values["layers"], str) else list(values["layers"])}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrActConfig:
+        """The settings of `to_dict`.
+
+        Args:
+            values: as `to_dict` gives them; what is missing takes its default.
+
+        Raises:
+            TrActError: for a name that is no setting.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise TrActError(f"`values` has {unknown}, which are no settings of TrAct; it has {known}.")
+        return cls(**values)
+
+    def to_json_file(self, path: str | Path) -> None:
+        """Writes the settings to `path`."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> TrActConfig:
+        """Reads the settings that `to_json_file` wrote to `path`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def checked_lam(lam: Any) -> float:
+    """`lam` as a float, or the error that says what it must be."""
+    number = isinstance(lam, numbers.Real) and not isinstance(lam, bool)
+    if not (number and math.isfinite(lam) and lam > 0):
+        raise TrActError(f"`lam` (={lam!r}) must be a positive finite number, such as the paper's 0.1.")
+    return float(lam)

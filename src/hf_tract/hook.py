@@ -1,0 +1,52 @@
+"""`TrActHook`: TrAct as an accelerate `ModelHook`, so that accelerate's own tools carry it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.hooks import ModelHook
+from torch import nn
+
+from hf_tract.apply import TrActHandle, apply_tract
+from hf_tract.config import Scope
+from hf_tract.layers import Layers
+
+
+class TrActHook(ModelHook):
+    """Applies TrAct when accelerate adds this hook to a model or to a layer, and removes it with the hook.
+
+    Args:
+        lam: as in `apply_tract`; so are the others.
+        layers: which layers of the module that carries the hook.
+        scope: "global" or "local".
+
+    Example:
+        >>> from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+        >>> model = add_hook_to_module(nn.Linear(8, 2), TrActHook(lam=0.1))
+        >>> model = remove_hook_from_module(model)
+    """
+
+    def __init__(self, lam: float = 0.1, layers: Layers = "auto", scope: Scope = "global") -> None:
+        self.lam, self.layers, self.scope = lam, layers, scope
+        self.handle: TrActHandle | None = None
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Applies TrAct to `module`, which is returned."""
+        self.handle = apply_tract(module, self.lam, self.layers, self.scope)
+        _refresh(module)
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Removes TrAct from `module`, which is returned."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+        _refresh(module)
+        return module
+
+
+def _refresh(module: Any) -> None:
+    """accelerate keeps the forward that the module had before; one of its class must be that of the class of now."""
+    old = module.__dict__.get("_old_forward")
+    if getattr(old, "__self__", None) is module:
+        module._old_forward = type(module).forward.__get__(module)

@@ -1,0 +1,248 @@
+"""What one optimizer step gathers for one layer: moments over calls, micro-steps and ranks, and gradients held back.
+
+Forward gathers (`gather`), backward releases (`release`); both are opaque custom operators, so that `torch.compile`
+neither traces nor freezes what happens here. Between them travels one tensor, the payload: the sums of `patch_moments`
+and their count, flat, g * n * n + 1. It is owned by the autograd graph, so a forward whose graph is dropped without a
+backward leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from hf_tract.config import Scope
+from hf_tract.moments import Window, patch_moments
+from hf_tract.precondition import DampedInverse
+
+logger = logging.getLogger(__name__)
+
+class _Call:
+    """One forward call whose gradient is still to come."""
+
+    def __init__(self, payload: Tensor, step: _Step) -> None:
+        self.ref = TensorWeakRef(payload)  # dead once the call's graph is gone
+        self.step = step
+        self.reduced: Tensor | None = None  # the payload summed over ranks, once `work` is done
+        self.work: Any = None
+        self.has_held = False  # whether `reduced` brings the moments of earlier micro-steps too
+
+
+class _Step:
+    """The calls that share one second moment; sealed by the first gradient that is released."""
+
+    def __init__(self) -> None:
+        self.inverses: dict[torch.device, DampedInverse] = {}
+        self.raw: Tensor | None = None
+
+
+class LayerStep:
+    """One tapped layer's settings and the optimizer step that it is in. Nothing here outlives that step."""
+
+    def __init__(self, lam: float, scope: Scope, process_group: Any = None) -> None:
+        """Starts with nothing gathered.
+
+        Args:
+            lam: damping of the second moment.
+            scope: "global" for one second moment per optimizer step, "local" for one per call.
+            process_group: the data-parallel ranks; the default group where None.
+        """
+        self.lam, self.scope, self.process_group = lam, scope, process_group
+        self.key = next(_keys)
+        self.held_back = 0  # how many `no_sync` are open
+        self._lock = threading.RLock()  # DataParallel replicas share this object
+        self._warned = False
+        _layers[self.key] = self
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what the present step has gathered."""
+        with self._lock:
+            self._calls: list[_Call] = []
+            self._step = self.last = _Step()
+            self._held: Tensor | None = None
+            self._held_grad: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerStep:
+        """A copy for a copied layer: the same settings, a step of its own."""
+        return LayerStep(self.lam, self.scope, self.process_group)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Process groups do not pickle: what is loaded uses the default one."""
+        return LayerStep, (self.lam, self.scope)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients are held back while this is open, as accelerate's `accumulate` does by itself."""
+        self.held_back += 1
+        try:
+            yield
+        finally:
+            self.held_back -= 1
+
+    def accumulating(self) -> bool:
+        """Whether another micro-step follows before the optimizer steps."""
+        state = sys.modules.get("accelerate.state")  # also set by Trainer; not imported: nothing to ask
+        return self.held_back > 0 or (state is not None and not state.GradientState().sync_gradients)
+
+    def open(self, payload: Tensor) -> None:
+        """Enters a forward call and, on the micro-step that synchronises, starts its sum over ranks."""
+        if self.scope == "local":
+            return
+        with self._lock:
+            if self._step.inverses:
+                self._step = _Step()
+            call = self._enter(payload)
+            if not self.accumulating() and self._ranks() > 1:
+                self._reduce(call, payload)
+
+    def close(self, grad: Tensor, payload: Tensor) -> Tensor:
+        """The gradient to hand on: preconditioned, or zero while gradients are held back.
+
+        Args:
+            grad: the ordinary gradient of the weight, (m, ...).
+            payload: the call's own, (g * n * n + 1).
+        """
+        with self._lock:
+            if self.scope == "local":
+                return self._finish(_Step(), grad, payload)
+            # A payload that autograd recomputed or moved (checkpointing, offload) has lost its call: enter it again.
+            call = next((c for c in self._calls if c.ref() is payload), None) or self._enter(payload)
+            if self.accumulating():
+                self._calls.remove(call)
+                self._held = payload.clone() if self._held is None else self._held + payload
+                raw = grad.to(payload.dtype)
+                self._held_grad = raw.clone() if self._held_grad is None else self._held_grad + raw
+                return torch.zeros_like(grad)
+            total = None if grad.device in call.step.inverses else self._total(call.step, payload.device)
+            held, self._held, self._held_grad = self._held_grad, None, None
+            return self._finish(call.step, grad, total, held)
+
+    def stats(self) -> dict[str, float]:
+        """Gradient norm before and after, and condition number, of the last step that handed on a gradient."""
+        with self._lock:
+            if self.last.raw is None:
+                return {}
+            raw = self.last.raw
+            inverse = self.last.inverses[raw.device]
+            norms = {"grad_norm_raw": raw.norm().item(), "grad_norm": inverse(raw).norm().item()}
+            return {**norms, "condition": inverse.condition()}
+
+    def _enter(self, payload: Tensor) -> _Call:
+        self._calls = [c for c in self._calls if c.ref() is not None]
+        call = _Call(payload, self._step)
+        self._calls.append(call)
+        return call
+
+    def _ranks(self) -> int:
+        return dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
+
+    def _reduce(self, call: _Call, payload: Tensor) -> None:
+        """Starts the all-reduce of a call; the first one of a step carries what earlier micro-steps gathered."""
+        call.reduced = payload.clone()
+        if self._held is not None and not any(c.has_held for c in self._peers(call.step)):
+            call.has_held = True
+            call.reduced += self._held
+        call.work = dist.all_reduce(call.reduced, group=self.process_group, async_op=True)
+
+    def _peers(self, step: _Step) -> list[_Call]:
+        return [c for c in self._calls if c.step is step and c.ref() is not None]
+
+    def _total(self, step: _Step, device: torch.device) -> Tensor:
+        """The payload of the whole step: every live call of it, every micro-step, every rank."""
+        parts, distributed = [], self._ranks() > 1
+        for call in self._peers(step):
+            payload = call.ref()
+            if distributed and call.reduced is None:
+                self._reduce(call, payload)
+            if call.work is not None:
+                call.work.wait()
+                call.work = None
+            parts.append(payload if call.reduced is None else call.reduced)
+        if self._held is not None and not distributed:
+            parts.append(self._held)
+        return functools.reduce(torch.add, (part.to(device) for part in parts))
+
+    def _finish(self, step: _Step, grad: Tensor, total: Tensor | None, held: Tensor | None = None) -> Tensor:
+        """Preconditions one gradient, with the inverse of the step's `total` payload or the one it already has."""
+        if total is not None:
+            n = math.prod(grad.shape[1:])
+            moment = total[:-1] / total[-1].clamp(min=1)
+            step.inverses[grad.device] = DampedInverse(moment.view(-1, n, n), self.lam)
+        inverse = step.inverses[grad.device]
+        raw = grad if held is None else grad + held.to(grad.device)
+        step.raw = raw if step.raw is None else step.raw + raw.to(step.raw.device)
+        self.last = step
+        if raw.is_cpu and inverse.finite and not inverse.solved and not self._warned:
+            self._warned = True
+            logger.warning(UNSOLVED, self.lam)
+        with torch.autocast(raw.device.type, enabled=False):
+            return inverse(raw).to(grad.dtype)
+
+
+UNSOLVED = (
+    "TrAct: C + lam I (lam=%g) could not be factorised, in float64 neither: the first layer keeps its ordinary gradient "
+    "in such steps. Normalise the pixels or raise lam. This is said once."
+)
+_keys = itertools.count()
+_layers: WeakValueDictionary[int, LayerStep] = WeakValueDictionary()
+
+
+@torch.library.custom_op("hf_tract::gather", mutates_args=())
+def gather(
+    x: Tensor, key: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, wide: bool
+) -> Tensor:
+    """Payload of one call of layer `key` on its input `x`; the integers are those of `Window`."""
+    window = Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
+    sums, count = patch_moments(x, window, torch.float64 if wide else torch.float32)
+    payload = torch.cat([sums.flatten(), sums.new_full((1,), count)])
+    _layers[key].open(payload)
+    return payload
+
+
+@gather.register_fake
+def _(x: Tensor, key: int, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int, wide: bool) -> Tensor:
+    n = x.shape[-1] if not kernel else x.shape[-len(kernel) - 1] // groups * math.prod(kernel)
+    return x.new_empty((groups * n * n + 1,), dtype=torch.float64 if wide else torch.float32)
+
+
+@torch.library.custom_op("hf_tract::release", mutates_args=())
+def release(grad: Tensor, payload: Tensor, key: int) -> Tensor:
+    """The gradient that layer `key` hands on for the ordinary gradient `grad`."""
+    out = _layers[key].close(grad, payload)
+    return out.clone() if out is grad else out.contiguous()
+
+
+@release.register_fake
+def _(grad: Tensor, payload: Tensor, key: int) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+class Precondition(torch.autograd.Function):
+    """Identity on the weight whose gradient is `release`d."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, payload: Tensor, key: int) -> Tensor:
+        """`weight` itself."""
+        ctx.save_for_backward(payload)
+        ctx.key = key
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """The preconditioned gradient of the weight."""
+        (payload,) = ctx.saved_tensors
+        return release(grad, payload, ctx.key), None, None
