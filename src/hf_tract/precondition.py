@@ -26,22 +26,21 @@ class DampedInverse:
             moment: C, (g, n, n), symmetric, float32 or float64.
             lam: the damping, in the units of C's eigenvalues.
         """
-        self.damped = moment.clone()
-        self.damped.diagonal(dim1=-2, dim2=-1).add_(lam)
-        self.finite = self.damped.isfinite().all()
-        self._factor, info = torch.linalg.cholesky_ex(self.damped)
+        self.moment, self.lam = moment, lam
+        self.finite = moment.isfinite().all()
+        self._factor, info = torch.linalg.cholesky_ex(self._damped(moment))
         self._good = (info == 0).all()
         self._wide: Tensor | None = None
         self.solved = self._good
         # The CPU can look at the outcome for nothing; anywhere else looking costs more than a second factor.
         if moment.dtype != torch.float64 and not (moment.is_cpu and (self._good or not self.finite)):
-            self._wide, info = torch.linalg.cholesky_ex(self.damped.double())
+            self._wide, info = torch.linalg.cholesky_ex(self._damped(moment.double()))
             self.solved = self._good | (info == 0).all()
 
     def __call__(self, grad: Tensor) -> Tensor:
         """`grad` inv(C + lam I), (m, ...) like `grad`; rows m are split evenly over the g groups."""
-        rows = grad.reshape(self.damped.shape[0], -1, self.damped.shape[-1]).to(self.damped.dtype)
-        if self.damped.is_cpu:
+        rows = grad.reshape(len(self.moment), -1, self.moment.shape[-1]).to(self.moment.dtype)
+        if self.moment.is_cpu:
             if not self.finite:
                 return torch.full_like(grad, torch.nan)
             if not self.solved:
@@ -55,12 +54,17 @@ class DampedInverse:
             out = torch.where(self.finite, out, torch.nan)
         return out.reshape(grad.shape).to(grad.dtype)
 
+    def _damped(self, moment: Tensor) -> Tensor:
+        damped = moment.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(self.lam)
+        return damped
+
     def condition(self, steps: int = 24) -> float:
         """Condition number of C + lam I (the largest over groups), by power and inverse iteration: a lower bound."""
         if not (self.finite and self.solved):
             return float("inf")
         factor = self._factor if self._good or self._wide is None else self._wide
-        damped = self.damped.to(factor.dtype)
+        damped = self._damped(self.moment.to(factor.dtype))
         generator = torch.Generator().manual_seed(0)
         shape = (*damped.shape[:-1], min(4, damped.shape[-1]))
         start = torch.randn(shape, generator=generator, dtype=torch.float64).to(damped)

@@ -1,0 +1,118 @@
+"""Two arms of an experiment, vanilla and TrAct, side by side: records that survive a kill, a table and a plot."""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
+
+
+@dataclasses.dataclass
+class Record:
+    """One finished run: what it was, what came out, and what it ran on."""
+
+    arm: str
+    seed: int
+    accuracy: list[float]  # on the test set, after each epoch
+    seconds_per_step: float
+    settings: dict[str, Any]
+    command: str = dataclasses.field(default_factory=lambda: " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: {name: version(name) for name in PACKAGES})
+    hardware: str = dataclasses.field(default_factory=lambda: hardware())
+
+
+def hardware() -> str:
+    """The device that torch computes on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+class Records:
+    """Finished runs in a JSON-lines file: a run that is in it already is not run again."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.all = [record for line in lines if (record := Record(**json.loads(line))).settings == settings]
+
+    def find(self, arm: str, seed: int) -> Record | None:
+        """The record of a run that has finished."""
+        return next((record for record in self.all if (record.arm, record.seed) == (arm, seed)), None)
+
+    def add(self, record: Record) -> None:
+        """Writes a record at once."""
+        self.all.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+    def curves(self, arm: str, seeds: Sequence[int]) -> np.ndarray:
+        """Accuracy in per cent, (seeds, epochs)."""
+        return 100 * np.array([record.accuracy for seed in seeds if (record := self.find(arm, seed))])
+
+
+def epochs_to_reach(curve: np.ndarray, target: float) -> int | None:
+    """The first epoch, from 1, whose accuracy is at least `target`."""
+    reached = np.flatnonzero(curve >= target)
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+def report(records: Records, arms: Sequence[str], seeds: Sequence[int], title: str) -> None:
+    """Prints the table of accuracy per epoch and what follows from it; saves comparison.png beside the records."""
+    curves = {arm: records.curves(arm, seeds) for arm in arms}
+    table = Table("epoch", *arms, title=f"{title}: test accuracy, % (mean and std over {len(seeds)} seeds)")
+    for epoch in range(curves[arms[0]].shape[1]):
+        table.add_row(str(epoch + 1), *(_spread(curves[arm][:, epoch]) for arm in arms))
+    console = Console()
+    console.print(table)
+    base, other = (curves[arm].mean(0) for arm in arms)
+    reached = epochs_to_reach(other, base[-1])
+    when = f"after {reached} of {len(base)} epochs" if reached else f"in none of the {len(base)} epochs"
+    console.print(f"{arms[1]} reaches {arms[0]}'s final accuracy ({base[-1]:.1f} %) {when}.")
+    gains = curves[arms[1]][:, -1] - curves[arms[0]][:, -1]
+    console.print(f"Final gain: {_spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+.1f}' for gain in gains)}.")
+    steps = {arm: 1000 * np.median([r.seconds_per_step for r in records.all if r.arm == arm and r.seed in seeds]) for arm in arms}
+    times = ", ".join(f"{arm} {ms:.1f} ms" for arm, ms in steps.items())
+    console.print(f"Time per training step (median): {times}, ratio {steps[arms[1]] / steps[arms[0]]:.3f}.")
+    console.print(f"Plot: {plot(curves, title, records.path.with_name('comparison.png'))}")
+
+
+def plot(curves: dict[str, np.ndarray], title: str, path: Path) -> Path:
+    """Mean accuracy over epochs of each arm, with a band of one standard deviation."""
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for (arm, values), color in zip(curves.items(), ("#7f7f7f", "#d62728"), strict=False):
+        epochs, mean, std = np.arange(1, values.shape[1] + 1), values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
+        axes.plot(epochs, mean, "o-", color=color, label=f"{arm}: {mean[-1]:.1f} %", markersize=3)
+        axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    base, other = (values.mean(0) for values in curves.values())
+    axes.axhline(base[-1], color="#7f7f7f", linewidth=0.8, linestyle=":")
+    if reached := epochs_to_reach(other, base[-1]):
+        axes.axvline(reached, color="#d62728", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.2)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _spread(values: np.ndarray, sign: str = "") -> str:
+    std = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.1f}{std}"

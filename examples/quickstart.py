@@ -1,0 +1,164 @@
+"""Trains the same small vision model twice from the same seed with Trainer, vanilla and with TrAct, and compares.
+
+    python examples/quickstart.py                       # photo crops, no download, a few minutes on two cores
+    python examples/quickstart.py --seeds 5             # mean and spread
+    python examples/quickstart.py --dataset uoft-cs/cifar10 --model convnext --image_size 32
+
+Runs that have finished are kept in OUTPUT_DIR/records.jsonl and are not run again.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from comparison import Record, Records, report
+from photo_crops import photo_crops
+from torchvision.transforms import v2
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_tract import TrActCallback, find_first_layers
+
+SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
+
+
+@dataclass
+class Arguments:
+    """What to train, on what, and how long."""
+
+    dataset: str = field(default="photo_crops", metadata={"help": "photo_crops, a Hub id, or a local folder with images or parquet"})
+    model: str = field(default="vit", metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"})
+    model_config: str = field(default=SMALL_VIT, metadata={"help": "JSON: settings of a model of random weights; {} for its defaults"})
+    image_size: int = field(default=32, metadata={"help": "side of the images that the model gets"})
+    train_samples: int = field(default=0, metadata={"help": "use that many training images, the same for each run; 0 for all"})
+    lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
+    epochs: int = 8
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Trainer's clipping, which sees TrAct's gradient; 0 for none"})
+    seeds: int = field(default=1, metadata={"help": "train each arm from that many seeds"})
+    first_seed: int = 0
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ..."})
+    output_dir: str = "outputs/quickstart"
+
+
+def main() -> None:
+    args: Arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    data = load_images(args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "first_seed", "output_dir", "report_to")}
+    records = Records(Path(args.output_dir) / "records.jsonl", settings)
+    arms = {"vanilla": [], "TrAct": [TrActCallback(lam=args.lam)]}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for seed in seeds:
+        for arm, callbacks in arms.items():
+            if records.find(arm, seed) is None:
+                records.add(train(arm, seed, list(callbacks), data, args, settings))
+    report(records, list(arms), seeds, f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}")
+
+
+def train(
+    arm: str, seed: int, callbacks: list[TrainerCallback], data: datasets.DatasetDict, args: Arguments, settings: dict[str, Any]
+) -> Record:
+    """One run of one arm."""
+    set_seed(seed)
+    model = make_model(args, data["train"].features["label"].names)
+    stem = find_first_layers(model)[0]
+    print(f"\n{arm}, seed {seed}: {model.num_parameters() / 1e6:.2f} M parameters, first layer {stem.name} {stem.module}")
+    clock = StepClock()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=os.path.join(args.output_dir, f"{arm}-{seed}"),
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=2 * args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            max_grad_norm=args.max_grad_norm,
+            eval_strategy="epoch",
+            logging_strategy="epoch",
+            save_strategy="no",
+            remove_unused_columns=False,
+            report_to=args.report_to,
+            seed=seed,
+        ),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        compute_metrics=accuracy,
+        callbacks=[*callbacks, clock],
+    )
+    trainer.train()
+    curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    return Record(arm, seed, curve, float(np.median(clock.seconds)), settings)
+
+
+def load_images(args: Arguments) -> datasets.DatasetDict:
+    """Splits "train" and "test" that give `pixel_values` and `labels`, training images with flips and jitter."""
+    data = photo_crops() if args.dataset == "photo_crops" else datasets.load_dataset(args.dataset)
+    train, test = data["train"], data["test" if "test" in data else "validation"]
+    image = next(name for name, feature in train.features.items() if isinstance(feature, datasets.Image))
+    label = next(name for name, feature in train.features.items() if isinstance(feature, datasets.ClassLabel))
+    if args.train_samples:
+        train = train.shuffle(seed=0).select(range(args.train_samples))
+    resize = [v2.ToImage(), v2.RGB(), v2.Resize(args.image_size), v2.CenterCrop(args.image_size)]
+    some = np.random.default_rng(0).permutation(len(train))[:1000]
+    pixels = torch.stack([v2.Compose(resize)(train[int(index)][image]) for index in some]) / 255
+    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist())]
+    jitter = [v2.RandomHorizontalFlip(), v2.ColorJitter(brightness=0.3, contrast=0.3)]
+
+    def give(transform: v2.Compose) -> Any:
+        return lambda rows: {"pixel_values": [transform(row) for row in rows[image]], "labels": rows[label]}
+
+    splits = {"train": train.with_transform(give(v2.Compose([*resize, *jitter, *normalize])))}
+    splits["test"] = test.with_transform(give(v2.Compose([*resize, *normalize])))
+    return datasets.DatasetDict({name: split.cast_column(label, train.features[label]) for name, split in splits.items()})
+
+
+def make_model(args: Arguments, names: list[str]) -> PreTrainedModel:
+    """A model of random weights from a model type, or a checkpoint with a new head."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if args.model in CONFIG_MAPPING:
+        wishes = {"image_size": args.image_size, **json.loads(args.model_config)}
+        return AutoModelForImageClassification.from_config(AutoConfig.for_model(args.model, **wishes, **labels))
+    return AutoModelForImageClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **labels)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1."""
+    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+
+
+class StepClock(TrainerCallback):
+    """Seconds of each optimizer step: forward, backward and update, without the data's loading."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stops it."""
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+if __name__ == "__main__":
+    main()
