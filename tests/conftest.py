@@ -8,6 +8,7 @@ from hypothesis import settings
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ class TrActConfig:
         if self.scope not in SCOPES:
             raise TrActError(f"`scope` (={self.scope!r}) must be 'global' or 'local'.")
         layers = self.layers if isinstance(self.layers, str) else tuple(self.layers)
-        if not layers or not all(isinstance(name, str) and name for name in ([layers] if isinstance(layers, str) else layers)):
+        if not layers or not all(isinstance(name, str) for name in layers):  # "" in a tuple names the model itself
             raise TrActError(f"`layers` (={self.layers!r}) must be 'auto', a layer's name or pattern, or several of these.")
         object.__setattr__(self, "layers", layers)
 

@@ -1,0 +1,137 @@
+"""Works with: accelerate's loop, `accumulate`, autocast, clipping, `prepare` before or after, and its hooks."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState, GradientState
+from helpers import Images, small_vit, stem_of, weights
+from oracle import assert_close, expected
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hf_tract import TrActHook, apply_tract
+from hf_tract.tap import Tapped
+
+
+@pytest.fixture
+def accelerator_of():
+    """Makes Accelerators and leaves accelerate's singletons as they were."""
+    yield lambda **settings: Accelerator(cpu=True, **settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(accelerator: Accelerator, batch_size: int, when: str, clip: float = 0.0, count: int = 64) -> nn.Module:
+    model = small_vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    loader = DataLoader(Images(count), batch_size=batch_size)
+    if when == "before prepare":
+        apply_tract(model)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if when == "after prepare":
+        apply_tract(model)
+    for _ in range(3):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                # The loss is a mean over the images of one micro-batch: weighted here, so that uneven ones add up.
+                scale = len(batch["labels"]) * accelerator.gradient_accumulation_steps / min(64, count)
+                accelerator.backward(model(**batch).loss * scale)
+                if clip and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+    return accelerator.unwrap_model(model)
+
+
+@pytest.mark.parametrize("when", ["before prepare", "after prepare"])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_accumulation_is_one_large_batch(accelerator_of, when, clip):
+    large = train(accelerator_of(), 64, when, clip)
+    GradientState._reset_state()
+    small = train(accelerator_of(gradient_accumulation_steps=4), 16, when, clip)
+    assert_close(weights(small), weights(large), 1e-5)
+    start = weights(small_vit())
+    assert_close(weights(small) - start, weights(large) - start, 2e-5)
+
+
+def test_the_last_uneven_accumulation(accelerator_of):
+    """40 images in batches of 16: the last accumulation holds 16 + 16 + 8, and its moment weighs patches, not batches."""
+    large = train(accelerator_of(), 40, "before prepare", count=40)
+    GradientState._reset_state()
+    small = train(accelerator_of(gradient_accumulation_steps=3), 16, "before prepare", count=40)
+    start = weights(small_vit())
+    assert_close(weights(small) - start, weights(large) - start, 2e-5)
+
+
+def test_bf16_autocast_has_the_ordinary_moment_and_gradient(accelerator_of):
+    accelerator, plain = accelerator_of(mixed_precision="bf16"), small_vit()
+    model, batch = copy.deepcopy(plain), Images().batch()
+    apply_tract(model)
+    for net in (plain, model):
+        prepared = accelerator.prepare(net)
+        accelerator.backward(prepared(**batch).loss)
+    wanted = expected(stem_of(plain).weight.grad, batch["pixel_values"], stem_of(plain), 0.1)
+    assert stem_of(model).weight.grad.dtype == torch.float32
+    assert_close(stem_of(model).weight.grad, wanted, 1e-5)
+
+
+def test_save_state_and_load_state_carry_on_bit_exactly(accelerator_of, tmp_path):
+    def step(count: int) -> None:
+        for _ in range(count):
+            accelerator.backward(model(**Images().batch()).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model = accelerator_of(), small_vit()
+    apply_tract(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    step(3)
+    accelerator.save_state(str(tmp_path))
+    step(3)
+    wanted = weights(model)
+    accelerator.load_state(str(tmp_path))
+    assert not torch.equal(weights(model), wanted)
+    step(3)
+    assert torch.equal(weights(model), wanted)
+
+
+@pytest.mark.parametrize("on", ["model", "layer"])
+def test_the_hook_comes_and_goes_with_accelerates_own_tools(on):
+    plain, batch = small_vit(), Images().batch()
+    model = copy.deepcopy(plain)
+    carrier = model if on == "model" else stem_of(model)
+    assert add_hook_to_module(carrier, TrActHook(lam=0.2)) is carrier
+    for net in (plain, model):
+        net(**batch).loss.backward()
+    wanted = expected(stem_of(plain).weight.grad, batch["pixel_values"], stem_of(plain), 0.2)
+    assert_close(stem_of(model).weight.grad, wanted, 1e-5)
+    remove_hook_from_module(carrier)
+    assert not any(isinstance(module, Tapped) for module in model.modules())
+    model.zero_grad()
+    model(**batch).loss.backward()
+    assert torch.equal(stem_of(model).weight.grad, stem_of(plain).weight.grad)
+    assert not hasattr(carrier, "_hf_hook")
+
+
+def test_a_second_hook_is_chained(accelerator_of):
+    from accelerate.hooks import ModelHook
+
+    class Count(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, counter = small_vit(), Count()
+    add_hook_to_module(model, counter)
+    add_hook_to_module(model, TrActHook(), append=True)
+    model(**Images().batch()).loss.backward()
+    assert counter.calls == 1
+    assert isinstance(stem_of(model), Tapped)
+    remove_hook_from_module(model)
+    assert not isinstance(stem_of(model), Tapped)

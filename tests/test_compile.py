@@ -1,0 +1,85 @@
+"""Works with: `torch.compile`, default and fullgraph, attached before or after, accumulation included."""
+
+import copy
+
+import pytest
+import torch
+from helpers import Images, small_vit, stem_of
+from oracle import assert_close, expected
+from torch import nn
+
+from hf_tract import apply_tract
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch.compiler.reset()
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, dilation=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+
+
+def grads(model: nn.Module, stem: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    stem.zero_grad()
+    model(x).square().mean().backward()
+    return stem.weight.grad
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("when", ["before compile", "after compile", "after the first call"])
+def test_the_gradient_is_that_of_eager(fullgraph, when):
+    model, x = network(), torch.randn(5, 3, 9, 9)
+    model(x)
+    plain = copy.deepcopy(model)
+    if when == "before compile":
+        apply_tract(model)
+    compiled = torch.compile(model, fullgraph=fullgraph)
+    if when == "after the first call":
+        ordinary = grads(compiled, model[0], x).clone()
+        assert_close(ordinary, grads(plain, plain[0], x), 1e-5)
+    if when != "before compile":
+        handle = apply_tract(model)
+    wanted = expected(grads(plain, plain[0], x), x, plain[0], 0.1)
+    for _ in range(2):
+        assert_close(grads(compiled, model[0], x), wanted, 1e-5)
+    if when == "after the first call":
+        handle.remove()
+        assert torch.equal(grads(compiled, model[0], x), ordinary)
+
+
+def test_changing_batch_sizes_accumulation_and_lam_need_no_new_graph():
+    model = network()
+    model(torch.randn(2, 3, 9, 9))
+    plain = copy.deepcopy(model)
+    handle = apply_tract(model)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    x = torch.randn(11, 3, 9, 9)
+    grads(compiled, model[0], x[:4])
+    assert graphs.frame_count == 1
+    model.zero_grad()
+    handle = apply_tract(model, lam=0.3)
+    with handle.no_sync():
+        compiled(x[:4]).square().sum().backward()
+    compiled(x[4:]).square().sum().backward()
+    assert graphs.frame_count == 1
+    plain(x).square().sum().backward()
+    assert_close(model[0].weight.grad, expected(plain[0].weight.grad, x, plain[0], 0.3), 1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_vit_with_checkpointed_blocks_and_autocast(autocast):
+    plain, batch = small_vit().train(), Images().batch(0, 8)
+    model = copy.deepcopy(plain)
+    apply_tract(model)
+    # transformers before 5.2x has the older name, which newer ones warn about
+    enable = "activation_checkpointing_enable"
+    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
+    compiled = torch.compile(model)
+    for net in (plain, compiled):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = net(**batch).loss
+        loss.backward()
+    wanted = expected(stem_of(plain).weight.grad, batch["pixel_values"], stem_of(plain), 0.1)
+    assert_close(stem_of(model).weight.grad, wanted, 0.05 if autocast else 1e-4)
