@@ -18,6 +18,7 @@ from rich.table import Table
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
 
@@ -46,25 +47,32 @@ def hardware() -> str:
 class Records:
     """Finished runs in a JSON-lines file: a run that is in it already is not run again."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, arms: dict[str, dict[str, Any]]) -> None:
+        """Reads what there is.
+
+        Args:
+            path: the file.
+            arms: the settings of each arm; a record of other settings is not this experiment's.
+        """
+        self.path, self.arms = path, arms
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
-        self.all = [record for line in lines if (record := Record(**json.loads(line))).settings == settings]
+        self.all = [Record(**json.loads(line)) for line in lines]
 
     def find(self, arm: str, seed: int) -> Record | None:
         """The record of a run that has finished."""
-        return next((record for record in self.all if (record.arm, record.seed) == (arm, seed)), None)
+        wanted = (arm, seed, self.arms[arm])
+        return next((record for record in self.all if (record.arm, record.seed, record.settings) == wanted), None)
+
+    def of(self, arm: str, seeds: Sequence[int]) -> list[Record]:
+        """The records of an arm."""
+        return [record for seed in seeds if (record := self.find(arm, seed))]
 
     def add(self, record: Record) -> None:
         """Writes a record at once."""
         self.all.append(record)
         with self.path.open("a") as file:
             file.write(json.dumps(dataclasses.asdict(record)) + "\n")
-
-    def curves(self, arm: str, seeds: Sequence[int]) -> np.ndarray:
-        """Accuracy in per cent, (seeds, epochs)."""
-        return 100 * np.array([record.accuracy for seed in seeds if (record := self.find(arm, seed))])
 
 
 def epochs_to_reach(curve: np.ndarray, target: float) -> int | None:
@@ -73,9 +81,10 @@ def epochs_to_reach(curve: np.ndarray, target: float) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def report(records: Records, arms: Sequence[str], seeds: Sequence[int], title: str) -> None:
+def report(records: Records, seeds: Sequence[int], title: str) -> None:
     """Prints the table of accuracy per epoch and what follows from it; saves comparison.png beside the records."""
-    curves = {arm: records.curves(arm, seeds) for arm in arms}
+    arms = list(records.arms)
+    curves = {arm: 100 * np.array([record.accuracy for record in records.of(arm, seeds)]) for arm in arms}
     table = Table("epoch", *arms, title=f"{title}: test accuracy, % (mean and std over {len(seeds)} seeds)")
     for epoch in range(curves[arms[0]].shape[1]):
         table.add_row(str(epoch + 1), *(_spread(curves[arm][:, epoch]) for arm in arms))
@@ -87,7 +96,7 @@ def report(records: Records, arms: Sequence[str], seeds: Sequence[int], title: s
     console.print(f"{arms[1]} reaches {arms[0]}'s final accuracy ({base[-1]:.1f} %) {when}.")
     gains = curves[arms[1]][:, -1] - curves[arms[0]][:, -1]
     console.print(f"Final gain: {_spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+.1f}' for gain in gains)}.")
-    steps = {arm: 1000 * np.median([r.seconds_per_step for r in records.all if r.arm == arm and r.seed in seeds]) for arm in arms}
+    steps = {arm: 1000 * np.median([record.seconds_per_step for record in records.of(arm, seeds)]) for arm in arms}
     times = ", ".join(f"{arm} {ms:.1f} ms" for arm, ms in steps.items())
     console.print(f"Time per training step (median): {times}, ratio {steps[arms[1]] / steps[arms[0]]:.3f}.")
     console.print(f"Plot: {plot(curves, title, records.path.with_name('comparison.png'))}")
@@ -105,7 +114,7 @@ def plot(curves: dict[str, np.ndarray], title: str, path: Path) -> Path:
     if reached := epochs_to_reach(other, base[-1]):
         axes.axvline(reached, color="#d62728", linewidth=0.8, linestyle=":")
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.2)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)

@@ -17,11 +17,11 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image
 
-PHOTOGRAPHS = (
-    ["astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel"]
-    + ["hubble_deep_field", "ihc", "moon", "motorcycle_left", "page", "retina", "rocket", "text"]  # scikit-image
-    + ["china", "flower"]  # scikit-learn
-)
+PHOTOGRAPHS = [
+    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel"),
+    *("hubble_deep_field", "ihc", "moon", "motorcycle_left", "page", "retina", "rocket", "text"),  # scikit-image
+    *("china", "flower"),  # scikit-learn
+]
 CELL, CROP = 48, 32
 VERSION = 1
 
@@ -53,7 +53,7 @@ def photo_crops(train_per_photo: int = 300, test_per_photo: int = 100, seed: int
 
 
 def _split(split: str, count: int, seed: int) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(PHOTOGRAPHS))})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=PHOTOGRAPHS)})
     rows = [row for label in range(len(PHOTOGRAPHS)) for row in _crops(label, split, count, seed)]
     return datasets.Dataset.from_list(rows, features=features)
 

@@ -7,19 +7,16 @@
 Runs that have finished are kept in OUTPUT_DIR/records.jsonl and are not run again.
 """
 
-import dataclasses
 import json
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from comparison import Record, Records, report
-from photo_crops import photo_crops
 from torchvision.transforms import v2
 from transformers import (
     CONFIG_MAPPING,
@@ -34,18 +31,37 @@ from transformers import (
     set_seed,
 )
 
+from comparison import Record, Records, report
 from hf_tract import TrActCallback, find_first_layers
+from photo_crops import photo_crops
 
 SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
+
+
+NO_SETTINGS = ("lam", "seeds", "first_seed", "output_dir", "report_to")  # what a run without TrAct does not depend on
+
+
+class Data(NamedTuple):
+    """Training and test images, and the names of the classes."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    labels: list[str]
 
 
 @dataclass
 class Arguments:
     """What to train, on what, and how long."""
 
-    dataset: str = field(default="photo_crops", metadata={"help": "photo_crops, a Hub id, or a local folder with images or parquet"})
-    model: str = field(default="vit", metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"})
-    model_config: str = field(default=SMALL_VIT, metadata={"help": "JSON: settings of a model of random weights; {} for its defaults"})
+    dataset: str = field(
+        default="photo_crops", metadata={"help": "photo_crops, a Hub id, or a local folder with images or parquet"}
+    )
+    model: str = field(
+        default="vit", metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"}
+    )
+    model_config: str = field(
+        default=SMALL_VIT, metadata={"help": "JSON: settings of a model of random weights; {} for its defaults"}
+    )
     image_size: int = field(default=32, metadata={"help": "side of the images that the model gets"})
     train_samples: int = field(default=0, metadata={"help": "use that many training images, the same for each run; 0 for all"})
     lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
@@ -60,27 +76,26 @@ class Arguments:
 
 
 def main() -> None:
-    args: Arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    args: Arguments
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    same = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
+    arms = {"vanilla": same, "TrAct": {**same, "lam": args.lam}}
+    records = Records(Path(args.output_dir) / "records.jsonl", arms)
     data = load_images(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "first_seed", "output_dir", "report_to")}
-    records = Records(Path(args.output_dir) / "records.jsonl", settings)
-    arms = {"vanilla": [], "TrAct": [TrActCallback(lam=args.lam)]}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     for seed in seeds:
-        for arm, callbacks in arms.items():
+        for arm in arms:
             if records.find(arm, seed) is None:
-                records.add(train(arm, seed, list(callbacks), data, args, settings))
-    report(records, list(arms), seeds, f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}")
+                records.add(train(arm, seed, data, args, arms[arm]))
+    report(records, seeds, f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}")
 
 
-def train(
-    arm: str, seed: int, callbacks: list[TrainerCallback], data: datasets.DatasetDict, args: Arguments, settings: dict[str, Any]
-) -> Record:
+def train(arm: str, seed: int, data: Data, args: Arguments, settings: dict[str, Any]) -> Record:
     """One run of one arm."""
     set_seed(seed)
-    model = make_model(args, data["train"].features["label"].names)
+    model = make_model(args, data.labels)
     stem = find_first_layers(model)[0]
-    print(f"\n{arm}, seed {seed}: {model.num_parameters() / 1e6:.2f} M parameters, first layer {stem.name} {stem.module}")
+    print(f"\n{arm}, seed {seed}: {model.num_parameters():,} parameters, first layer {stem.name} {stem.module}")
     clock = StepClock()
     trainer = Trainer(
         model=model,
@@ -96,21 +111,22 @@ def train(
             logging_strategy="epoch",
             save_strategy="no",
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.accelerator.is_available(),
             report_to=args.report_to,
             seed=seed,
         ),
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
+        train_dataset=data.train,
+        eval_dataset=data.test,
         compute_metrics=accuracy,
-        callbacks=[*callbacks, clock],
+        callbacks=[clock, *([TrActCallback(lam=settings["lam"])] if "lam" in settings else [])],
     )
     trainer.train()
     curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
     return Record(arm, seed, curve, float(np.median(clock.seconds)), settings)
 
 
-def load_images(args: Arguments) -> datasets.DatasetDict:
-    """Splits "train" and "test" that give `pixel_values` and `labels`, training images with flips and jitter."""
+def load_images(args: Arguments) -> Data:
+    """Data sets that give `pixel_values` and `labels`, training images with flips and jitter."""
     data = photo_crops() if args.dataset == "photo_crops" else datasets.load_dataset(args.dataset)
     train, test = data["train"], data["test" if "test" in data else "validation"]
     image = next(name for name, feature in train.features.items() if isinstance(feature, datasets.Image))
@@ -120,15 +136,18 @@ def load_images(args: Arguments) -> datasets.DatasetDict:
     resize = [v2.ToImage(), v2.RGB(), v2.Resize(args.image_size), v2.CenterCrop(args.image_size)]
     some = np.random.default_rng(0).permutation(len(train))[:1000]
     pixels = torch.stack([v2.Compose(resize)(train[int(index)][image]) for index in some]) / 255
-    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist())]
+    normalize = [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()),
+    ]
     jitter = [v2.RandomHorizontalFlip(), v2.ColorJitter(brightness=0.3, contrast=0.3)]
 
     def give(transform: v2.Compose) -> Any:
         return lambda rows: {"pixel_values": [transform(row) for row in rows[image]], "labels": rows[label]}
 
-    splits = {"train": train.with_transform(give(v2.Compose([*resize, *jitter, *normalize])))}
-    splits["test"] = test.with_transform(give(v2.Compose([*resize, *normalize])))
-    return datasets.DatasetDict({name: split.cast_column(label, train.features[label]) for name, split in splits.items()})
+    train = train.with_transform(give(v2.Compose([*resize, *jitter, *normalize])))
+    test = test.with_transform(give(v2.Compose([*resize, *normalize])))
+    return Data(train, test, train.features[label].names)
 
 
 def make_model(args: Arguments, names: list[str]) -> PreTrainedModel:
@@ -136,8 +155,11 @@ def make_model(args: Arguments, names: list[str]) -> PreTrainedModel:
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if args.model in CONFIG_MAPPING:
         wishes = {"image_size": args.image_size, **json.loads(args.model_config)}
-        return AutoModelForImageClassification.from_config(AutoConfig.for_model(args.model, **wishes, **labels))
-    return AutoModelForImageClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **labels)
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(args.model, **wishes, **labels))
+    else:
+        model = AutoModelForImageClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **labels)
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

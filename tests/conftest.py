@@ -1,6 +1,8 @@
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf-tract-tests-")
 
 import pytest
 import torch

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
-from oracle import CONVS
 from torch import nn
+
+from oracle import CONVS
 
 
 class Case(NamedTuple):
@@ -22,7 +23,9 @@ def cases(draw, dtype: torch.dtype, min_images: int = 1, min_lam: float = 0.02) 
     dims = draw(st.integers(0, 3))
     if dims == 0:
         n, leading = draw(st.integers(1, 9)), draw(st.lists(st.integers(1, 4), max_size=2))
-        return Case(nn.Linear(n, draw(st.integers(1, 5)), bias=bias, dtype=dtype), torch.randn(images, *leading, n, dtype=dtype), lam)
+        return Case(
+            nn.Linear(n, draw(st.integers(1, 5)), bias=bias, dtype=dtype), torch.randn(images, *leading, n, dtype=dtype), lam
+        )
 
     def each(low: int, high: int) -> tuple[int, ...]:
         return tuple(draw(st.integers(low, high)) for _ in range(dims))

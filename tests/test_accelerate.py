@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState, GradientState
-from helpers import Images, small_vit, stem_of, weights
-from oracle import assert_close, expected
 from torch import nn
 from torch.utils.data import DataLoader
 
+from helpers import Images, small_vit, stem_of, weights
 from hf_tract import TrActHook, apply_tract
 from hf_tract.tap import Tapped
+from oracle import assert_close, expected
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from oracle import assert_close, expected, says
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from hf_tract import TrActConfig, TrActError, apply_tract, remove_tract
+from oracle import assert_close, expected, says
 
 
 class StdConv2d(nn.Conv2d):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import Images, small_vit, stem_of
-from oracle import assert_close, expected
 from torch import nn
 
+from helpers import Images, small_vit, stem_of
 from hf_tract import apply_tract
+from oracle import assert_close, expected
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,28 @@
 """Works with: DistributedDataParallel. Two gloo processes give the update of one process with all images."""
 
-import contextlib
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracle import assert_close
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import hf_tract.step
 from hf_tract import apply_tract
+from oracle import assert_close
 
 STEPS = 4
 COLUMNS = 3 * 4 * 4
-# Images of each micro-batch, by rank: even, uneven in the last one, and none at all on one rank.
-BATCHES = {"one batch": [[6], [6]], "accumulated": [[3, 3], [4, 2]], "uneven": [[5, 3], [2, 2]], "an empty one": [[4, 0], [4, 4]]}
+# Images of each micro-batch by rank, when TrAct is applied (to DDP's model or before DDP), and the scope.
+SCENARIOS = {
+    "one batch": ([[6], [6]], "before", "global"),
+    "after DDP": ([[6], [6]], "after", "global"),
+    "accumulated": ([[3, 3], [4, 2]], "before", "global"),
+    "uneven": ([[5, 3], [2, 2]], "before", "global"),
+    "an empty batch": ([[4, 0], [4, 4]], "before", "global"),
+    "local": ([[3, 3], [4, 2]], "before", "local"),
+}
 
 
 def network() -> nn.Module:
@@ -45,11 +51,20 @@ def one_process(total: int) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def worker(rank: int, folder: str, sizes: list[list[int]], when: str, scope: str) -> None:
+def worker(rank: int, folder: str) -> None:
+    """Every scenario, one after the other in one pair of processes."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results = {}
+    for name, (sizes, when, scope) in SCENARIOS.items():
+        results[name] = train(rank, sizes, when, scope)
+    torch.save(results, f"{folder}/results-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train(rank: int, sizes: list[list[int]], when: str, scope: str) -> tuple[torch.Tensor, list[int]]:
+    """Weights after training, and how many numbers each collective of ours carried."""
     collectives: list[int] = []
-    original = dist.all_reduce
-    hf_tract.step.dist.all_reduce = lambda t, *a, **k: collectives.append(t.numel()) or original(t, *a, **k)
     model, total = network(), sum(map(sum, sizes))
     if when == "before":
         handle = apply_tract(model, lam=0.1, scope=scope)
@@ -57,36 +72,36 @@ def worker(rank: int, folder: str, sizes: list[list[int]], when: str, scope: str
     if when == "after":
         handle = apply_tract(ddp, lam=0.1, scope=scope)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-2, momentum=0.9)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        mine = images(step, total).split([count for rank_sizes in sizes for count in rank_sizes])
-        mine = mine[sum(map(len, sizes[:rank])) :][: len(sizes[rank])]
-        for micro, x in enumerate(mine):
-            last = micro == len(mine) - 1
-            with contextlib.ExitStack() as stack:
-                if not last:
-                    stack.enter_context(ddp.no_sync())
-                    stack.enter_context(handle.no_sync())
-                (loss_sum(ddp, x) * 2 / total).backward()  # DDP takes the mean over two ranks
-        optimizer.step()
-    assert collectives == ([COLUMNS**2 + 1] * STEPS if scope == "global" else [])
-    torch.save(torch.cat([p.detach().flatten() for p in ddp.parameters()]), f"{folder}/weights-{rank}.pt")
-    dist.destroy_process_group()
+    mine = slice(sum(map(len, sizes[:rank])), sum(map(len, sizes[: rank + 1])))
+    original = dist.all_reduce
+    with mock.patch.object(dist, "all_reduce", lambda t, *a, **k: collectives.append(t.numel()) or original(t, *a, **k)):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            *held, last = images(step, total).split([count for counts in sizes for count in counts])[mine]
+            for x in held:
+                with ddp.no_sync(), handle.no_sync():
+                    (loss_sum(ddp, x) * 2 / total).backward()  # DDP takes the mean over two ranks
+            (loss_sum(ddp, last) * 2 / total).backward()
+            optimizer.step()
+    return torch.cat([p.detach().flatten() for p in ddp.parameters()]), collectives
 
 
-def two_processes(folder, sizes, when="before", scope="global") -> torch.Tensor:
-    mp.spawn(worker, (str(folder), sizes, when, scope), nprocs=2)
-    first, second = (torch.load(folder / f"weights-{rank}.pt") for rank in range(2))
-    assert torch.equal(first, second)
-    return first
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name, when", [("one batch", "after"), *((name, "before") for name in BATCHES)])
-def test_equals_one_process_with_one_collective_a_step(tmp_path, name, when):
-    sizes = BATCHES[name]
-    assert_close(two_processes(tmp_path, sizes, when), one_process(sum(map(sum, sizes))), 1e-10)
+@pytest.mark.parametrize("name", [name for name, (_, _, scope) in SCENARIOS.items() if scope == "global"])
+def test_equals_one_process_with_one_collective_a_step(results, name):
+    (weights, collectives), (others, _) = (rank[name] for rank in results)
+    assert torch.equal(weights, others)
+    assert_close(weights, one_process(sum(map(sum, SCENARIOS[name][0]))), 1e-10)
+    assert collectives == [COLUMNS**2 + 1] * STEPS
 
 
-def test_local_scope_communicates_nothing_and_differs(tmp_path):
-    weights, alone = two_processes(tmp_path, BATCHES["accumulated"], scope="local"), one_process(12)
+def test_local_scope_communicates_nothing_and_differs(results):
+    (weights, collectives), alone = results[0]["local"], one_process(12)
+    assert collectives == []
     assert (weights - alone).norm() > 1e-4 * alone.norm()

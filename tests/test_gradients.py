@@ -2,17 +2,17 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
 import torch_tract
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_close, expected
-from strategies import cases
 from torch import nn
 
+import oracle
 from hf_tract import apply_tract
+from oracle import assert_close, expected
+from strategies import cases
 
 
 def run(layer: nn.Module, x: torch.Tensor, weights: torch.Tensor | None = None):

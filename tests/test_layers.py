@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from oracle import says
 from torch import nn
 
 from hf_tract import TrActError, apply_tract, find_first_layers
+from oracle import says
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 VIT = {**TINY, "image_size": 32, "patch_size": 8}
@@ -62,7 +62,9 @@ def test_the_search_leaves_the_model_as_it_is():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto", "tf_mobilenetv3_small_075", "crossvit_tiny_240"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto", "tf_mobilenetv3_small_075", "crossvit_tiny_240"]
+)
 def test_timm_says_which_it_is(name):
     model = timm.create_model(name)
     first = model.pretrained_cfg["first_conv"]
@@ -171,7 +173,9 @@ def test_a_quantised_or_uninitialised_layer_is_refused():
 
 
 def test_a_model_without_such_a_layer():
-    with pytest.raises(TrActError, match=says("`model` (=Sequential) has no convolution or linear layer", "it has Embedding, ReLU")):
+    with pytest.raises(
+        TrActError, match=says("`model` (=Sequential) has no convolution or linear layer", "it has Embedding, ReLU")
+    ):
         apply_tract(nn.Sequential(nn.Embedding(4, 4), nn.ReLU()))
 
 

@@ -1,13 +1,13 @@
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases
 from torch import nn
 
+import oracle
 from hf_tract.moments import Window, patch_moments
 from hf_tract.tap import WINDOWS
+from strategies import cases
 
 
 def window_of(layer: nn.Module, x: torch.Tensor) -> Window:

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import Images, small_vit, stem_of, weights
-from oracle import assert_close, expected
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from helpers import Images, small_vit, stem_of, weights
 from hf_tract import apply_tract
+from oracle import assert_close, expected
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),

@@ -1,9 +1,9 @@
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracle
 from hf_tract.precondition import DampedInverse
 
 

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 import torch
-from helpers import STEM, Images, small_vit, stem_of, trainer, weights
-from oracle import assert_close, expected, says
 from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from helpers import STEM, Images, small_vit, stem_of, trainer, weights
 from hf_tract import TrActCallback, TrActConfig, TrActError, TrActTrainerCallback, apply_tract
 from hf_tract.tap import Tapped
+from oracle import assert_close, expected, says
 
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
@@ -122,7 +122,9 @@ def test_model_init_and_hyperparameter_search(tmp_path):
     callback, watch = TrActCallback(), Watch()
     settings = {"save_strategy": "epoch", "eval_strategy": "epoch"}
     run = trainer(tmp_path, model_init=lambda: small_vit(), callbacks=[callback, watch], **settings)
-    run.hyperparameter_search(lambda trial: {"learning_rate": trial.suggest_float("lr", 1e-3, 1e-2)}, n_trials=2, backend="optuna")
+    run.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("lr", 1e-3, 1e-2)}, n_trials=2, backend="optuna"
+    )
     assert watch.tapped == [True] * 8
     assert not is_tapped(watch.model)
     assert len(list(tmp_path.glob("run-*/checkpoint-4/tract_config.json"))) == 2

@@ -74,7 +74,8 @@ class TrActHandle:
     def __repr__(self) -> str:
         """Settings and layers, a line each."""
         lines = [
-            f"  {layer.name}: {untapped_class(type(layer.module)).__name__}, n={columns(layer.module)} ({layer.source})" for layer in self.layers
+            f"  {layer.name}: {untapped_class(type(layer.module)).__name__}, n={columns(layer.module)} ({layer.source})"
+            for layer in self.layers
         ]
         return "\n".join([f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r})", *lines])
 

@@ -47,7 +47,12 @@ class TrActCallback(TrainerCallback):
         self.handle: TrActHandle | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         """Applies TrAct: here, because `model_init` makes a new model for each `train()`."""
         assert model is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import MethodType
 
 from accelerate.hooks import ModelHook
 from torch import nn
@@ -12,7 +12,7 @@ from hf_tract.config import Scope
 from hf_tract.layers import Layers
 
 
-class TrActHook(ModelHook):
+class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
     """Applies TrAct when accelerate adds this hook to a model or to a layer, and removes it with the hook.
 
     Args:
@@ -45,8 +45,7 @@ class TrActHook(ModelHook):
         return module
 
 
-def _refresh(module: Any) -> None:
+def _refresh(module: nn.Module) -> None:
     """accelerate keeps the forward that the module had before; one of its class must be that of the class of now."""
-    old = module.__dict__.get("_old_forward")
-    if getattr(old, "__self__", None) is module:
-        module._old_forward = type(module).forward.__get__(module)
+    if getattr(vars(module).get("_old_forward"), "__self__", None) is module:
+        module._old_forward = MethodType(type(module).forward, module)

@@ -30,6 +30,7 @@ from hf_tract.precondition import DampedInverse
 
 logger = logging.getLogger(__name__)
 
+
 class _Call:
     """One forward call whose gradient is still to come."""
 

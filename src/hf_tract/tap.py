@@ -7,7 +7,6 @@ forward values, parameters, buffers and names are those of the untapped layer.
 from __future__ import annotations
 
 import copyreg
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,9 +113,9 @@ class Tapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made on the fly are made again on the other side."""
-        reduced = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
         cls = type(self)
-        if cls in _NAMED.values() or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        if cls.__module__ == __name__ or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
         _, (_, *args), *rest = reduced
         return (_new_tapped, (cls.__bases__[1], *args), *rest)
@@ -138,15 +137,20 @@ class TrActConv3d(Tapped, nn.Conv3d):
     """A tapped `Conv3d`."""
 
 
-_NAMED: dict[type, type] = {nn.Linear: TrActLinear, nn.Conv1d: TrActConv1d, nn.Conv2d: TrActConv2d, nn.Conv3d: TrActConv3d}
+_CLASSES: dict[type, type] = {
+    nn.Linear: TrActLinear,
+    nn.Conv1d: TrActConv1d,
+    nn.Conv2d: TrActConv2d,
+    nn.Conv3d: TrActConv3d,
+}
 
 
-@functools.cache
 def _tapped_class(cls: type) -> type:
-    return _NAMED.get(cls) or type(f"TrAct{cls.__name__}", (Tapped, cls), {"__module__": cls.__module__})
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(f"TrAct{cls.__name__}", (Tapped, cls), {"__module__": cls.__module__})
+    return _CLASSES[cls]
 
 
-@functools.cache
 def untapped_class(cls: type) -> type:
     """`cls` without ours, which may lie under a class that FSDP2 put on top."""
     if Tapped not in cls.__mro__:
