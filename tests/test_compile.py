@@ -83,3 +83,21 @@ def test_a_vit_with_checkpointed_blocks_and_autocast(autocast):
         loss.backward()
     wanted = expected(stem_of(plain).weight.grad, batch["pixel_values"], stem_of(plain), 0.1)
     assert_close(stem_of(model).weight.grad, wanted, 0.05 if autocast else 1e-4)
+
+
+def test_two_calls_in_one_graph_share_one_moment():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 3)
+
+        def forward(self, x, y):
+            return self.stem(x).square().sum() + self.stem(y).sin().sum()
+
+    plain, x, y = Twice(), torch.randn(5, 3, 9, 9), 3 * torch.randn(2, 3, 9, 9)
+    model = copy.deepcopy(plain)
+    apply_tract(model, layers="stem")
+    torch.compile(model, fullgraph=True)(x, y).backward()
+    plain(x, y).backward()
+    assert_close(model.stem.weight.grad, expected(plain.stem.weight.grad, [x, y], plain.stem, 0.1), 1e-5)
+    assert not model.stem._tract_step._calls or all(call.ref() is None for call in model.stem._tract_step._calls)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import ConvNextConfig, ConvNextForImageClassification, TrainerCallback
+from transformers import ConvNextConfig, ConvNextForImageClassification, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from helpers import STEM, Images, small_vit, stem_of, trainer, weights
@@ -285,7 +285,11 @@ def test_accumulation_is_one_large_batch(tmp_path):
     assert_close(weights(models[1]), weights(models[0]), 1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"activation_checkpointing": True}, {"torch_compile": True}], ids=str)
+NEW_NAME = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # gradient_checkpointing in older versions
+CHECKPOINTING = "activation_checkpointing" if NEW_NAME else "gradient_checkpointing"
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {CHECKPOINTING: True}, {"torch_compile": True}], ids=str)
 def test_modes_of_trainer_train_on_with_the_same_gradient(tmp_path, settings):
     """Without TrAct the same mode gives the ordinary gradient; TrAct's is the formula's for that one."""
     steps, plain = {}, small_vit()

@@ -63,6 +63,7 @@ class LayerStep:
         """
         self.lam, self.scope, self.process_group = lam, scope, process_group
         self.key = next(_keys)
+        self.calls = torch.zeros((), dtype=torch.int64)
         self.held_back = 0  # how many `no_sync` are open
         self._lock = threading.RLock()  # DataParallel replicas share this object
         self._warned = False
@@ -202,20 +203,34 @@ _keys = itertools.count()
 _layers: WeakValueDictionary[int, LayerStep] = WeakValueDictionary()
 
 
-@torch.library.custom_op("hf_tract::gather", mutates_args=())
+@torch.library.custom_op("hf_tract::gather", mutates_args=("calls",))
 def gather(
-    x: Tensor, key: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, wide: bool
+    x: Tensor,
+    calls: Tensor,
+    key: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wide: bool,
 ) -> Tensor:
-    """Payload of one call of layer `key` on its input `x`; the integers are those of `Window`."""
+    """Payload of one call of layer `key` on its input `x`; the integers are those of `Window`.
+
+    That it counts `calls` is what keeps it in forward: a compiler may move what changes nothing into backward, and would.
+    """
     window = Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
     sums, count = patch_moments(x, window, torch.float64 if wide else torch.float32)
     payload = torch.cat([sums.flatten(), sums.new_full((1,), count)])
+    calls += 1
     _layers[key].open(payload)
     return payload
 
 
 @gather.register_fake
-def _(x: Tensor, key: int, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int, wide: bool) -> Tensor:
+def _(
+    x: Tensor, calls: Tensor, key: int, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int, wide: bool
+) -> Tensor:
     n = x.shape[-1] if not kernel else x.shape[-len(kernel) - 1] // groups * math.prod(kernel)
     return x.new_empty((groups * n * n + 1,), dtype=torch.float64 if wide else torch.float32)
 

@@ -63,9 +63,9 @@ WINDOWS: dict[Callable[..., Tensor], Callable[..., Window]] = {
 class TapMode(TorchFunctionMode):
     """Taps the weight of every operation of `WINDOWS` that runs inside."""
 
-    def __init__(self, key: int) -> None:
+    def __init__(self, step: LayerStep) -> None:
         super().__init__()
-        self.key = key
+        self.step = step
         self.met = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,18 +73,18 @@ class TapMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in WINDOWS:
             self.met = True
-            args, kwargs = _tapped(self.key, WINDOWS[func], *args, **kwargs)
+            args, kwargs = _tapped(self.step, WINDOWS[func], *args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _tapped(key: int, window_of: Callable[..., Window], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _tapped(step: LayerStep, window_of: Callable[..., Window], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     window = window_of(input, weight, *args, **kwargs)
     # An input that does not fit goes untapped, so that torch itself says what is wrong with it.
     if weight.requires_grad and _fits(input, weight, window):
         wide = torch.float64 in (input.dtype, weight.dtype)
         sizes = [list(window.kernel), list(window.stride), list(window.padding), list(window.dilation)]
-        payload = gather(input.detach(), key, *sizes, window.groups, wide)
-        weight = Precondition.apply(weight, payload, key)
+        payload = gather(input.detach(), step.calls, step.key, *sizes, window.groups, wide)
+        weight = Precondition.apply(weight, payload, step.key)
     return (input, weight, *args), kwargs
 
 
@@ -102,7 +102,7 @@ class Tapped:
         """The layer's own forward; raises `TrActError` if no convolution or linear operation runs in it."""
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        mode = TapMode(self._tract_step.key)
+        mode = TapMode(self._tract_step)
         with mode:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         if not mode.met:
