@@ -39,7 +39,7 @@ def test_both_arms_a_table_and_a_plot_once(tmp_path, monkeypatch, capsys):
         assert image.width > 400
     first = records(tmp_path)
     assert [(r["arm"], r["seed"], len(r["accuracy"])) for r in first] == [("vanilla", 0, 2), ("TrAct", 0, 2)]
-    assert first[0]["accuracy"] != first[1]["accuracy"]
+    assert out.count("tract/condition") == 2  # the logs of two epochs, in one arm of two
     assert set(first[0]["versions"]) >= {"torch", "transformers", "hf-tract"}
     again = run(monkeypatch, capsys, *arguments)
     assert records(tmp_path) == first
