@@ -21,6 +21,7 @@ SCENARIOS = {
     "accumulated": ([[3, 3], [4, 2]], "before", "global"),
     "uneven": ([[5, 3], [2, 2]], "before", "global"),
     "an empty batch": ([[4, 0], [4, 4]], "before", "global"),
+    "a dropped forward": ([[3, 3], [4, 2]], "before", "global"),
     "local": ([[3, 3], [4, 2]], "before", "local"),
 }
 
@@ -57,12 +58,12 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     results = {}
     for name, (sizes, when, scope) in SCENARIOS.items():
-        results[name] = train(rank, sizes, when, scope)
+        results[name] = train(rank, sizes, when, scope, dropped=name == "a dropped forward")
     torch.save(results, f"{folder}/results-{rank}.pt")
     dist.destroy_process_group()
 
 
-def train(rank: int, sizes: list[list[int]], when: str, scope: str) -> tuple[torch.Tensor, list[int]]:
+def train(rank: int, sizes: list[list[int]], when: str, scope: str, dropped: bool) -> tuple[torch.Tensor, list[int]]:
     """Weights after training, and how many numbers each collective of ours carried."""
     collectives: list[int] = []
     model, total = network(), sum(map(sum, sizes))
@@ -81,7 +82,10 @@ def train(rank: int, sizes: list[list[int]], when: str, scope: str) -> tuple[tor
             for x in held:
                 with ddp.no_sync(), handle.no_sync():
                     (loss_sum(ddp, x) * 2 / total).backward()  # DDP takes the mean over two ranks
-            (loss_sum(ddp, last) * 2 / total).backward()
+            if dropped:  # `if not loss.isfinite(): continue`, its graph still alive at the next forward
+                loss = loss_sum(ddp, last * torch.nan)
+            loss = loss_sum(ddp, last) * 2 / total
+            loss.backward()
             optimizer.step()
     return torch.cat([p.detach().flatten() for p in ddp.parameters()]), collectives
 
@@ -98,7 +102,8 @@ def test_equals_one_process_with_one_collective_a_step(results, name):
     (weights, collectives), (others, _) = (rank[name] for rank in results)
     assert torch.equal(weights, others)
     assert_close(weights, one_process(sum(map(sum, SCENARIOS[name][0]))), 1e-10)
-    assert collectives == [COLUMNS**2 + 1] * STEPS
+    extra = 3 if name == "a dropped forward" else 1  # its own, the good one's, and what it was to carry
+    assert collectives == [COLUMNS**2 + 1] * STEPS * extra
 
 
 def test_local_scope_communicates_nothing_and_differs(results):

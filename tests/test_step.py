@@ -232,11 +232,11 @@ def test_one_image_with_fewer_patches_than_n(layers):
 
 
 def test_no_grad_and_a_frozen_weight_cost_nothing(layers, monkeypatch):
-    import hf_tract.step
+    import hf_tract.operators
 
     _, layer = layers
     apply_tract(layer, LAM)
-    monkeypatch.setattr(hf_tract.step, "patch_moments", lambda *a: pytest.fail("a moment was taken"))
+    monkeypatch.setattr(hf_tract.operators, "patch_moments", lambda *a: pytest.fail("a moment was taken"))
     with torch.no_grad():
         layer(images(1))
     with torch.inference_mode():

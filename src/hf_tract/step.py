@@ -1,9 +1,8 @@
 """What one optimizer step gathers for one layer: moments over calls, micro-steps and ranks, and gradients held back.
 
-Forward gathers (`gather`), backward releases (`release`); both are opaque custom operators, so that `torch.compile`
-neither traces nor freezes what happens here. Between them travels one tensor, the payload: the sums of `patch_moments`
-and their count, flat, g * n * n + 1. It is owned by the autograd graph, so a forward whose graph is dropped without a
-backward leaves nothing behind.
+A forward call opens with its payload and its backward closes with the same one: the sums of `patch_moments` and their
+count, flat, g * n * n + 1. The autograd graph owns it, so a forward whose graph is dropped without a backward leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from hf_tract.config import Scope
-from hf_tract.moments import Window, patch_moments
 from hf_tract.precondition import DampedInverse
 
 logger = logging.getLogger(__name__)
@@ -67,7 +65,7 @@ class LayerStep:
         self.held_back = 0  # how many `no_sync` are open
         self._lock = threading.RLock()  # DataParallel replicas share this object
         self._warned = False
-        _layers[self.key] = self
+        LAYERS[self.key] = self
         self.reset()
 
     def reset(self) -> None:
@@ -152,21 +150,24 @@ class LayerStep:
     def _ranks(self) -> int:
         return dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
 
+    def _all_reduce(self, payload: Tensor) -> Any:
+        return dist.all_reduce(payload, group=self.process_group, async_op=True)
+
     def _reduce(self, call: _Call, payload: Tensor) -> None:
         """Starts the all-reduce of a call; the first one of a step carries what earlier micro-steps gathered."""
         call.reduced = payload.clone()
-        if self._held is not None and not any(c.has_held for c in self._peers(call.step)):
+        if self._held is not None and not any(peer.has_held for peer in self._peers(call.step)):
             call.has_held = True
             call.reduced += self._held
-        call.work = dist.all_reduce(call.reduced, group=self.process_group, async_op=True)
+        call.work = self._all_reduce(call.reduced)
 
     def _peers(self, step: _Step) -> list[_Call]:
         return [c for c in self._calls if c.step is step and c.ref() is not None]
 
     def _total(self, step: _Step, device: torch.device) -> Tensor:
         """The payload of the whole step: every live call of it, every micro-step, every rank."""
-        parts, distributed = [], self._ranks() > 1
-        for call in self._peers(step):
+        parts, peers, distributed = [], self._peers(step), self._ranks() > 1
+        for call in peers:
             payload = call.ref()
             if distributed and call.reduced is None:
                 self._reduce(call, payload)
@@ -174,7 +175,9 @@ class LayerStep:
                 call.work.wait()
                 call.work = None
             parts.append(payload if call.reduced is None else call.reduced)
-        if self._held is not None and not distributed:
+        if self._held is not None and not any(call.has_held for call in peers):  # its carrier was dropped, or one process
+            if distributed:
+                self._all_reduce(self._held).wait()
             parts.append(self._held)
         return functools.reduce(torch.add, (part.to(device) for part in parts))
 
@@ -200,65 +203,4 @@ UNSOLVED = (
     "in such steps. Normalise the pixels or raise lam. This is said once."
 )
 _keys = itertools.count()
-_layers: WeakValueDictionary[int, LayerStep] = WeakValueDictionary()
-
-
-@torch.library.custom_op("hf_tract::gather", mutates_args=("calls",))
-def gather(
-    x: Tensor,
-    calls: Tensor,
-    key: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    wide: bool,
-) -> Tensor:
-    """Payload of one call of layer `key` on its input `x`; the integers are those of `Window`.
-
-    That it counts `calls` is what keeps it in forward: a compiler may move what changes nothing into backward, and would.
-    """
-    window = Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
-    sums, count = patch_moments(x, window, torch.float64 if wide else torch.float32)
-    payload = torch.cat([sums.flatten(), sums.new_full((1,), count)])
-    calls += 1
-    _layers[key].open(payload)
-    return payload
-
-
-@gather.register_fake
-def _(
-    x: Tensor, calls: Tensor, key: int, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int, wide: bool
-) -> Tensor:
-    n = x.shape[-1] if not kernel else x.shape[-len(kernel) - 1] // groups * math.prod(kernel)
-    return x.new_empty((groups * n * n + 1,), dtype=torch.float64 if wide else torch.float32)
-
-
-@torch.library.custom_op("hf_tract::release", mutates_args=())
-def release(grad: Tensor, payload: Tensor, key: int) -> Tensor:
-    """The gradient that layer `key` hands on for the ordinary gradient `grad`."""
-    out = _layers[key].close(grad, payload)
-    return out.clone() if out is grad else out.contiguous()
-
-
-@release.register_fake
-def _(grad: Tensor, payload: Tensor, key: int) -> Tensor:
-    return grad.new_empty(grad.shape)
-
-
-class Precondition(torch.autograd.Function):
-    """Identity on the weight whose gradient is `release`d."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, payload: Tensor, key: int) -> Tensor:
-        """`weight` itself."""
-        ctx.save_for_backward(payload)
-        ctx.key = key
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """The preconditioned gradient of the weight."""
-        (payload,) = ctx.saved_tensors
-        return release(grad, payload, ctx.key), None, None
+LAYERS: WeakValueDictionary[int, LayerStep] = WeakValueDictionary()

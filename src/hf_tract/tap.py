@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from hf_tract.config import Scope, TrActError
 from hf_tract.moments import Window
-from hf_tract.step import LayerStep, Precondition, gather
+from hf_tract.operators import Precondition, gather
+from hf_tract.step import LayerStep
 
 STEP = "_tract_step"
 
