@@ -1,6 +1,7 @@
 """Which layer is the first: transformers' models, timm's, any module, and the user's word."""
 
 import logging
+import warnings
 
 import pytest
 import timm
@@ -52,14 +53,22 @@ def test_the_vision_tower_of_a_model_of_two_modes():
     assert names(model) == ["vision_model.embeddings.patch_embedding"]
 
 
-def test_the_search_leaves_the_model_as_it_is():
-    model = hf.ViTForImageClassification(hf.ViTConfig(**VIT)).train()
+def test_the_search_leaves_the_model_and_the_random_numbers_as_they_are(recwarn):
+    class Noisy(hf.ViTForImageClassification):
+        def forward(self, pixel_values):
+            warnings.warn("said at every forward", stacklevel=1)
+            return super().forward(pixel_values + torch.rand(1).to(pixel_values.device))
+
+    model = Noisy(hf.ViTConfig(**VIT)).train()
+    random = torch.get_rng_state()
     before = {name: (vars(m).keys(), m.training) for name, m in model.named_modules()}
     state = {name: (p.device, p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()}
-    find_first_layers(model)
+    assert find_first_layers(model)[0].source == "reached first by the pixels"
     assert {name: (vars(m).keys(), m.training) for name, m in model.named_modules()} == before
     assert {name: (p.device, p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()} == state
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class TrActCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds the figures of the last step to a training log and to the log history."""
-        if self.handle is None or logs is None or "loss" not in logs:
+        if self.handle is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
         stats = self.handle.stats()
         for name, figures in stats.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -206,7 +207,8 @@ def _probe(twin: nn.Module, batch: Any) -> list[str]:
         handles.append(module.register_forward_pre_hook(_enter(running, name)))
         handles.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
     try:
-        with torch.enable_grad(), recorder:
+        with warnings.catch_warnings(), torch.random.fork_rng([]), torch.enable_grad(), recorder:
+            warnings.simplefilter("ignore")
             if isinstance(batch, Mapping):
                 twin(**{name: _tainted(value) for name, value in batch.items()})
             else:
