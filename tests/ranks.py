@@ -1,0 +1,125 @@
+"""Two gloo processes that train the same model on parts of the same images, and the one process to compare them with."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from hf_tract import TrActHandle, apply_tract
+
+STEPS = 4
+COLUMNS = 3 * 4 * 4
+
+Sizes = list[list[int]]  # images of each micro-batch, by rank
+
+
+class Net(nn.Module):
+    """A stem inside a block, so that the stem can be sharded with its parent or by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.GELU(), nn.Flatten())
+        self.head = nn.Linear(24, 4)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(x))
+
+
+def images(step: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    scale = torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float64)
+    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64) * scale * 3
+
+
+def loss_sum(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().sum()
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    """All parameters in one vector, gathered where they are sharded."""
+    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+
+
+def one_process(total: int) -> torch.Tensor:
+    """Weights after training on all images of each step at once."""
+    model = Net()
+    apply_tract(model, lam=0.1)
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (loss_sum(model, images(step, total)) / total).backward()
+        optimizer.step()
+    return flat(model)
+
+
+def train(
+    model: nn.Module,
+    handle: TrActHandle,
+    rank: int,
+    sizes: Sizes,
+    held: Callable[[], AbstractContextManager[Any]],
+    dropped: bool = False,
+    mean: bool = True,
+) -> list[int]:
+    """Trains on this rank's part; returns how many numbers each collective of ours carried.
+
+    Args:
+        model: wrapped or sharded.
+        handle: TrAct's on it.
+        rank: of this process.
+        sizes: which part is whose.
+        held: opens the wrapper's own `no_sync` for a micro-step that is not the last.
+        dropped: forwards a NaN batch first whose graph is still alive at the next forward.
+        mean: whether the wrapper averages gradients over the two ranks, and does not sum them.
+    """
+    total, collectives = sum(map(sum, sizes)), list[int]()
+    mine = slice(sum(map(len, sizes[:rank])), sum(map(len, sizes[: rank + 1])))
+    optimizer = optimizer_of(model)
+    original = dist.all_reduce
+
+    def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() == COLUMNS**2 + 1:
+            collectives.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", watched):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            *first, last = images(step, total).split([count for counts in sizes for count in counts])[mine]
+            for x in first:
+                with ExitStack() as stack:
+                    stack.enter_context(held())
+                    stack.enter_context(handle.no_sync())
+                    (loss_sum(model, x) * (2 if mean else 1) / total).backward()
+            if dropped:
+                loss = loss_sum(model, last * torch.nan)
+            loss = loss_sum(model, last) * (2 if mean else 1) / total
+            loss.backward()
+            optimizer.step()
+    return collectives
+
+
+def _main(rank: int, folder: str, job: Callable[..., Any], names: list[str]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.save({name: job(rank, name) for name in names}, f"{folder}/results-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, job: Callable[[int, str], Any], names: list[str]) -> list[dict[str, Any]]:
+    """`job(rank, name)` for each name in one pair of processes: its results, by rank and name."""
+    mp.spawn(_main, (str(folder), job, names), nprocs=2)
+    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
