@@ -33,7 +33,7 @@ from transformers import (
 
 from comparison import Record, Records, report
 from hf_tract import TrActCallback, find_first_layers
-from photo_crops import photo_crops
+from image_data import load_splits, normalization, to_tensor
 
 SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
 
@@ -127,27 +127,17 @@ def train(arm: str, seed: int, data: Data, args: Arguments, settings: dict[str, 
 
 def load_images(args: Arguments) -> Data:
     """Data sets that give `pixel_values` and `labels`, training images with flips and jitter."""
-    data = photo_crops() if args.dataset == "photo_crops" else datasets.load_dataset(args.dataset)
-    train, test = data["train"], data["test" if "test" in data else "validation"]
-    image = next(name for name, feature in train.features.items() if isinstance(feature, datasets.Image))
-    label = next(name for name, feature in train.features.items() if isinstance(feature, datasets.ClassLabel))
-    if args.train_samples:
-        train = train.shuffle(seed=0).select(range(args.train_samples))
-    resize = [v2.ToImage(), v2.RGB(), v2.Resize(args.image_size), v2.CenterCrop(args.image_size)]
-    some = np.random.default_rng(0).permutation(len(train))[:1000]
-    pixels = torch.stack([v2.Compose(resize)(train[int(index)][image]) for index in some]) / 255
-    normalize = [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()),
-    ]
+    splits = load_splits(args.dataset, train_samples=args.train_samples)
+    mean, std = normalization(splits, args.image_size)
+    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     jitter = [v2.RandomHorizontalFlip(), v2.ColorJitter(brightness=0.3, contrast=0.3)]
 
-    def give(transform: v2.Compose) -> Any:
-        return lambda rows: {"pixel_values": [transform(row) for row in rows[image]], "labels": rows[label]}
+    def give(*transforms: v2.Transform) -> Any:
+        transform = v2.Compose([*to_tensor(args.image_size), *transforms])
+        return lambda rows: {"pixel_values": [transform(row) for row in rows[splits.image]], "labels": rows[splits.label]}
 
-    train = train.with_transform(give(v2.Compose([*resize, *jitter, *normalize])))
-    test = test.with_transform(give(v2.Compose([*resize, *normalize])))
-    return Data(train, test, train.features[label].names)
+    train, test = splits.train.with_transform(give(*jitter, *normalize)), splits.test.with_transform(give(*normalize))
+    return Data(train, test, splits.names)
 
 
 def make_model(args: Arguments, names: list[str]) -> PreTrainedModel:

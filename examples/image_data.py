@@ -1,0 +1,141 @@
+"""Images and labels from any data set that `datasets` reads, and transforms that do not depend on who draws them when."""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import v2
+
+from photo_crops import photo_crops
+
+# What the columns and the names of the splits do not tell.
+KNOWN: dict[str, dict[str, str]] = {
+    "ILSVRC/imagenet-1k": {"eval_split": "validation"},  # the labels of its test split are not public
+    "timm/imagenet-1k-wds": {"eval_split": "validation", "image_column": "jpg", "label_column": "cls"},
+}
+
+
+class Splits(NamedTuple):
+    """Training and test rows, their columns, and the names of the classes."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    image: str
+    label: str
+    names: list[str]
+
+
+def load_splits(
+    name: str,
+    config: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_samples: int = 0,
+) -> Splits:
+    """A data set's splits, with what is not given found in its features.
+
+    Args:
+        name: "photo_crops", a Hub id, or a local folder with parquet files or images by class.
+        config: the Hub's name for a variant.
+        train_split: to train on.
+        eval_split: to test on; by default "test", else "validation".
+        image_column: by default the first column of images.
+        label_column: by default the first column of class labels.
+        train_samples: take that many training rows, the same each time; 0 for all.
+    """
+    data = photo_crops() if name == "photo_crops" else datasets.load_dataset(name, config)
+    known = KNOWN.get(name, {})
+    eval_split = eval_split or known.get("eval_split") or ("test" if "test" in data else "validation")
+    if missing := [split for split in (train_split, eval_split) if split not in data]:
+        raise ValueError(
+            f"{name!r} has no split {missing[0]!r}, it has {list(data)}: name one by --train_split or --eval_split."
+        )
+    train, test = data[train_split], data[eval_split]
+    image = image_column or known.get("image_column") or _column(train, datasets.Image, "image", name)
+    label = label_column or known.get("label_column") or _column(train, datasets.ClassLabel, "label", name)
+    if train_samples:
+        train = train.shuffle(seed=0).select(range(min(train_samples, len(train))))
+    feature = train.features[label]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else [str(value) for value in sorted(train.unique(label))]
+    return Splits(train, test, image, label, names)
+
+
+def _column(rows: datasets.Dataset, kind: type, what: str, name: str) -> str:
+    found: str | None = next((column for column, feature in rows.features.items() if isinstance(feature, kind)), None)
+    if found is None:
+        raise ValueError(f"{name!r} has no column of type {kind.__name__}; name one of {rows.column_names} by --{what}_column.")
+    return found
+
+
+def to_tensor(size: int) -> list[Any]:
+    """Transforms that make an image of any mode and shape uint8 (3, size, size)."""
+    return [lambda image: image.convert("RGB"), v2.ToImage(), v2.Resize(size), v2.CenterCrop(size)]
+
+
+def normalization(splits: Splits, size: int, sample: int = 1000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over some training images, on the scale 0 to 1."""
+    some = np.random.default_rng(0).permutation(len(splits.train))[:sample]
+    transform = v2.Compose(to_tensor(size))
+    pixels = torch.stack([transform(splits.train[int(index)][splits.image]) for index in some]) / 255
+    return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Rows as (pixels, label), each image's random transform drawn from `seed`, the epoch, its index and its copy alone.
+
+    So it does not depend on the number of workers and processes, nor on where a run was stopped and resumed.
+    """
+
+    def __init__(self, rows: datasets.Dataset, splits: Splits, transform: Callable[[Any], Tensor], seed: int = 0) -> None:
+        self.rows, self.splits, self.transform, self.seed, self.epoch = rows, splits, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index, copy = index if isinstance(index, tuple) else (index, 0)
+        row = self.rows[index]
+        with drawn_from(self.seed, self.epoch, index, copy):
+            return self.transform(row[self.splits.image].convert("RGB")), row[self.splits.label]
+
+
+@contextlib.contextmanager
+def drawn_from(*entropy: int) -> Iterator[None]:
+    """Random numbers of torch, numpy and `random` come from these integers inside, and go on as before outside."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # timm draws from all three
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Copies(Sampler[tuple[int, int]]):
+    """The indices of a sampler that repeats them, each with a number of its own, so that its copies differ."""
+
+    def __init__(self, sampler: Sampler[int], rank: int, ranks: int) -> None:
+        self.sampler, self.rank, self.ranks = sampler, rank, ranks
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position, index in enumerate(self.sampler):
+            yield int(index), self.rank + position * self.ranks
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes on to the sampler."""
+        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
