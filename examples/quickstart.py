@@ -19,12 +19,8 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForImageClassification,
     EvalPrediction,
     HfArgumentParser,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -34,6 +30,7 @@ from transformers import (
 from comparison import Record, Records, report
 from hf_tract import TrActCallback, find_first_layers
 from image_data import load_splits, normalization, to_tensor
+from modeling import make_transformers_model
 
 SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
 
@@ -93,7 +90,7 @@ def main() -> None:
 def train(arm: str, seed: int, data: Data, args: Arguments, settings: dict[str, Any]) -> Record:
     """One run of one arm."""
     set_seed(seed)
-    model = make_model(args, data.labels)
+    model = make_transformers_model(args.model, json.loads(args.model_config), args.image_size, data.labels)
     stem = find_first_layers(model)[0]
     print(f"\n{arm}, seed {seed}: {model.num_parameters():,} parameters, first layer {stem.name} {stem.module}")
     clock = StepClock()
@@ -138,18 +135,6 @@ def load_images(args: Arguments) -> Data:
 
     train, test = splits.train.with_transform(give(*jitter, *normalize)), splits.test.with_transform(give(*normalize))
     return Data(train, test, splits.names)
-
-
-def make_model(args: Arguments, names: list[str]) -> PreTrainedModel:
-    """A model of random weights from a model type, or a checkpoint with a new head."""
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    if args.model in CONFIG_MAPPING:
-        wishes = {"image_size": args.image_size, **json.loads(args.model_config)}
-        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(args.model, **wishes, **labels))
-    else:
-        model = AutoModelForImageClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **labels)
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

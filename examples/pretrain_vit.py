@@ -1,0 +1,223 @@
+"""Pre-trains any transformers or timm vision model from a recipe, with TrAct, by accelerate.
+
+    accelerate launch examples/pretrain_vit.py                                         # photo crops, minutes on two cores
+    accelerate launch examples/pretrain_vit.py --recipe examples/recipes/cifar10_vit.yaml --report_to tensorboard
+    torchrun --nproc-per-node 2 examples/pretrain_vit.py                               # two processes, on CPU too
+    accelerate launch examples/pretrain_vit.py --resume_from_checkpoint latest
+
+A recipe sets defaults; what the command line says wins. A run that was killed and resumed ends in the same weights.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed, tqdm
+from timm.data import Mixup, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from hf_tract import apply_tract
+from image_data import Copies, Images, Splits, load_splits, normalization
+from metrics import TopK
+from modeling import logits_of, make_model, save_model
+from recipe import Recipe, Run, parse
+
+
+class Progress:
+    """Where training is; saved and restored with accelerate's state."""
+
+    epoch = batch = step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batch within it, and optimizer step, each counted from 0 as what comes next."""
+        return {"epoch": self.epoch, "batch": self.batch, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes these over."""
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+
+
+def main() -> None:
+    recipe, run = parse()
+    project = ProjectConfiguration(run.output_dir, automatic_checkpoint_naming=True, total_limit=2)
+    accelerator = Accelerator(
+        cpu=run.cpu,
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        log_with=run.report_to,
+        project_config=project,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+        step_scheduler_with_optimizer=False,
+    )
+    set_seed(recipe.seed)
+    with accelerator.main_process_first():
+        splits = load_splits(
+            recipe.dataset, recipe.dataset_config, recipe.train_split, recipe.eval_split,
+            recipe.image_column, recipe.label_column, recipe.train_samples,
+        )  # fmt: skip
+    mean, std = normalization(splits, recipe.image_size)
+    train_loader, test_loader, images = make_loaders(splits, recipe, run, mean, std, accelerator)
+    model = make_model(recipe.model, json.loads(recipe.model_config), recipe.image_size, splits.names)
+    set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
+    optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+    if not run.no_tract:
+        accelerator.print(apply_tract(model, recipe.lam, scope=recipe.scope))  # type: ignore[arg-type]
+    model, optimizer, test_loader = accelerator.prepare(model, optimizer, test_loader)
+    if not recipe.repeated_augmentation:
+        train_loader = accelerator.prepare(train_loader)
+    steps_per_epoch = -(-len(train_loader) // recipe.gradient_accumulation_steps)
+    schedule, _ = create_scheduler_v2(
+        optimizer, recipe.schedule, recipe.epochs, warmup_epochs=recipe.warmup_epochs, warmup_lr=0.0, warmup_prefix=False,
+        decay_milestones=recipe.decay_milestones, decay_rate=recipe.decay_rate, step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )  # fmt: skip
+    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
+    progress = Progress()
+    kept = [*([ema] if ema else []), progress]
+    accelerator.register_for_checkpointing(*kept)
+    history = Path(run.output_dir) / "history.jsonl"
+    start(accelerator, run, len(kept), history, progress)
+    if run.report_to:
+        accelerator.init_trackers("pretrain_vit", {key: str(value) for key, value in dataclasses.asdict(recipe).items()})
+
+    criterion, mixup = make_loss(recipe, len(splits.names))
+    bar = tqdm(
+        total=recipe.epochs * steps_per_epoch, initial=progress.step, desc="training", disable=not accelerator.is_main_process
+    )
+    schedule.step_update(progress.step)
+    for epoch in range(progress.epoch, recipe.epochs):
+        progress.epoch, images.epoch = epoch, epoch
+        loader = skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
+        loader.set_epoch(epoch)
+        model.train()
+        for pixels, labels in loader:
+            with accelerator.accumulate(model):
+                if mixup:
+                    pixels, labels = mixup(pixels, labels)
+                loss = criterion(logits_of(model(pixels)), labels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and recipe.clip_grad_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.batch += 1
+            if accelerator.sync_gradients:
+                progress.step += 1
+                schedule.step_update(progress.step)
+                if ema:
+                    ema.update(accelerator.unwrap_model(model), step=progress.step)
+                bar.update()
+                if progress.step % 10 == 0:
+                    accelerator.log(
+                        {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}, step=progress.step
+                    )
+                if run.checkpointing_steps.isdigit() and progress.step % int(run.checkpointing_steps) == 0:
+                    accelerator.save_state()
+        progress.epoch, progress.batch = epoch + 1, 0
+        figures = evaluate(ema.module if ema else model, test_loader, accelerator)
+        figures = {"epoch": epoch + 1, "step": progress.step, "loss": loss.item(), **figures}
+        accelerator.log({f"test/{key}": value for key, value in figures.items()}, step=progress.step)
+        bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items() if key not in ("epoch", "step")})
+        if accelerator.is_main_process:
+            with history.open("a") as file:
+                file.write(json.dumps({**figures, "tract": not run.no_tract}) + "\n")
+        if run.checkpointing_steps == "epoch":
+            accelerator.save_state()
+    bar.close()
+    accelerator.print(f"top-1 {100 * figures['top1']:.1f} %, top-5 {100 * figures['top5']:.1f} %")
+    if accelerator.is_main_process:
+        best = ema.module if ema else accelerator.unwrap_model(model)
+        save_model(best, Path(run.output_dir) / "model", mean, std, recipe.image_size, run.push_to_hub, run.hub_model_id)
+    accelerator.end_training()
+
+
+def make_loaders(
+    splits: Splits, recipe: Recipe, run: Run, mean: list[float], std: list[float], accelerator: Accelerator
+) -> tuple[Any, DataLoader[Any], Images]:
+    """Loaders for training and testing, and the training images, whose epoch is to be set."""
+    first = [v2.RandomCrop(recipe.image_size, padding=recipe.crop_padding)] if recipe.crop_padding else []
+    policy = recipe.auto_augment
+    if policy == "cifar10":  # which timm does not have
+        first, policy = [*first, v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)], None
+    whole = recipe.crop_scale == 1
+    rest = create_transform(
+        recipe.image_size, is_training=True, scale=(recipe.crop_scale, 1.0), ratio=(1.0, 1.0) if whole else None,
+        hflip=recipe.flip, color_jitter=recipe.color_jitter, auto_augment=policy, re_prob=recipe.random_erasing,
+        interpolation="bicubic", mean=mean, std=std,
+    )  # fmt: skip
+    augmented = v2.Compose([*first, rest])
+    plain = create_transform(recipe.image_size, interpolation="bicubic", crop_pct=1.0, mean=mean, std=std)
+    images = Images(splits.train, splits, augmented, recipe.seed)
+    shared: dict[str, Any] = {"num_workers": run.num_workers, "pin_memory": torch.accelerator.is_available()}
+    test_loader = DataLoader(Images(splits.test, splits, plain), 2 * recipe.batch_size, **shared)
+    if not recipe.repeated_augmentation:
+        return DataLoader(images, recipe.batch_size, shuffle=True, drop_last=True, **shared), test_loader, images
+    # timm's sampler deals out the copies over the ranks by itself, so accelerate must not shard what it gives.
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    dealt = RepeatAugSampler(images, ranks, rank, num_repeats=recipe.repeated_augmentation, selected_round=0)
+    loader = DataLoader(images, recipe.batch_size, sampler=Copies(dealt, rank, ranks), drop_last=True, **shared)
+    return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True), test_loader, images
+
+
+def make_loss(recipe: Recipe, classes: int) -> tuple[nn.Module, Mixup | None]:
+    """The loss, and what mixes images and labels, if anything does."""
+    if recipe.mixup or recipe.cutmix:
+        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+        return (BinaryCrossEntropy() if recipe.bce_loss else SoftTargetCrossEntropy()), mixup
+    if recipe.bce_loss:
+        return BinaryCrossEntropy(smoothing=recipe.label_smoothing), None
+    return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing), None
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator) -> dict[str, float]:
+    """Top-1 and top-5 over all processes."""
+    model.eval()
+    metric = TopK()
+    for pixels, labels in loader:
+        scores, labels = accelerator.gather_for_metrics((logits_of(model(pixels)).float(), labels))
+        metric.add_batch(predictions=scores.cpu().numpy(), references=labels.cpu().numpy())
+    return metric.compute() or {}
+
+
+def start(accelerator: Accelerator, run: Run, kept: int, history: Path, progress: Progress) -> None:
+    """Restores the checkpoint that is asked for, or sees to it that nothing of another run is in the way."""
+    folder = Path(run.output_dir) / "checkpoints"
+    found = sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.split("_")[1]))
+    whole = [path for path in found if (path / f"custom_checkpoint_{kept - 1}.pkl").exists()]  # what is written last
+    if found and not run.resume_from_checkpoint:
+        raise SystemExit(f"{folder} has checkpoints: add --resume_from_checkpoint latest, or name another --output_dir.")
+    chosen = None
+    if run.resume_from_checkpoint == "latest":
+        chosen = whole[-1] if whole else None
+    elif run.resume_from_checkpoint:
+        chosen = Path(run.resume_from_checkpoint)
+    lines = history.read_text().splitlines() if history.exists() else []
+    if chosen:
+        accelerator.load_state(str(chosen))
+        accelerator.project_configuration.iteration = int(chosen.name.split("_")[1]) + 1
+        accelerator.print(f"Resumed from {chosen}: epoch {progress.epoch + 1}, step {progress.step}.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:  # what a killed run wrote after that checkpoint
+        for path in found:
+            if int(path.name.split("_")[1]) >= accelerator.project_configuration.iteration:
+                shutil.rmtree(path)
+        history.parent.mkdir(parents=True, exist_ok=True)
+        history.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["epoch"] <= progress.epoch))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

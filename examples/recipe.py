@@ -1,0 +1,85 @@
+"""The recipe of a pre-training run, and the options of the run itself: YAML below, the command line above."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class Recipe:
+    """What is trained and how: the fields of a recipe file."""
+
+    dataset: str = field(default="photo_crops", metadata={"help": "photo_crops, a Hub id, or a folder of parquet or images"})
+    dataset_config: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_samples: int = field(default=0, metadata={"help": "use that many training images; 0 for all"})
+    model: str = field(default="vit", metadata={"help": "a transformers model type, a timm name, or a checkpoint"})
+    model_config: str = field(default="{}", metadata={"help": "JSON: settings of a model of random weights"})
+    image_size: int = 32
+    epochs: int = 8
+    batch_size: int = field(default=128, metadata={"help": "images of one process and micro-step"})
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
+    optimizer: str = field(default="adamw", metadata={"help": "any name of timm.optim.create_optimizer_v2"})
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: str = field(default="cosine", metadata={"help": "any name of timm.scheduler.create_scheduler_v2"})
+    decay_milestones: list[int] = field(default_factory=list, metadata={"help": "epochs of the multistep schedule"})
+    decay_rate: float = 0.1
+    warmup_epochs: int = 0
+    clip_grad_norm: float = field(default=0.0, metadata={"help": "0 for none; it sees TrAct's gradient"})
+    label_smoothing: float = 0.0
+    bce_loss: bool = field(default=False, metadata={"help": "binary cross-entropy over the classes, as DeiT III"})
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    crop_scale: float = field(default=0.6, metadata={"help": "least part of the image that a random crop keeps; 1 for no crop"})
+    crop_padding: int = field(default=0, metadata={"help": "zeros around the image before a crop of its size, as for CIFAR"})
+    flip: float = 0.5
+    color_jitter: float = 0.3
+    auto_augment: str | None = field(default=None, metadata={"help": "timm's notation (rand-m9-mstd0.5-inc1, 3a), or cifar10"})
+    random_erasing: float = 0.0
+    repeated_augmentation: int = field(default=0, metadata={"help": "copies of an image in an epoch's batches; 0 for none"})
+    ema_decay: float = field(default=0.0, metadata={"help": "also average the weights, and test the average; 0 for not"})
+    lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
+    scope: str = field(default="global", metadata={"help": "global or local: see hf_tract.apply_tract"})
+    seed: int = 0
+
+
+@dataclass
+class Run:
+    """Where a run goes and how it is watched."""
+
+    recipe: str | None = field(default=None, metadata={"help": "a YAML file; photo crops where none is given"})
+    no_tract: bool = field(default=False, metadata={"help": "the same without TrAct"})
+    output_dir: str = "outputs/pretrain_vit"
+    checkpointing_steps: str = field(default="epoch", metadata={"help": "optimizer steps between them, or epoch, or never"})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
+    report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, trackio, ..., or all"})
+    num_workers: int = 0
+    cpu: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+
+
+def parse() -> tuple[Recipe, Run]:
+    """The recipe and the run; a recipe file's values are defaults."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe")
+    file = first.parse_known_args()[0].recipe or Path(__file__).with_name("recipes") / "photo_crops.yaml"
+    values: dict[str, Any] = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    known = [each.name for each in dataclasses.fields(Recipe)]
+    if unknown := sorted(set(values) - set(known)):
+        raise SystemExit(f"{file} sets {', '.join(unknown)}, which a recipe does not have; it has {', '.join(known)}.")
+    parser = HfArgumentParser([Recipe, Run])  # type: ignore[list-item]
+    parser.set_defaults(**{key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()})
+    recipe, run = parser.parse_args_into_dataclasses()
+    return recipe, run
