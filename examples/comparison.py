@@ -85,11 +85,12 @@ def report(records: Records, seeds: Sequence[int], title: str) -> None:
     """Prints the table of accuracy per epoch and what follows from it; saves comparison.png beside the records."""
     arms = list(records.arms)
     curves = {arm: 100 * np.array([record.accuracy for record in records.of(arm, seeds)]) for arm in arms}
-    table = Table("epoch", *arms, title=f"{title}: test accuracy, % (mean and std over {len(seeds)} seeds)")
+    table = Table("epoch", *arms)
     for epoch in range(curves[arms[0]].shape[1]):
         table.add_row(str(epoch + 1), *(_spread(curves[arm][:, epoch]) for arm in arms))
     console = Console()
-    console.print(table)
+    spread = f" (mean and standard deviation over {len(seeds)} seeds)" if len(seeds) > 1 else ""
+    console.print(f"\n{title}: test accuracy in per cent{spread}", table, sep="\n")
     base, other = (curves[arm].mean(0) for arm in arms)
     reached = epochs_to_reach(other, base[-1])
     when = f"after {reached} of {len(base)} epochs" if reached else f"in none of the {len(base)} epochs"

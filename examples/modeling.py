@@ -52,6 +52,6 @@ def save_model(
             part.save_pretrained(folder, push_to_hub=push, repo_id=hub_id or folder.parent.name)
         return
     config = {"mean": mean, "std": std, "input_size": (3, image_size, image_size)}
-    timm.models.save_for_hf(model, folder, model_config=config)
+    timm.models.save_for_hf(model, folder, model_config=config, safe_serialization=True)
     if push:
         timm.models.push_to_hf_hub(model, hub_id or folder.parent.name, model_config=config)
