@@ -176,7 +176,9 @@ def can_tap(layer: nn.Module) -> bool:
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether nothing that the weight is made of can be trained."""
-    return not any(p.requires_grad for name, p in layer.named_parameters() if name != "bias")
+    weights = [parameter for name, parameter in layer.named_parameters() if name != "bias"]
+    # FSDP1 may have replaced the parameter by a view of its own.
+    return not any(tensor.requires_grad for tensor in [*weights, layer.weight] if isinstance(tensor, Tensor))
 
 
 def columns(layer: nn.Module) -> int:

@@ -1,0 +1,62 @@
+"""Works with: FSDP1 (`FullyShardedDataParallel`), original parameters kept or not, before or after."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from hf_tract import apply_tract
+from oracle import assert_close
+from ranks import COLUMNS, STEPS, Net, on_two_ranks, one_process, train
+
+SIZES = [[5, 3], [2, 2]]
+SCENARIOS = {
+    f"original parameters {original}, {when}, {'the stem wrapped' if wrapped else 'one unit'}": (original, when, wrapped)
+    for original in (True, False)
+    for when in ("before", "after")
+    for wrapped in (True, False)
+}
+
+
+def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], list[str]]:
+    original, when, wrapped = SCENARIOS[name]
+    warnings.simplefilter("ignore", FutureWarning)  # torch deprecates FSDP1
+    model, said = Net(), []
+    logging.getLogger("hf_tract").addHandler(log := logging.Handler())
+    log.emit = lambda record: said.append(record.getMessage())
+    if when == "before":
+        handle = apply_tract(model, lam=0.1)
+    sharded = FullyShardedDataParallel(
+        model,
+        sharding_strategy=ShardingStrategy.FULL_SHARD,
+        use_orig_params=original,
+        device_id=torch.device("cpu"),
+        auto_wrap_policy=ModuleWrapPolicy({nn.Sequential}) if wrapped else None,
+    )
+    if when == "after":
+        handle = apply_tract(sharded, lam=0.1)
+    logging.getLogger("hf_tract").removeHandler(log)
+    collectives = train(sharded, handle, rank, SIZES, sharded.no_sync)
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        weights = torch.cat([p.detach().flatten() for p in sharded.parameters()]).clone()
+    return weights, collectives, said
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("fsdp1"), job, list(SCENARIOS))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_equals_one_process_with_one_collective_a_step(results, name):
+    (weights, collectives, said), (others, *_) = (rank[name] for rank in results)
+    assert torch.equal(weights, others)
+    want = one_process(sum(map(sum, SIZES)))
+    # Without the original parameters there is one flat one a unit, and another order of all of them.
+    assert_close(weights.sort().values, want.sort().values, 1e-10)
+    assert collectives == [COLUMNS**2 + 1] * STEPS
+    assert said == []
