@@ -1,4 +1,4 @@
-"""Run by tests/test_trainer_distributed.py, alone or by torchrun: `trainer_job.py FOLDER NAME SETTINGS` trains by Trainer."""
+"""Run by tests/test_trainer_distributed.py, alone or by torchrun: `trainer_job.py FOLDER '{name: settings}'` trains each."""
 
 import json
 import sys
@@ -11,15 +11,18 @@ from helpers import small_vit, trainer, weights
 from hf_tract import TrActCallback
 
 
-def main(folder: Path, name: str, settings: dict) -> None:
+def main(folder: Path, jobs: dict[str, dict]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    lam = settings.pop("lam", 0.1)
-    run = trainer(folder / name, small_vit(), [TrActCallback(lam=lam)] if lam else [], num_train_epochs=5, **settings)
-    run.train()
+    results = {}
+    for name, settings in jobs.items():
+        lam = settings.pop("lam", 0.1)
+        run = trainer(folder / name, small_vit(), [TrActCallback(lam=lam)] if lam else [], num_train_epochs=5, **settings)
+        run.train()
+        results[name] = weights(run.model), run.state.global_step
     if run.args.should_save:
-        torch.save({"weights": weights(run.model), "steps": run.state.global_step}, folder / f"{name}.pt")
+        torch.save(results, folder / "results.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,33 @@
+"""Works with: DeepSpeed ZeRO-2 and ZeRO-3, where weights and gradients are sharded, on two gloo processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from oracle import assert_close
+from ranks import STEPS, one_process
+
+JOB = str(Path(__file__).with_name("deepspeed_job.py"))
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29900 + os.getpid() % 90)]
+SCENARIOS = [(stage, when, micros) for stage in (2, 3) for when in ("before", "after") for micros in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *TORCHRUN, JOB, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: f"ZeRO-{s[0]}, {s[1]}, {s[2]} micro-steps")
+def test_equals_one_process_with_one_collective_a_step(results, scenario):
+    weights, collectives = results[scenario]
+    assert_close(weights, one_process(12), 1e-5)
+    assert collectives == STEPS
