@@ -39,6 +39,13 @@ def images(step: int, count: int) -> torch.Tensor:
     return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64) * scale * 3
 
 
+class Pairs(Net):
+    """Calls its stem twice in each forward, as contrastive and multi-crop training do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + super().forward(2 * x.flip(-1)).sin()
+
+
 def loss_sum(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x).square().sum()
 
@@ -53,9 +60,9 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
 
 
-def one_process(total: int) -> torch.Tensor:
+def one_process(total: int, net: type[Net] = Net) -> torch.Tensor:
     """Weights after training on all images of each step at once."""
-    model = Net()
+    model = net()
     apply_tract(model, lam=0.1)
     optimizer = optimizer_of(model)
     for step in range(STEPS):
