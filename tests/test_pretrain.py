@@ -66,8 +66,9 @@ def test_without_tract_another_model_comes_out(whole, tmp_path, monkeypatch):
     assert (weights(vanilla) - weights(whole)).norm() > 1e-3 * weights(whole).norm()
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_path, monkeypatch, stop_after):
+def run_until_killed(monkeypatch, folder, after: int) -> None:
+    """Dies after that many checkpoints, one every 3 steps, and in the middle of the next."""
+
     class Killed(BaseException):
         pass
 
@@ -75,14 +76,19 @@ def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_pa
 
     def save_and_die(self, *args, **kwargs):
         saves.append(save_state(self, *args, **kwargs))
-        if len(saves) == stop_after:
-            (tmp_path / "checkpoints" / f"checkpoint_{stop_after}").mkdir()  # the next one, cut off half-way
+        if len(saves) == after:
+            (folder / "checkpoints" / f"checkpoint_{after}").mkdir()
             raise Killed
 
     monkeypatch.setattr(Accelerator, "save_state", save_and_die)
     with pytest.raises(Killed):
-        run(monkeypatch, tmp_path, "--checkpointing_steps", "3")
+        run(monkeypatch, folder, "--checkpointing_steps", "3")
     monkeypatch.setattr(Accelerator, "save_state", save_state)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_path, monkeypatch, after):
+    run_until_killed(monkeypatch, tmp_path, after)
     run(monkeypatch, tmp_path, "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
     assert torch.equal(weights(tmp_path), weights(whole))
     assert history(tmp_path) == history(whole)
@@ -156,13 +162,25 @@ def command(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> list
     return [sys.executable, *launcher, str(EXAMPLES / "pretrain_vit.py"), *FAST, "--output_dir", str(folder), *options]
 
 
+def run_on_two(folder: Path, *options: str) -> None:
+    """Each process has half the batch: the same images together, augmented alike."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 90))
+    two = command(folder, "--batch_size", "16", *options, launcher=launcher)
+    done = subprocess.run(two, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes_end_where_one_does(whole, tmp_path):
-    """Each half the batch: the same images, augmented alike, and one second moment over both."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511")
-    two = command(tmp_path, "--batch_size", "16", launcher=launcher)
-    subprocess.run(two, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    run_on_two(tmp_path)
     assert_close(weights(tmp_path), weights(whole), 1e-3)
     assert history(tmp_path)[-1]["step"] == history(whole)[-1]["step"]
+
+
+def test_begun_on_one_process_and_resumed_on_two_it_ends_there_too(whole, tmp_path, monkeypatch):
+    run_until_killed(monkeypatch, tmp_path, after=3)
+    run_on_two(tmp_path, "--resume_from_checkpoint", "latest")
+    assert_close(weights(tmp_path), weights(whole), 1e-3)
+    assert [entry["step"] for entry in history(tmp_path)] == [8, 16]
 
 
 @pytest.mark.slow
