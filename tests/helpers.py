@@ -1,6 +1,5 @@
 """Small models, images and Trainers that the tests share."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,3 @@ def stem_of(model: nn.Module) -> nn.Conv2d:
     stem = model.get_submodule(STEM)
     assert isinstance(stem, nn.Conv2d)
     return stem
-
-
-def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    return copy.deepcopy(model), model

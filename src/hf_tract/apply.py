@@ -41,13 +41,13 @@ class TrActHandle:
         with the second moment of all of them. accelerate and Trainer need no such call. Under DDP it goes with DDP's own.
         """
         with contextlib.ExitStack() as stack:
-            for step in self._steps():
+            for step in self._steps().values():
                 stack.enter_context(step.no_sync())
             yield
 
     def reset(self) -> None:
         """Forgets the micro-steps gathered so far: for a loop that drops an accumulation half-way."""
-        for step in self._steps():
+        for step in self._steps().values():
             step.reset()
 
     def stats(self) -> dict[str, dict[str, float]]:
@@ -57,11 +57,10 @@ class TrActHandle:
         clipping and before ranks are averaged, in the loss's scale); `condition` estimates the condition number of
         C + lam I. A layer that has had no backward yet is left out.
         """
-        steps = {layer.name: step for layer, step in zip(self.layers, self._steps(), strict=False)}
-        return {name: stats for name, step in steps.items() if (stats := step.stats())}
+        return {name: stats for name, step in self._steps().items() if (stats := step.stats())}
 
-    def _steps(self) -> list[LayerStep]:
-        return [layer.module._tract_step for layer in self.layers if isinstance(layer.module, Tapped)]
+    def _steps(self) -> dict[str, LayerStep]:
+        return {layer.name: layer.module._tract_step for layer in self.layers if isinstance(layer.module, Tapped)}
 
     def __enter__(self) -> TrActHandle:
         """The handle itself."""
