@@ -53,7 +53,7 @@ def main() -> None:
     recipe, run = parse()
     project = ProjectConfiguration(run.output_dir, automatic_checkpoint_naming=True, total_limit=2)
     accelerator = Accelerator(
-        cpu=run.cpu,
+        cpu=run.cpu or not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on CPU
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         log_with=run.report_to,

@@ -23,7 +23,17 @@ from recipe import Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}
-FAST = ["--cpu", "--epochs", "2", "--train_samples", "256", "--batch_size", "32", "--model_config", json.dumps(TINY)]
+FAST = [
+    *(["--cpu"] if torch.accelerator.is_available() else []),
+    "--epochs",
+    "2",
+    "--train_samples",
+    "256",
+    "--batch_size",
+    "32",
+    "--model_config",
+    json.dumps(TINY),
+]
 
 
 def run(monkeypatch, folder, *arguments) -> Path:
