@@ -97,6 +97,7 @@ def main() -> None:
         total=recipe.epochs * steps_per_epoch, initial=progress.step, desc="training", disable=not accelerator.is_main_process
     )
     schedule.step_update(progress.step)
+    figures: dict[str, float] = {}
     for epoch in range(progress.epoch, recipe.epochs):
         progress.epoch, images.epoch = epoch, epoch
         loader = skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
@@ -136,6 +137,7 @@ def main() -> None:
         if run.checkpointing_steps == "epoch":
             accelerator.save_state()
     bar.close()
+    figures = figures or evaluate(ema.module if ema else model, test_loader, accelerator)  # a finished run, resumed
     accelerator.print(f"top-1 {100 * figures['top1']:.1f} %, top-5 {100 * figures['top5']:.1f} %")
     if accelerator.is_main_process:
         best = ema.module if ema else accelerator.unwrap_model(model)

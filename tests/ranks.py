@@ -1,7 +1,7 @@
 """Two gloo processes that train the same model on parts of the same images, and the one process to compare them with."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -54,6 +54,14 @@ def flat(model: nn.Module) -> torch.Tensor:
     """All parameters in one vector, gathered where they are sharded."""
     parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     return torch.cat([p.detach().flatten() for p in parameters])
+
+
+@contextmanager
+def fsdp2_no_sync(model: Any) -> Iterator[None]:
+    """FSDP2's own way to hold a micro-step's gradients back."""
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

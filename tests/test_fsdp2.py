@@ -1,7 +1,5 @@
 """Works with: FSDP2 (`fully_shard`). The gradient is preconditioned before it is sharded, so nothing is gathered for it."""
 
-import contextlib
-
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from hf_tract import apply_tract
 from hf_tract.tap import Tapped
 from oracle import assert_close
-from ranks import COLUMNS, STEPS, Net, flat, on_two_ranks, one_process, train
+from ranks import COLUMNS, STEPS, Net, flat, fsdp2_no_sync, on_two_ranks, one_process, train
 
 UNITS = {"the root's": [], "a unit of its own": ["embed.0"], "inside a unit": ["embed"]}
 SIZES = [[5, 3], [2, 2]]
@@ -32,13 +30,7 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], str, str]:
     if when == "after":
         handle = apply_tract(model, lam=0.1)
 
-    @contextlib.contextmanager
-    def held():
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-
-    collectives = train(model, handle, rank, SIZES, held)
+    collectives = train(model, handle, rank, SIZES, lambda: fsdp2_no_sync(model))
     stem = model.embed[0]
     tapped, weights = type(stem).__name__, flat(model)
     assert isinstance(stem, Tapped)

@@ -104,6 +104,13 @@ def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_pa
     assert history(tmp_path) == history(whole)
 
 
+def test_a_finished_run_resumed_stays_as_it_is(whole, monkeypatch):
+    before, told = weights(whole), history(whole)
+    run(monkeypatch, whole, "--resume_from_checkpoint", "latest")
+    assert torch.equal(weights(whole), before)
+    assert history(whole) == told
+
+
 def test_a_used_folder_is_not_overwritten(whole, monkeypatch):
     with pytest.raises(SystemExit, match=r"has checkpoints: add --resume_from_checkpoint latest, or name another --output_dir"):
         run(monkeypatch, whole)

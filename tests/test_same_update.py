@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_tract import apply_tract
 from oracle import assert_close
-from ranks import flat, on_two_ranks
+from ranks import flat, fsdp2_no_sync, on_two_ranks
 
 STEPS, IMAGES = 20, 64
 
@@ -86,14 +86,7 @@ def job(rank: int, name: str) -> torch.Tensor:
         wrapped = DistributedDataParallel(model)
         return train(wrapped, handle, OPTIMIZERS[optimizer](wrapped.parameters()), micros, rank, 2, wrapped.no_sync)
     sharded = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-
-    @contextlib.contextmanager
-    def held():
-        sharded.set_requires_gradient_sync(False)
-        yield
-        sharded.set_requires_gradient_sync(True)
-
-    return train(sharded, handle, OPTIMIZERS[optimizer](sharded.parameters()), micros, rank, 2, held)
+    return train(sharded, handle, OPTIMIZERS[optimizer](sharded.parameters()), micros, rank, 2, lambda: fsdp2_no_sync(sharded))
 
 
 NAMES = [f"{family}/{optimizer}" for family in MODELS for optimizer in OPTIMIZERS]
