@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hf_tract import apply_tract
-from ranks import COLUMNS, STEPS, Net, images, loss_sum
+from ranks import COLUMNS, STEPS, Net, images, leave, loss_sum
 from test_deepspeed import SCENARIOS
 
 
@@ -57,3 +57,4 @@ if __name__ == "__main__":
     trained = {scenario: train(dist.get_rank(), *scenario) for scenario in SCENARIOS}
     if dist.get_rank() == 0:
         torch.save(trained, f"{sys.argv[1]}/results.pt")
+    leave()

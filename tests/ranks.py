@@ -1,5 +1,8 @@
 """Two gloo processes that train the same model on parts of the same images, and the one process to compare them with."""
 
+import faulthandler
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -130,8 +133,23 @@ def train(
 def _main(rank: int, folder: str, job: Callable[..., Any], names: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    faulthandler.enable()  # a rank that aborts says where
     torch.save({name: job(rank, name) for name in names}, f"{folder}/results-{rank}.pt")
-    dist.destroy_process_group()
+    leave()
+
+
+def leave() -> None:
+    """Ends a rank without the interpreter's shutdown.
+
+    gloo's threads may outlive the group as long as a mesh refers to it, and one that frees a tensor while the interpreter
+    shuts down aborts the process (pytorch/pytorch#179291).
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def on_two_ranks(folder: Path, job: Callable[[int, str], Any], names: list[str]) -> list[dict[str, Any]]:

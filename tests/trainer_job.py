@@ -9,6 +9,7 @@ import torch
 
 from helpers import small_vit, trainer, weights
 from hf_tract import TrActCallback
+from ranks import leave
 
 
 def main(folder: Path, jobs: dict[str, dict]) -> None:
@@ -26,3 +27,4 @@ def main(folder: Path, jobs: dict[str, dict]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave()
