@@ -2,10 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from memory import PeakMemory
 from torch import nn
 
 import oracle
-from hf_tract.moments import Window, patch_moments
+from hf_tract.moments import SCRATCH_BYTES, Window, patch_moments
 from hf_tract.tap import WINDOWS
 from strategies import cases
 
@@ -18,38 +19,59 @@ def window_of(layer: nn.Module, x: torch.Tensor) -> Window:
     return WINDOWS[oracle.CONVS[len(layer.kernel_size)][1]](x, layer.weight, *arguments)
 
 
-@given(cases(torch.float64), st.sampled_from([1, 2000, 2**27]))
+def moments(
+    x: torch.Tensor, window: Window, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES
+) -> tuple[torch.Tensor, int]:
+    n = window.columns(x.shape)
+    sums = torch.zeros(window.groups, n, n, dtype=dtype)
+    return sums, patch_moments(x, window, sums, scratch_bytes)
+
+
+@given(cases(torch.float64), st.sampled_from([1, 2000, 20000, 2**27]))
 def test_equals_the_dense_moment_whatever_the_chunks(case, scratch_bytes):
     if getattr(case.layer, "padding_mode", "zeros") != "zeros":
         case.layer.padding_mode = "zeros"
-    sums, count = patch_moments(case.x, window_of(case.layer, case.x), torch.float64, scratch_bytes)
+    sums, count = moments(case.x, window_of(case.layer, case.x), torch.float64, scratch_bytes)
     assert count == oracle.patches(case.x, case.layer).shape[1]
     oracle.assert_close(sums / count, oracle.moment(case.x, case.layer), 1e-12)
 
 
-def test_the_patch_matrix_is_bounded(monkeypatch):
-    import hf_tract.moments as moments
+PATCHES = {
+    "linear, converted": (Window(), (40000, 200)),
+    "patches": (Window((8, 8), (8, 8), (0,) * 4, (1, 1)), (60, 3, 128, 128)),
+    "padded patches": (
+        Window((8, 8), (8, 8), (4,) * 4, (1, 1)),
+        (60, 3, 128, 128),
+    ),
+    "rows": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (60, 3, 128, 128)),
+    "one large image": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (1, 3, 1600, 1600)),
+    "dilated": (Window((5, 5), (1, 1), (0,) * 4, (2, 2)), (20, 3, 64, 64)),
+}
 
-    sizes = []
-    original = moments._rows
-    monkeypatch.setattr(moments, "_rows", lambda *a: sizes.append(original(*a)) or sizes[-1])
-    x = torch.randn(9, 3, 20, 20)
-    patch_moments(x, Window((3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), torch.float32, scratch_bytes=2 * 27 * 400 * 4)
-    assert [p.shape[1] for p in sizes] == [800, 800, 800, 800, 400]
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_scratch_memory_is_bounded_and_not_wasted(name):
+    window, shape = PATCHES[name]
+    x = torch.randn(shape, dtype=torch.bfloat16 if not window.kernel else torch.float32)
+    n, bound = window.columns(shape), 4 * 2**20
+    sums = torch.zeros(window.groups, n, n)
+    with PeakMemory() as memory:
+        patch_moments(x, window, sums, bound)
+    assert bound / 8 < memory.peak <= bound + sums.nbytes
 
 
 def test_an_unbatched_image_is_one_image():
     x = torch.randn(3, 8, 8)
     window = Window((4, 4), (4, 4), (0, 0, 0, 0), (1, 1))
-    one, _ = patch_moments(x, window, torch.float32)
-    batch, count = patch_moments(x[None], window, torch.float32)
+    one, _ = moments(x, window, torch.float32)
+    batch, count = moments(x[None], window, torch.float32)
     assert count == 4
     assert torch.equal(one, batch)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 2, 8)])
 def test_no_patches_give_zero_sums(shape):
-    sums, count = patch_moments(torch.randn(shape), Window((4, 4), (4, 4), (0,) * 4, (1, 1)), torch.float32)
+    sums, count = moments(torch.randn(shape), Window((4, 4), (4, 4), (0,) * 4, (1, 1)), torch.float32)
     assert count == 0
     assert sums.shape == (1, 48, 48)
     assert not sums.any()
@@ -60,7 +82,7 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
     layer = nn.Conv2d(3, 4, 4, 4)
     x = torch.randn(8, 3, 16, 16).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        sums, count = patch_moments(x, window_of(layer, x), torch.float32)
+        sums, count = moments(x, window_of(layer, x), torch.float32)
     assert sums.dtype == torch.float32
     oracle.assert_close(sums / count, oracle.moment(x, layer), 1e-6)
 
@@ -93,5 +115,5 @@ def test_is_the_input_factor_of_curvlinops_forward_only_kfac(layer, shape):
     )
     kfac.compute_kronecker_factors()
     (factor,) = kfac.state_dict()["input_covariances"].values()
-    sums, count = patch_moments(x, window_of(layer, x), torch.float64)
+    sums, count = moments(x, window_of(layer, x), torch.float64)
     oracle.assert_close(sums[0] / count, factor, 1e-12)

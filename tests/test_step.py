@@ -249,7 +249,7 @@ def test_no_grad_and_a_frozen_weight_cost_nothing(layers, monkeypatch):
 def test_an_unsolvable_moment_is_said_once(layers, caplog, monkeypatch):
     _, layer = layers
     handle = apply_tract(layer, LAM)
-    layer._tract_step.lam = -1e6  # what no user can ask for: C + lam I is negative
+    object.__setattr__(layer._tract_step.config, "lam", -1e6)  # what no user can ask for: C + lam I is negative
     with caplog.at_level(logging.WARNING, "hf_tract"):
         for _ in range(2):
             loss(layer(images(2))).backward()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -59,6 +60,28 @@ class TrActHandle:
         """
         return {name: stats for name, step in self._steps().items() if (stats := step.stats())}
 
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What goes from one optimizer step to the next, by layer: nothing, unless `every` or `ema` is set.
+
+        accelerate saves and loads it in `save_state` after `accelerator.register_for_checkpointing(handle)`.
+        """
+        return {name: state for name, step in self._steps().items() if (state := step.state_dict())}
+
+    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Any]]) -> None:
+        """Goes on from what `state_dict` gave.
+
+        Raises:
+            TrActError: for a state of other layers, or of layers of another size. Nothing is loaded then.
+        """
+        sizes = {layer.name: getattr(layer.module, "groups", 1) * columns(layer.module) ** 2 + 1 for layer in self.layers}
+        for name, state in state_dict.items():
+            if len(state["kept"]) != sizes.get(name):
+                raise TrActError(
+                    f"`state_dict` has {len(state['kept'])} numbers for layer {name!r}; this model's layers need {sizes}."
+                )
+        for name, step in self._steps().items():
+            step.load_state_dict(state_dict.get(name))
+
     def _steps(self) -> dict[str, LayerStep]:
         return {layer.name: layer.module._tract_step for layer in self.layers if isinstance(layer.module, Tapped)}
 
@@ -76,7 +99,12 @@ class TrActHandle:
             f"  {layer.name}: {untapped_class(type(layer.module)).__name__}, n={columns(layer.module)} ({layer.source})"
             for layer in self.layers
         ]
-        return "\n".join([f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r})", *lines])
+        more = "".join(f", {name}={value:g}" for name, value in self._options().items())
+        return "\n".join([f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r}{more})", *lines])
+
+    def _options(self) -> dict[str, float]:
+        """What differs from the method as published."""
+        return {name: value for name in ("every", "ema") if (value := getattr(self.config, name)) != getattr(TrActConfig, name)}
 
 
 def apply_tract(
@@ -85,6 +113,9 @@ def apply_tract(
     layers: Layers = "auto",
     scope: Scope = "global",
     *,
+    every: int = 1,
+    ema: float = 0.0,
+    scratch_mib: int = 128,
     inputs: Any = None,
     process_group: Any = None,
 ) -> TrActHandle:
@@ -101,6 +132,9 @@ def apply_tract(
         layers: "auto", or names, glob patterns or modules: see `find_first_layers`.
         scope: "global" for one C per optimizer step, over accumulated micro-steps and all ranks; "local" for one per
             forward call of each process, as in the paper's code.
+        every: optimizer steps that one factor serves; 1 is the method.
+        ema: decay of a running average of C; 0 is the method. With `every` or `ema` the handle has a state to save.
+        scratch_mib: bound on the memory that computing C takes, in MiB.
         inputs: a batch, for "auto" with a model that nothing is known about: see `find_first_layers`.
         process_group: the data-parallel ranks that share C, the default group where None.
 
@@ -120,11 +154,11 @@ def apply_tract(
         TrAct(lam=0.1, scope='global')
           0: Conv2d, n=48 (reached first by the pixels)
     """
-    TrActConfig(lam=lam, scope=scope)  # checked before the search
+    config = TrActConfig(lam=lam, scope=scope, every=every, ema=ema, scratch_mib=scratch_mib)  # checked before the search
     found = find_first_layers(model, layers, inputs)
     by_name = not (isinstance(layers, str) and layers == "auto")
     names: str | tuple[str, ...] = tuple(layer.name for layer in found) if by_name else "auto"
-    config = TrActConfig(lam=lam, layers=names, scope=scope)
+    config = dataclasses.replace(config, layers=names)
     if frozen := [layer.name for layer in found if is_frozen(layer.module)]:
         if by_name:
             raise TrActError(
@@ -139,7 +173,7 @@ def apply_tract(
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.GradientState().sync_gradients = True
     for layer in found:
-        tap(layer.module, config.lam, config.scope, process_group)
+        tap(layer.module, config, process_group)
     return TrActHandle(found, config)
 
 

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +18,7 @@ from hf_tract.layers import Layers
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "tract_config.json"
+STATE_NAME = "tract_state.pt"
 
 
 class TrActCallback(TrainerCallback):
@@ -24,7 +26,8 @@ class TrActCallback(TrainerCallback):
 
     TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary model.
     Trainer's logs get `tract/grad_norm_raw`, `tract/grad_norm` and `tract/condition` (see `TrActHandle.stats`), and each
-    checkpoint folder the settings as `tract_config.json`. There is no training state: nothing needs to be restored.
+    checkpoint folder the settings as `tract_config.json`. There is no training state, so nothing needs to be restored,
+    unless `every` or `ema` is set: what they keep is then in the checkpoint too, and a resumed run goes on from it.
 
     Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
 
@@ -33,6 +36,9 @@ class TrActCallback(TrainerCallback):
         layers: "auto", or names, glob patterns or modules.
         scope: "global" for one second moment per optimizer step, whatever the accumulation and the number of ranks;
             "local" for one per forward call.
+        every: optimizer steps that one factor serves; 1 is the method.
+        ema: decay of a running average of the second moments; 0 is the method.
+        scratch_mib: bound on the memory that computing a second moment takes, in MiB.
 
     Raises:
         TrActError: for a setting that is none; when training begins, for layers that match nothing or are frozen.
@@ -41,9 +47,18 @@ class TrActCallback(TrainerCallback):
         Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970.
     """
 
-    def __init__(self, lam: float = 0.1, layers: Layers = "auto", scope: Scope = "global") -> None:
-        TrActConfig(lam=lam, scope=scope)
-        self.lam, self.layers, self.scope = lam, layers, scope
+    def __init__(
+        self,
+        lam: float = 0.1,
+        layers: Layers = "auto",
+        scope: Scope = "global",
+        *,
+        every: int = 1,
+        ema: float = 0.0,
+        scratch_mib: int = 128,
+    ) -> None:
+        self.layers = layers  # which may hold modules, and those are no settings
+        self.config = TrActConfig(lam=lam, scope=scope, every=every, ema=ema, scratch_mib=scratch_mib)
         self.handle: TrActHandle | None = None
 
     def on_train_begin(
@@ -58,15 +73,19 @@ class TrActCallback(TrainerCallback):
         assert model is not None
         self._remove()  # an exception in the last `train()` skips its end
         try:
-            self.handle = apply_tract(model, self.lam, self.layers, self.scope)
+            self.handle = apply_tract(model, **{**self.config.to_dict(), "layers": self.layers})
         except TrActError as error:
             if not (isinstance(self.layers, str) and self.layers == "auto"):
                 raise
             logger.warning("TrAct is off: %s", error)
             return
+        folder = _checkpoint(args, state) if state.global_step else None
+        if folder is not None and self.config.keeps_moment and (folder / STATE_NAME).exists():
+            self.handle.load_state_dict(torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True))
         if state.is_world_process_zero:
             logger.info("%s", self.handle)
-            self._compare(args, state)
+            if folder is not None:
+                self._compare(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Removes TrAct."""
@@ -91,23 +110,22 @@ class TrActCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the settings into the checkpoint folder."""
+        """Writes the settings, and what `every` and `ema` keep, into the checkpoint folder."""
         if self.handle is None or not args.should_save:
             return
         if folder := _checkpoint(args, state):
             self.handle.config.to_json_file(folder / SETTINGS_NAME)
+            if kept := self.handle.state_dict():
+                torch.save(kept, folder / STATE_NAME)
 
     def _remove(self) -> None:
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
 
-    def _compare(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _compare(self, folder: Path) -> None:
         """Says so when a run is resumed under other settings than its checkpoint's."""
         assert self.handle is not None
-        folder = _checkpoint(args, state) if state.global_step else None
-        if folder is None:
-            return
         path, now = folder / SETTINGS_NAME, self.handle.config
         then = TrActConfig.from_json_file(path) if path.exists() else None
         if then != now:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 from accelerate.hooks import ModelHook
 from torch import nn
@@ -19,6 +20,7 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         lam: as in `apply_tract`; so are the others.
         layers: which layers of the module that carries the hook.
         scope: "global" or "local".
+        options: `every`, `ema`, `scratch_mib` and the others of `apply_tract`.
 
     Example:
         >>> from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -26,13 +28,13 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         >>> model = remove_hook_from_module(model)
     """
 
-    def __init__(self, lam: float = 0.1, layers: Layers = "auto", scope: Scope = "global") -> None:
-        self.lam, self.layers, self.scope = lam, layers, scope
+    def __init__(self, lam: float = 0.1, layers: Layers = "auto", scope: Scope = "global", **options: Any) -> None:
+        self.lam, self.layers, self.scope, self.options = lam, layers, scope, options
         self.handle: TrActHandle | None = None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Applies TrAct to `module`, which is returned."""
-        self.handle = apply_tract(module, self.lam, self.layers, self.scope)
+        self.handle = apply_tract(module, self.lam, self.layers, self.scope, **self.options)
         _refresh(module)
         return module
 

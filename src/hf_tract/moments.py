@@ -2,12 +2,14 @@
 
 Shape letters: N images, c input channels, g groups, m outputs, o output positions along a dimension, k kernel size along
 a dimension, n = (c / g) * prod(k) inputs of one output (`weight[0].numel()`), b patches.
+
+Every path fills the lower triangle of the sums, in panels of columns, and mirrors it at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCRATCH_BYTES = 128 * 2**20
+CACHED_BYTES = 8 * 2**20  # CPU: pieces that stay in the cache, and below the size that malloc maps and unmaps each time
+PANEL = 128  # CPU: columns of the triangle that one product fills
+WORTHWHILE = 0.75  # share of the operations below which row products pay for their sums
 
 
 class Window(NamedTuple):
@@ -42,66 +47,197 @@ class Window(NamedTuple):
             for length, lo, hi, span, stride in zip(size, before, after, self.span, self.stride, strict=True)
         )
 
+    def columns(self, shape: Sequence[int]) -> int:
+        """n for an input of this shape."""
+        return shape[-1] if not self.kernel else shape[-len(self.kernel) - 1] // self.groups * math.prod(self.kernel)
 
-def patch_moments(x: Tensor, window: Window, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES) -> tuple[Tensor, int]:
-    """Sums p p^T over all patches p of `x`, in the order of `weight.flatten(1)`.
+
+def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = SCRATCH_BYTES) -> int:
+    """Writes the sums of p p^T over all patches p of `x` into zeros, in the order of `weight.flatten(1)`.
 
     Args:
         x: a convolution's input, (N, c, *size) or (c, *size), or a linear layer's, (..., n).
         window: the patches to take.
-        dtype: of the products and their sums; float32 or float64.
-        scratch_bytes: bound on the patch matrix that exists at a time; at least one row of output positions is taken.
+        out: zeros for the sums, (g, n, n), float32 or float64: the precision of the products too.
+        scratch_bytes: bound on what is allocated at a time beside one more matrix of `out`'s size; a line of output
+            positions of one image is taken even if it is larger.
 
     Returns:
-        The sums, (g, n, n), and the number of patches b. The moment of PAPER eq. (C = x x^T / b) is their quotient.
+        The number of patches b. The moment of PAPER eq. (C = x x^T / b) is the quotient of both.
     """
-    groups = window.groups
-    n = x.shape[-1] if not window.kernel else x.shape[-len(window.kernel) - 1] // groups * math.prod(window.kernel)
-    sums = x.new_zeros((groups, n, n), dtype=dtype)
-    count = 0
+    # A padded or converted copy of the input may stand beside its patches: each takes half.
+    scratch = min(scratch_bytes // 2, CACHED_BYTES if x.is_cpu else scratch_bytes)
+    budget = max(1, scratch // out.itemsize)
     with torch.autocast(x.device.type, enabled=False):
-        for patches in _patches(x, window, dtype, scratch_bytes):
-            sums.baddbmm_(patches.mT, patches)
-            count += patches.shape[1]
-    return sums, count
+        if not window.kernel:
+            return _linear(x, out, budget)
+        x = x if x.dim() == len(window.kernel) + 2 else x.unsqueeze(0)
+        positions = window.positions(x.shape[2:])
+        count = len(x) * math.prod(positions)
+        if count and x.shape[1]:
+            dim, share = _shared_lines(window, positions)
+            block = out.numel() * window.stride[dim] // window.kernel[dim]
+            if share <= WORTHWHILE and 4 * block <= budget:
+                _row_products(x, window, dim, positions, out, budget)
+            else:
+                _patch_products(x, window, positions, out, budget)
+    return count
 
 
-def _patches(x: Tensor, window: Window, dtype: torch.dtype, scratch_bytes: int) -> Iterator[Tensor]:
-    """The patch matrix in pieces of (g, rows, n), each piece at most `scratch_bytes` large where a row allows it."""
-    budget = max(1, scratch_bytes // dtype.itemsize)
-    if not window.kernel:
-        rows = x.reshape(-1, x.shape[-1])
-        step = len(rows) if rows.dtype == dtype else budget // max(1, rows.shape[1])
-        for piece in rows.split(max(1, step)):
-            yield piece.to(dtype).unsqueeze(0)
-        return
+def _linear(x: Tensor, out: Tensor, budget: int) -> int:
+    rows = x.reshape(-1, x.shape[-1])
+    step = len(rows) if rows.dtype == _dtype(rows, out) else budget // max(1, rows.shape[1])
+    panel = _panel(out)
+    for piece in rows.split(max(1, step)):
+        _add_gram(out, piece.to(_dtype(piece, out)).mT.unsqueeze(0), panel)
+    _mirror(out, panel)
+    return len(rows)
+
+
+def _patch_products(x: Tensor, window: Window, positions: tuple[int, ...], out: Tensor, budget: int) -> None:
+    """The patch matrix times its own transpose, in pieces: one permuted copy of the input where windows don't overlap."""
+    line = x.shape[1] * math.prod(window.kernel) * math.prod(positions[1:])
+    lines, images = _piece(positions[0], len(x), line, 0, budget, 1)
+    panel = _panel(out)
+    for start in range(0, positions[0], lines):
+        for chunk in x.split(images):
+            covered = _lines(chunk, 0, start, min(start + lines, positions[0]), window, _dtype(x, out))
+            _add_gram(out, _patch_matrix(covered, window), panel)
+            del covered
+    _mirror(out, panel)
+
+
+def _patch_matrix(x: Tensor, window: Window) -> Tensor:
+    """The patches of padded (N, c, *size) as (g, n, b)."""
     dims = len(window.kernel)
-    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    out = window.positions(x.shape[2:])
-    row = x.shape[1] * math.prod(window.kernel) * math.prod(out[1:])  # one output position along the first dimension
-    if not (row and out[0] and len(x)):
-        return
-    images, lines = max(1, budget // (row * out[0])), max(1, budget // row)
-    for chunk in x.split(images):
-        views = _windows(chunk.to(dtype), window)
-        for piece in views.split(lines, dim=2) if lines < out[0] else (views,):
-            yield _rows(piece, window)
+    views = _windows(x, window, 2).unflatten(1, (window.groups, -1))  # (N, g, c / g, *o, *k)
+    positions, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    if views.shape[2 + dims] >= views.shape[-1]:  # the longer of the two runs innermost
+        return views.permute(1, 2, *kernel, 0, *positions).flatten(2 + dims).flatten(1, 1 + dims)
+    return views.permute(1, 0, *positions, 2, *kernel).flatten(2 + dims).flatten(1, 1 + dims).mT
 
 
-def _windows(x: Tensor, window: Window) -> Tensor:
-    """A view of zero-padded (N, c, *size) as (N, c, *o, *k)."""
-    if any(window.padding):
-        last_first = [p for i in reversed(range(len(window.kernel))) for p in window.padding[2 * i : 2 * i + 2]]
-        x = F.pad(x, last_first)
+def _shared_lines(window: Window, positions: tuple[int, ...]) -> tuple[int, float]:
+    """The dimension in which overlapping windows share most, and the share of the operations that `_row_products` leaves."""
+    shares = [
+        (o + (k - 1) // s) * s / (o * k) if d == 1 else math.inf
+        for o, k, s, d in zip(positions, window.kernel, window.stride, window.dilation, strict=True)
+    ]
+    return shares.index(min(shares)), min(shares)
+
+
+def _row_products(x: Tensor, window: Window, dim: int, positions: tuple[int, ...], out: Tensor, budget: int) -> None:
+    """Products of each line with the lines near it, which all windows over both have in common.
+
+    A line is a position h along `dim`, unfolded along the other dimensions: S[h]. Block t holds the products of lines
+    t s .. t s + k - 1 with the first s of them. C's entries for kernel lines i = a s + r and j >= i, the sum over the
+    output positions o of S[o s + j] S[o s + i]^T, are the sum over t = a .. a + O - 1 of block t's for lines j - a s and r.
+    """
+    kernel, stride, count = window.kernel[dim], window.stride[dim], positions[dim]
+    groups, n = out.shape[:2]
+    width, shifts = n // kernel, (kernel - 1) // stride
+    panel, blocks = width * stride, count + shifts
+    across = math.prod(positions) // count
+    kernels, strides, dilations = (part[:dim] + part[dim + 1 :] for part in (window.kernel, window.stride, window.dilation))
+    others = Window(kernels, strides, dilation=dilations, groups=groups)
+    lines, images = _piece(blocks, len(x), groups * panel * across, groups * n * panel, budget, -(-1024 // across))
+    sums = torch.zeros_like(out)
+    for start in range(0, blocks, lines):
+        stop = min(start + lines, blocks)
+        products = out.new_zeros((groups, stop - start, n, panel))
+        for chunk in x.split(images):
+            covered = _lines(chunk, dim, start, stop, window, _dtype(x, out)).movedim(2 + dim, 2)
+            _add_blocks(products, _strips(covered, others))
+            del covered
+        for shift in range(shifts + 1):
+            low, high, j = max(shift, start), min(shift + count, stop), shift * panel
+            if low < high:
+                sums[:, j:, j : j + panel] += products[:, low - start : high - start, : n - j, : n - j].sum(1)
+        del products
+    _mirror(sums, panel)
+    # `sums` has the kernel's line before the rest of a patch, (c / g, *others); the weight has it in its place.
+    first, dims = n // math.prod(window.kernel), len(positions)
+    order = (2, *(3 + i if i < dim else 1 if i == dim else 2 + i for i in range(dims)))  # of (g, line, c / g, *others)
+    sums = sums.view(groups, *(kernel, first, *kernels) * 2).permute(0, *order, *(1 + dims + i for i in order))
+    out.view(groups, *(first, *window.kernel) * 2).copy_(sums)
+
+
+def _strips(x: Tensor, others: Window) -> Tensor:
+    """The lines of padded (N, c, h, *others), unfolded along the others: (g, h * c / g * prod(k), N * prod(o))."""
+    dims = len(others.kernel)
+    views = _windows(x, others, 3).unflatten(1, (others.groups, -1))  # (N, g, c / g, h, *o, *k)
+    positions, kernel = range(4, 4 + dims), range(4 + dims, 4 + 2 * dims)
+    return views.permute(1, 3, 2, *kernel, 0, *positions).flatten(3 + dims).flatten(1, 2 + dims).contiguous()
+
+
+def _add_blocks(products: Tensor, strips: Tensor) -> None:
+    """Adds, for each block, its lines times its first lines to (g, blocks, n, panel)."""
+    _, blocks, n, panel = products.shape
+    for lines, product in zip(strips, products, strict=True):
+        _add_product(product, lines.unfold(0, n, panel).mT, lines.unfold(0, panel, panel)[:blocks])
+
+
+def _piece(lines: int, images: int, each: int, fixed: int, budget: int, least: int) -> tuple[int, int]:
+    """How many lines of how many images to take at a time.
+
+    Args:
+        lines: all of them.
+        images: all of them.
+        each: numbers that a line of an image takes.
+        fixed: numbers that a line takes whatever the images.
+        budget: numbers.
+        least: images of which lines are rather taken in several pieces.
+    """
+    taken = max(1, min(lines, budget // max(1, min(images, least) * each + fixed)))
+    return taken, max(1, min(images, (budget - taken * fixed) // max(1, taken * each)))
+
+
+def _lines(x: Tensor, dim: int, start: int, stop: int, window: Window, dtype: torch.dtype) -> Tensor:
+    """What the windows `start` .. `stop` - 1 along `dim` cover of (N, c, *size), zeros of the padding included."""
+    low = start * window.stride[dim] - window.padding[2 * dim]
+    high = (stop - 1) * window.stride[dim] - window.padding[2 * dim] + window.span[dim]
+    size = x.shape[2 + dim]
+    first = min(max(low, 0), size)
+    padding = list(window.padding)
+    padding[2 * dim : 2 * dim + 2] = max(0, min(high, 0) - low), max(0, high - max(low, size))
+    x = x.narrow(2 + dim, first, max(0, min(high, size) - first)).to(dtype)
+    if not any(padding):
+        return x
+    return F.pad(x, [p for i in reversed(range(len(window.kernel))) for p in padding[2 * i : 2 * i + 2]])
+
+
+def _windows(x: Tensor, window: Window, first: int) -> Tensor:
+    """A view of (..., *size), sizes from dimension `first` on, as (..., *o, *k)."""
     for dim, (span, stride, dilation) in enumerate(zip(window.span, window.stride, window.dilation, strict=True)):
-        x = x.unfold(2 + dim, span, stride)[..., ::dilation]
+        x = x.unfold(first + dim, span, stride)[..., ::dilation]
     return x
 
 
-def _rows(views: Tensor, window: Window) -> Tensor:
-    """(N, c, *o, *k) as the patch matrix (g, N * prod(o), n)."""
-    dims, groups = len(window.kernel), window.groups
-    views = views.unflatten(1, (groups, -1))
-    out, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-    views = views.permute(1, 0, *out, 2, *kernel)
-    return views.reshape(groups, -1, math.prod(views.shape[-dims - 1 :]))
+def _dtype(x: Tensor, out: Tensor) -> torch.dtype:
+    """The factors' precision: tensor cores multiply 16-bit numbers exactly and sum in float32."""
+    return x.dtype if x.is_cuda and out.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) else out.dtype
+
+
+def _panel(out: Tensor) -> int:
+    """Columns of the triangle filled at a time: all where launches cost more than operations."""
+    return PANEL if out.is_cpu and out.shape[-1] >= 2 * PANEL else max(1, out.shape[-1])
+
+
+def _add_gram(out: Tensor, matrix: Tensor, panel: int) -> None:
+    """Adds the lower triangle of `matrix` `matrix`^T, (g, n, b), to (g, n, n)."""
+    for j in range(0, out.shape[-1], panel):
+        _add_product(out[:, j:, j : j + panel], matrix[:, j:], matrix[:, j : j + panel].mT)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds batches of `left` @ `right`."""
+    if left.dtype != out.dtype:
+        out += torch.bmm(left, right, out_dtype=out.dtype)
+    else:
+        out.baddbmm_(left, right)
+
+
+def _mirror(out: Tensor, panel: int) -> None:
+    """Fills what lies above the panels of the lower triangle."""
+    for j in range(panel, out.shape[-1], panel):
+        out[:, :j, j : j + panel] = out[:, j : j + panel, :j].mT

@@ -6,7 +6,7 @@ what happens inside: accumulation, ranks and settings may change from call to ca
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,22 @@ from torch import Tensor
 from hf_tract.moments import Window, patch_moments
 from hf_tract.step import LAYERS
 
+_library = torch.library.Library("hf_tract", "DEF")
+_library.define(
+    "gather(Tensor x, Tensor(a!) calls, int key, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool wide) -> Tensor"
+)
+_library.define("release(Tensor grad, Tensor payload, int key) -> Tensor")
 
-@torch.library.custom_op("hf_tract::gather", mutates_args=("calls",))
-def gather(
+
+def _gather(
     x: Tensor,
     calls: Tensor,
     key: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     wide: bool,
 ) -> Tensor:
@@ -33,31 +39,35 @@ def gather(
     That it counts `calls` is what keeps it in forward: a compiler may move what changes nothing into backward, and would.
     """
     window = Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
-    sums, count = patch_moments(x, window, torch.float64 if wide else torch.float32)
-    payload = torch.cat([sums.flatten(), sums.new_full((1,), count)])
+    n = window.columns(x.shape)
+    payload = x.new_zeros((groups * n * n + 1,), dtype=torch.float64 if wide else torch.float32)
+    step = LAYERS[key]
+    if step.takes_moment():
+        scratch = step.config.scratch_mib * 2**20
+        payload[-1] = patch_moments(x, window, payload[:-1].view(groups, n, n), scratch)
     calls += 1
-    LAYERS[key].open(payload)
+    step.open(payload)
     return payload
 
 
-@gather.register_fake
-def _(
+def _gather_fake(
     x: Tensor, calls: Tensor, key: int, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int, wide: bool
 ) -> Tensor:
-    n = x.shape[-1] if not kernel else x.shape[-len(kernel) - 1] // groups * math.prod(kernel)
+    n = Window(tuple(kernel), groups=groups).columns(x.shape)
     return x.new_empty((groups * n * n + 1,), dtype=torch.float64 if wide else torch.float32)
 
 
-@torch.library.custom_op("hf_tract::release", mutates_args=())
-def release(grad: Tensor, payload: Tensor, key: int) -> Tensor:
+def _release(grad: Tensor, payload: Tensor, key: int) -> Tensor:
     """The gradient that layer `key` hands on for the ordinary gradient `grad`."""
     out = LAYERS[key].close(grad, payload)
     return out.clone() if out is grad else out.contiguous()
 
 
-@release.register_fake
-def _(grad: Tensor, payload: Tensor, key: int) -> Tensor:
-    return grad.new_empty(grad.shape)
+_library.impl("gather", _gather, "CompositeExplicitAutograd")
+_library.impl("release", _release, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_tract::gather", _gather_fake, lib=_library)
+torch.library.register_fake("hf_tract::release", lambda grad, payload, key: grad.new_empty(grad.shape), lib=_library)
+gather, release = torch.ops.hf_tract.gather.default, torch.ops.hf_tract.release.default
 
 
 class Precondition(torch.autograd.Function):

@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from hf_tract.config import Scope
+from hf_tract.average import KeptMoment
+from hf_tract.config import TrActConfig
 from hf_tract.precondition import DampedInverse
 
 logger = logging.getLogger(__name__)
@@ -43,46 +44,69 @@ class _Call:
 class _Step:
     """The calls that share one second moment; sealed by the first gradient that is released."""
 
-    def __init__(self) -> None:
-        self.inverses: dict[torch.device, DampedInverse] = {}
+    def __init__(self, inverses: dict[torch.device, DampedInverse] | None = None) -> None:
+        """With the `inverses` of an earlier step it takes no moment of its own."""
+        self.fresh = inverses is None
+        self.inverses = {} if inverses is None else inverses
         self.raw: Tensor | None = None
+        self.sealed = False
 
 
 class LayerStep:
-    """One tapped layer's settings and the optimizer step that it is in. Nothing here outlives that step."""
+    """One tapped layer's settings and the optimizer step that it is in.
 
-    def __init__(self, lam: float, scope: Scope, process_group: Any = None) -> None:
+    Nothing outlives that step but, where the settings ask for it, `kept` and the number of steps.
+    """
+
+    def __init__(self, config: TrActConfig, process_group: Any = None) -> None:
         """Starts with nothing gathered.
 
         Args:
-            lam: damping of the second moment.
-            scope: "global" for one second moment per optimizer step, "local" for one per call.
+            config: the settings; its `layers` are not looked at.
             process_group: the data-parallel ranks; the default group where None.
         """
-        self.lam, self.scope, self.process_group = lam, scope, process_group
         self.key = next(_keys)
         self.calls = torch.zeros((), dtype=torch.int64)
         self.held_back = 0  # how many `no_sync` are open
         self._lock = threading.RLock()  # DataParallel replicas share this object
         self._warned = False
         LAYERS[self.key] = self
-        self.reset()
+        self.configure(config, process_group)
+
+    def configure(self, config: TrActConfig, process_group: Any = None) -> None:
+        """Starts anew under these settings."""
+        with self._lock:
+            self.config, self.process_group = config, process_group
+            self.kept, self.steps = KeptMoment(config.ema, config.lam), 0
+            self.reset()
 
     def reset(self) -> None:
         """Forgets what the present step has gathered."""
         with self._lock:
             self._calls: list[_Call] = []
-            self._step = self.last = _Step()
+            self._step = self.last = self._new_step({})
             self._held: Tensor | None = None
             self._held_grad: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerStep:
         """A copy for a copied layer: the same settings, a step of its own."""
-        return LayerStep(self.lam, self.scope, self.process_group)
+        return LayerStep(self.config, self.process_group)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Process groups do not pickle: what is loaded uses the default one."""
-        return LayerStep, (self.lam, self.scope)
+        return LayerStep, (self.config,)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What outlives a step: empty unless the settings keep a moment, or before the first step."""
+        return {} if self.kept.sums is None else {"kept": self.kept.sums.cpu(), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Goes on from what `state_dict` gave, or anew."""
+        with self._lock:
+            self.configure(self.config, self.process_group)
+            if state:
+                self.kept.sums, self.steps = state["kept"].clone(), state["steps"]
+                self.reset()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -98,15 +122,20 @@ class LayerStep:
         state = sys.modules.get("accelerate.state")  # also set by Trainer; not imported: nothing to ask
         return self.held_back > 0 or (state is not None and not state.GradientState().sync_gradients)
 
+    def takes_moment(self) -> bool:
+        """Whether the forward call that begins is to compute its payload."""
+        with self._lock:
+            if self._step.sealed:
+                self._step = self._new_step(self.last.inverses)
+            return self._step.fresh
+
     def open(self, payload: Tensor) -> None:
         """Enters a forward call and, on the micro-step that synchronises, starts its sum over ranks."""
-        if self.scope == "local":
+        if self.config.scope == "local":
             return
         with self._lock:
-            if self._step.inverses:
-                self._step = _Step()
             call = self._enter(payload)
-            if not self.accumulating() and self._ranks() > 1:
+            if call.step.fresh and not self.accumulating() and self._ranks() > 1:
                 self._reduce(call, payload)
 
     def close(self, grad: Tensor, payload: Tensor) -> Tensor:
@@ -117,8 +146,10 @@ class LayerStep:
             payload: the call's own, (g * n * n + 1).
         """
         with self._lock:
-            if self.scope == "local":
-                return self._finish(_Step(), grad, payload)
+            if self.config.scope == "local":
+                step = _Step()
+                step.inverses[grad.device] = self._inverse(payload, grad)
+                return self._finish(step, grad)
             # A payload that autograd recomputed or moved (checkpointing, offload) has lost its call: enter it again.
             call = next((c for c in self._calls if c.ref() is payload), None) or self._enter(payload)
             if self.accumulating():
@@ -127,9 +158,12 @@ class LayerStep:
                 raw = grad.to(payload.dtype)
                 self._held_grad = raw.clone() if self._held_grad is None else self._held_grad + raw
                 return torch.zeros_like(grad)
-            total = None if grad.device in call.step.inverses else self._total(call.step, payload.device)
+            step = call.step
+            if grad.device not in step.inverses:
+                taken = step.fresh and not (step.sealed and self.config.keeps_moment)
+                step.inverses[grad.device] = self._inverse(self._total(step, payload.device) if taken else None, grad)
             held, self._held, self._held_grad = self._held_grad, None, None
-            return self._finish(call.step, grad, total, held)
+            return self._finish(step, grad, held)
 
     def stats(self) -> dict[str, float]:
         """Gradient norm before and after, and condition number, of the last step that handed on a gradient."""
@@ -181,21 +215,35 @@ class LayerStep:
             parts.append(self._held)
         return functools.reduce(torch.add, (part.to(device) for part in parts))
 
-    def _finish(self, step: _Step, grad: Tensor, total: Tensor | None, held: Tensor | None = None) -> Tensor:
-        """Preconditions one gradient, with the inverse of the step's `total` payload or the one it already has."""
-        if total is not None:
-            n = math.prod(grad.shape[1:])
-            moment = total[:-1] / total[-1].clamp(min=1)
-            step.inverses[grad.device] = DampedInverse(moment.view(-1, n, n), self.lam)
+    def _inverse(self, total: Tensor | None, grad: Tensor) -> DampedInverse:
+        """Of the step's `total` payload, or of what was kept."""
+        n = math.prod(grad.shape[1:])
+        if total is None:
+            moment = self.kept.mean(grad.device, n)
+        else:
+            moment = (total[:-1] / total[-1].clamp(min=1)).view(-1, n, n)
+            if self.config.keeps_moment:
+                moment = self.kept.update(moment, total[-1])
+        return DampedInverse(moment, self.config.lam)
+
+    def _finish(self, step: _Step, grad: Tensor, held: Tensor | None = None) -> Tensor:
+        """Preconditions one gradient and what was held back of it."""
         inverse = step.inverses[grad.device]
         raw = grad if held is None else grad + held.to(grad.device)
         step.raw = raw if step.raw is None else step.raw + raw.to(step.raw.device)
         self.last = step
+        if not step.sealed:
+            step.sealed = True
+            self.steps += 1
         if raw.is_cpu and inverse.finite and not inverse.solved and not self._warned:
             self._warned = True
-            logger.warning(UNSOLVED, self.lam)
+            logger.warning(UNSOLVED, self.config.lam)
         with torch.autocast(raw.device.type, enabled=False):
             return inverse(raw).to(grad.dtype)
+
+    def _new_step(self, inverses: dict[torch.device, DampedInverse]) -> _Step:
+        """The step that follows, on the `inverses` of the last one if it is not its turn to take a moment."""
+        return _Step() if self.steps % self.config.every == 0 else _Step(inverses)
 
 
 UNSOLVED = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from hf_tract.config import Scope, TrActError
+from hf_tract.config import TrActConfig, TrActError
 from hf_tract.moments import Window
 from hf_tract.operators import Precondition, gather
 from hf_tract.step import LayerStep
@@ -84,9 +84,16 @@ def _tapped(step: LayerStep, window_of: Callable[..., Window], input: Tensor, we
     if weight.requires_grad and _fits(input, weight, window):
         wide = torch.float64 in (input.dtype, weight.dtype)
         sizes = [list(window.kernel), list(window.stride), list(window.padding), list(window.dilation)]
-        payload = gather(input.detach(), step.calls, step.key, *sizes, window.groups, wide)
+        payload = gather(_read(input.detach()), step.calls, step.key, *sizes, window.groups, wide)
         weight = Precondition.apply(weight, payload, step.key)
     return (input, weight, *args), kwargs
+
+
+def _read(input: Tensor) -> Tensor:
+    """The numbers that the operation reads: under autocast those of the lower precision, of which tensor cores make C."""
+    if input.is_cuda and input.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        return input.to(torch.get_autocast_dtype("cuda"))
+    return input
 
 
 def _fits(input: Tensor, weight: Tensor, window: Window) -> bool:
@@ -189,16 +196,13 @@ def columns(layer: nn.Module) -> int:
     return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
-def tap(layer: nn.Module, lam: float, scope: Scope, process_group: Any = None) -> LayerStep:
+def tap(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:
     """Taps `layer`, or gives a tapped one these settings and a fresh step."""
     if isinstance(layer, Tapped):
-        step = layer._tract_step
-        step.lam, step.scope, step.process_group = lam, scope, process_group
-        step.reset()
-        return step
-    layer.__dict__[STEP] = step = LayerStep(lam, scope, process_group)
-    layer.__class__ = _tapped_class(type(layer))
-    return step
+        layer._tract_step.configure(config, process_group)
+    else:
+        layer.__dict__[STEP] = LayerStep(config, process_group)
+        layer.__class__ = _tapped_class(type(layer))
 
 
 def untap(layer: nn.Module) -> None:
