@@ -72,8 +72,10 @@ def main() -> None:
     model = make_model(recipe.model, json.loads(recipe.model_config), recipe.image_size, splits.names)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+    handle = None
     if not run.no_tract:
-        accelerator.print(apply_tract(model, recipe.lam, scope=recipe.scope))  # type: ignore[arg-type]
+        handle = apply_tract(model, recipe.lam, scope=recipe.scope, every=recipe.every, ema=recipe.moment_ema)  # type: ignore[arg-type]
+        accelerator.print(handle)
     model, optimizer, test_loader = accelerator.prepare(model, optimizer, test_loader)
     if not recipe.repeated_augmentation:
         train_loader = accelerator.prepare(train_loader)
@@ -85,7 +87,7 @@ def main() -> None:
     )  # fmt: skip
     ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
     progress = Progress()
-    kept = [*([ema] if ema else []), progress]
+    kept = [each for each in (ema, handle, progress) if each]
     accelerator.register_for_checkpointing(*kept)
     history = Path(run.output_dir) / "history.jsonl"
     start(accelerator, run, len(kept), history, progress)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import hf_tract.operators
 from hf_tract import TrActConfig, TrActError, apply_tract, remove_tract
 from oracle import assert_close, expected, says
 
@@ -191,6 +192,42 @@ def test_scope_must_be_one_of_two():
         apply_tract(network(nn.Conv2d(3, 4, 2, 2)), scope="mean")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("every", 0, "must be an integer of at least 1."),
+        ("every", 2.5, "must be an integer of at least 1."),
+        ("every", True, "must be an integer of at least 1."),
+        ("scratch_mib", 0, "must be an integer of at least 1."),
+        ("ema", 1, "must be a number from 0 (no average) to below 1, such as 0.95."),
+        ("ema", -0.1, "must be a number from 0 (no average) to below 1, such as 0.95."),
+        ("ema", "0.9", "must be a number from 0 (no average) to below 1, such as 0.95."),
+    ],
+)
+def test_the_other_settings_are_checked_too(name, value, allowed):
+    model = network(nn.Conv2d(3, 4, 2, 2))
+    before = snapshot(model)
+    with pytest.raises(TrActError, match=says(f"`{name}` (={value!r})", allowed)):
+        apply_tract(model, **{name: value})
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("options", [{"every": 2}, {"ema": 0.9}])
+def test_what_outlives_a_step_needs_the_global_scope(options):
+    with pytest.raises(TrActError, match=says("`every` (=", "and `ema` (=", "need `scope` 'global'")):
+        TrActConfig(scope="local", **options)
+
+
+def test_the_scratch_bound_reaches_the_loop(monkeypatch):
+    bounds = []
+    original = hf_tract.operators.patch_moments
+    monkeypatch.setattr(hf_tract.operators, "patch_moments", lambda *a: bounds.append(a[-1]) or original(*a))
+    layer = nn.Conv2d(3, 4, 2, 2)
+    apply_tract(layer, scratch_mib=7)
+    layer(torch.randn(1, 3, 4, 4))
+    assert bounds == [7 * 2**20]
+
+
 def test_a_layer_that_runs_no_known_operation_says_so():
     class Sparse(nn.Linear):
         def forward(self, x):
@@ -219,7 +256,7 @@ def test_config_goes_to_json_and_back(tmp_path):
     config.to_json_file(tmp_path / "tract_config.json")
     assert TrActConfig.from_json_file(tmp_path / "tract_config.json") == config
     assert TrActConfig.from_dict({}) == TrActConfig()
-    with pytest.raises(TrActError, match=says("['lambda_']", "no settings of TrAct", "['lam', 'layers', 'scope']")):
+    with pytest.raises(TrActError, match=says("['lambda_']", "no settings of TrAct", "['lam', 'layers', 'scope', ")):
         TrActConfig.from_dict({"lambda_": 0.1})
     with pytest.raises(TrActError, match=says("`layers` (=())", "must be 'auto'")):
         TrActConfig(layers=())

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers import Images, small_vit, stem_of
 from hf_tract import apply_tract
-from oracle import assert_close, expected
+from oracle import assert_close, expected, moment, precondition
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +101,17 @@ def test_two_calls_in_one_graph_share_one_moment():
     plain(x, y).backward()
     assert_close(model.stem.weight.grad, expected(plain.stem.weight.grad, [x, y], plain.stem, 0.1), 1e-5)
     assert not model.stem._tract_step._calls or all(call.ref() is None for call in model.stem._tract_step._calls)
+
+
+def test_a_factor_that_serves_several_steps_needs_no_new_graph():
+    model = network()
+    model(torch.randn(2, 3, 9, 9))
+    plain = copy.deepcopy(model)
+    apply_tract(model, every=2)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    batches = torch.randn(4, 5, 3, 9, 9).unbind()
+    for step, x in enumerate(batches):
+        wanted = precondition(grads(plain, plain[0], x), moment(batches[step - step % 2], plain[0]), 0.1)
+        assert_close(grads(compiled, model[0], x), wanted, 1e-5)
+    assert graphs.frame_count == 1

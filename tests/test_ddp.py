@@ -1,5 +1,8 @@
 """Works with: DistributedDataParallel. Two gloo processes give the update of one process with all images."""
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -64,6 +67,25 @@ def test_local_scope_communicates_nothing_and_differs(results):
     (weights, collectives), alone = results[0]["local"], one_process(12)
     assert collectives == []
     assert (weights - alone).norm() > 1e-4 * alone.norm()
+
+
+def every_job(rank: int, name: str) -> dict[str, Any]:
+    """Four steps on two moments, of which each rank sees half."""
+    ddp = DistributedDataParallel(Net())
+    handle = apply_tract(ddp, lam=0.1, every=2, ema=0.5)
+    collectives = train(ddp, handle, rank, [[3, 3], [4, 2]], ddp.no_sync)
+    return {"weights": flat(ddp), "collectives": collectives, "kept": handle.state_dict()["module.embed.0"]["kept"]}
+
+
+def test_a_kept_moment_is_one_process_and_costs_a_collective_when_it_is_taken(tmp_path):
+    first, second = (rank["every"] for rank in on_two_ranks(tmp_path, every_job, ["every"]))
+    assert first["collectives"] == [COLUMNS**2 + 1] * (STEPS // 2)
+    assert torch.equal(first["kept"], second["kept"])
+    model = Net()
+    handle = apply_tract(model, lam=0.1, every=2, ema=0.5)
+    train(model, handle, 0, [[12]], contextlib.nullcontext, mean=False)
+    assert_close(first["kept"], handle.state_dict()["embed.0"]["kept"], 1e-10)
+    assert_close(first["weights"], flat(model), 1e-10)
 
 
 def nan_job(rank: int, name: str) -> dict[str, bool]:

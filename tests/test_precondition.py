@@ -1,10 +1,20 @@
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hf_tract.precondition
 import oracle
 from hf_tract.precondition import DampedInverse
+
+
+@pytest.fixture(params=["host", "accelerator"])
+def where(request, monkeypatch):
+    """Both ways to deal with the factorisation's outcome: looked at, or chosen by without looking."""
+    monkeypatch.setattr(hf_tract.precondition, "_on_host", lambda moment: request.param == "host")
+    return request.param
 
 
 @st.composite
@@ -15,10 +25,13 @@ def problems(draw):
     return rows.mT @ rows / max(1, patches), torch.randn(groups * draw(st.integers(1, 3)), n, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("host", [True, False])
 @given(problems(), st.floats(1e-3, 10))
-def test_equals_the_explicit_inverse(problem, lam):
+def test_equals_the_explicit_inverse(host, problem, lam):
     moment, grad = problem
-    oracle.assert_close(DampedInverse(moment.clone(), lam)(grad), oracle.precondition(grad, moment, lam), 1e-10)
+    with mock.patch.object(hf_tract.precondition, "_on_host", return_value=host):
+        got = DampedInverse(moment.clone(), lam)(grad)
+    oracle.assert_close(got, oracle.precondition(grad, moment, lam), 1e-10)
 
 
 @given(problems(), st.floats(1e-3, 10))
@@ -27,7 +40,7 @@ def test_no_direction_gains_more_than_one_over_lam(problem, lam):
     assert DampedInverse(moment.clone(), lam)(grad).norm() <= grad.norm() / lam * (1 + 1e-9)
 
 
-def test_float64_takes_over_where_float32_cannot_factorise():
+def test_float64_takes_over_where_float32_cannot_factorise(where):
     moment = torch.full((1, 2, 2), 2.0**24)  # in float32 lam is lost beside it, and the second pivot is 0
     assert torch.linalg.cholesky_ex(moment + 0.1 * torch.eye(2))[1].any()
     inverse, grad = DampedInverse(moment.clone(), 0.1), torch.randn(5, 2)
@@ -35,7 +48,7 @@ def test_float64_takes_over_where_float32_cannot_factorise():
     oracle.assert_close(inverse(grad), oracle.precondition(grad, moment.double(), 0.1), 1e-6)
 
 
-def test_a_matrix_that_cannot_be_factorised_leaves_the_gradient():
+def test_a_matrix_that_cannot_be_factorised_leaves_the_gradient(where):
     inverse = DampedInverse(-torch.eye(4)[None], 0.1)
     grad = torch.randn(3, 4)
     assert not inverse.solved
@@ -44,7 +57,7 @@ def test_a_matrix_that_cannot_be_factorised_leaves_the_gradient():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_non_finite_moment_gives_a_non_finite_gradient(value):
+def test_a_non_finite_moment_gives_a_non_finite_gradient(where, value):
     moment = torch.eye(4)[None].clone()
     moment[0, 1, 1] = value
     assert DampedInverse(moment.clone(), 0.1)(torch.randn(3, 4)).isnan().all()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,17 @@ def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_pa
     run(monkeypatch, tmp_path, "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
     assert torch.equal(weights(tmp_path), weights(whole))
     assert history(tmp_path) == history(whole)
+
+
+def test_a_kept_moment_is_resumed_too(tmp_path, monkeypatch):
+    options = ["--every", "3", "--moment_ema", "0.5", "--checkpointing_steps", "5"]
+    whole = run(monkeypatch, tmp_path / "whole", *options)
+    folder = run(monkeypatch, tmp_path / "resumed", *options, "--epochs", "1")
+    for newer in sorted((folder / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(newer)
+    run(monkeypatch, folder, *options, "--resume_from_checkpoint", "latest")
+    assert not torch.equal(weights(whole), weights(run(monkeypatch, tmp_path / "without")))
+    assert torch.equal(weights(whole), weights(folder))
 
 
 def test_a_finished_run_resumed_stays_as_it_is(whole, monkeypatch):

@@ -231,9 +231,18 @@ def small_convnext(seed: int = 0) -> ConvNextForImageClassification:
     return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("make", [small_convnext, small_vit])
-def test_stop_and_resume_is_bit_exact(tmp_path, make, accumulation):
+@pytest.mark.parametrize(
+    "make, accumulation, options",
+    [
+        (small_convnext, 1, {}),
+        (small_convnext, 2, {}),
+        (small_vit, 1, {}),
+        (small_vit, 2, {}),
+        (small_convnext, 1, {"ema": 0.9}),
+        (small_convnext, 2, {"every": 3}),
+    ],
+)
+def test_stop_and_resume_is_bit_exact(tmp_path, make, accumulation, options):
     stop_at = 8 // accumulation
 
     class Stop(TrainerCallback):
@@ -241,15 +250,16 @@ def test_stop_and_resume_is_bit_exact(tmp_path, make, accumulation):
             control.should_training_stop = state.global_step == stop_at
 
     settings = {"num_train_epochs": 4, "save_strategy": "epoch", "gradient_accumulation_steps": accumulation}
-    whole = trainer(tmp_path / "whole", make(), callbacks=[TrActCallback()], **settings)
+    whole = trainer(tmp_path / "whole", make(), callbacks=[TrActCallback(**options)], **settings)
     whole.train()
-    half = trainer(tmp_path / "half", make(), callbacks=[TrActCallback(), Stop()], **settings)
+    half = trainer(tmp_path / "half", make(), callbacks=[TrActCallback(**options), Stop()], **settings)
     half.train()
     assert not torch.equal(weights(whole.model), weights(half.model))
     checkpoint = tmp_path / f"half/checkpoint-{stop_at}"
+    assert (checkpoint / "tract_state.pt").exists() == bool(options)
     # transformers 5.23 saves a ViT under other names than Trainer loads: README, limits
     model = make(seed=7) if make is small_convnext else type(make()).from_pretrained(checkpoint)
-    rest = trainer(tmp_path / "half", model, callbacks=[TrActCallback()], **settings)
+    rest = trainer(tmp_path / "half", model, callbacks=[TrActCallback(**options)], **settings)
     rest.train(resume_from_checkpoint=str(checkpoint))
     assert rest.state.global_step == whole.state.global_step
     assert torch.equal(weights(whole.model), weights(rest.model))
@@ -265,8 +275,8 @@ def test_a_run_resumed_under_other_settings_says_so(tmp_path, caplog, lam):
         assert messages == []
         return
     (message,) = messages
-    then = "no TrAct" if lam is None else "{'lam': 0.2, 'layers': 'auto', 'scope': 'global'}"
-    now = "{'lam': 0.1, 'layers': 'auto', 'scope': 'global'}"
+    then = "no TrAct" if lam is None else TrActConfig(lam=0.2).to_dict()
+    now = TrActConfig(lam=0.1).to_dict()
     assert message.startswith("TrAct: this run resumes from ")
     assert f"other settings: {then} then, {now} now." in message
 
@@ -306,4 +316,4 @@ def test_modes_of_trainer_train_on_with_the_same_gradient(tmp_path, settings):
 def test_settings_are_json(tmp_path):
     trainer(tmp_path, callbacks=[TrActCallback(layers="*.projection")], save_strategy="epoch").train()
     saved = json.loads((tmp_path / "checkpoint-4/tract_config.json").read_text())
-    assert saved == {"lam": 0.1, "layers": [STEM], "scope": "global"}
+    assert saved == {"lam": 0.1, "layers": [STEM], "scope": "global", "every": 1, "ema": 0.0, "scratch_mib": 128}

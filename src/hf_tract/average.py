@@ -20,20 +20,20 @@ class KeptMoment:
         self.sums: Tensor | None = None
 
     def update(self, moment: Tensor, count: Tensor) -> Tensor:
-        """Takes in the moment of one step and returns the one to use in it; the host waits for nothing.
+        """Takes in the moment of one step; the host waits for nothing.
 
         Args:
             moment: C, (g, n, n), of this step.
             count: its patches, a scalar. A moment of none, or a non-finite one, is not kept.
 
         Returns:
-            The average, (g, n, n), a new tensor; the non-finite `moment` itself, so that it is seen in its step.
+            Whether the moment is finite, a scalar: if not, this step's gradient must not look as if it were.
         """
         finite = moment.diagonal(dim1=-2, dim2=-1).sum().isfinite()
         new = torch.cat([moment.flatten(), moment.new_ones(1)])
         old = torch.zeros_like(new) if self.sums is None else self.sums.to(new)
         self.sums = torch.where(finite & (count > 0), self.ema * old + (1 - self.ema) * new, old)
-        return torch.where(finite, self.mean(moment.device, moment.shape[-1]), moment)
+        return finite
 
     def mean(self, device: torch.device, n: int) -> Tensor:
         """The average so far, (g, n, n); with nothing kept (1 - lam) I, which leaves gradients as they are."""

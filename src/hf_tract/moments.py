@@ -55,6 +55,8 @@ class Window(NamedTuple):
 def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = SCRATCH_BYTES) -> int:
     """Writes the sums of p p^T over all patches p of `x` into zeros, in the order of `weight.flatten(1)`.
 
+    Autocast must be off.
+
     Args:
         x: a convolution's input, (N, c, *size) or (c, *size), or a linear layer's, (..., n).
         window: the patches to take.
@@ -68,19 +70,18 @@ def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = S
     # A padded or converted copy of the input may stand beside its patches: each takes half.
     scratch = min(scratch_bytes // 2, CACHED_BYTES if x.is_cpu else scratch_bytes)
     budget = max(1, scratch // out.itemsize)
-    with torch.autocast(x.device.type, enabled=False):
-        if not window.kernel:
-            return _linear(x, out, budget)
-        x = x if x.dim() == len(window.kernel) + 2 else x.unsqueeze(0)
-        positions = window.positions(x.shape[2:])
-        count = len(x) * math.prod(positions)
-        if count and x.shape[1]:
-            dim, share = _shared_lines(window, positions)
-            block = out.numel() * window.stride[dim] // window.kernel[dim]
-            if share <= WORTHWHILE and 4 * block <= budget:
-                _row_products(x, window, dim, positions, out, budget)
-            else:
-                _patch_products(x, window, positions, out, budget)
+    if not window.kernel:
+        return _linear(x, out, budget)
+    x = x if x.dim() == len(window.kernel) + 2 else x.unsqueeze(0)
+    positions = window.positions(x.shape[2:])
+    count = len(x) * math.prod(positions)
+    if count and x.shape[1]:
+        dim, share = _shared_lines(window, positions)
+        block = out.numel() * window.stride[dim] // window.kernel[dim]
+        if share <= WORTHWHILE and 4 * block <= budget:
+            _row_products(x, window, dim, positions, out, budget)
+        else:
+            _patch_products(x, window, positions, out, budget)
     return count
 
 
@@ -112,9 +113,10 @@ def _patch_matrix(x: Tensor, window: Window) -> Tensor:
     dims = len(window.kernel)
     views = _windows(x, window, 2).unflatten(1, (window.groups, -1))  # (N, g, c / g, *o, *k)
     positions, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-    if views.shape[2 + dims] >= views.shape[-1]:  # the longer of the two runs innermost
-        return views.permute(1, 2, *kernel, 0, *positions).flatten(2 + dims).flatten(1, 1 + dims)
-    return views.permute(1, 0, *positions, 2, *kernel).flatten(2 + dims).flatten(1, 1 + dims).mT
+    by_column = views.shape[2 + dims] >= views.shape[-1]  # the longer of the two runs innermost
+    order = (1, 2, *kernel, 0, *positions) if by_column else (1, 0, *positions, 2, *kernel)
+    matrix: Tensor = views.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
+    return matrix if by_column else matrix.mT
 
 
 def _shared_lines(window: Window, positions: tuple[int, ...]) -> tuple[int, float]:
@@ -167,7 +169,8 @@ def _strips(x: Tensor, others: Window) -> Tensor:
     dims = len(others.kernel)
     views = _windows(x, others, 3).unflatten(1, (others.groups, -1))  # (N, g, c / g, h, *o, *k)
     positions, kernel = range(4, 4 + dims), range(4 + dims, 4 + 2 * dims)
-    return views.permute(1, 3, 2, *kernel, 0, *positions).flatten(3 + dims).flatten(1, 2 + dims).contiguous()
+    strips: Tensor = views.permute(1, 3, 2, *kernel, 0, *positions).flatten(3 + dims).flatten(1, 2 + dims)
+    return strips.contiguous()
 
 
 def _add_blocks(products: Tensor, strips: Tensor) -> None:
@@ -189,7 +192,8 @@ def _piece(lines: int, images: int, each: int, fixed: int, budget: int, least: i
         least: images of which lines are rather taken in several pieces.
     """
     taken = max(1, min(lines, budget // max(1, min(images, least) * each + fixed)))
-    return taken, max(1, min(images, (budget - taken * fixed) // max(1, taken * each)))
+    most = max(1, min(images, (budget - taken * fixed) // max(1, taken * each)))
+    return taken, -(-images // -(-images // most))  # evenly
 
 
 def _lines(x: Tensor, dim: int, start: int, stop: int, window: Window, dtype: torch.dtype) -> Tensor:
@@ -209,7 +213,9 @@ def _lines(x: Tensor, dim: int, start: int, stop: int, window: Window, dtype: to
 def _windows(x: Tensor, window: Window, first: int) -> Tensor:
     """A view of (..., *size), sizes from dimension `first` on, as (..., *o, *k)."""
     for dim, (span, stride, dilation) in enumerate(zip(window.span, window.stride, window.dilation, strict=True)):
-        x = x.unfold(first + dim, span, stride)[..., ::dilation]
+        x = x.unfold(first + dim, span, stride)
+        if dilation > 1:
+            x = x[..., ::dilation]
     return x
 
 

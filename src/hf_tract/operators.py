@@ -7,6 +7,7 @@ what happens inside: accumulation, ranks and settings may change from call to ca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def _gather(
     step = LAYERS[key]
     if step.takes_moment():
         scratch = step.config.scratch_mib * 2**20
-        payload[-1] = patch_moments(x, window, payload[:-1].view(groups, n, n), scratch)
+        with _full_precision(x):
+            count = patch_moments(x, window, payload[:-1].view(groups, n, n), scratch)
+        payload[-1:].fill_(count)
     calls += 1
     step.open(payload)
     return payload
@@ -59,8 +62,15 @@ def _gather_fake(
 
 def _release(grad: Tensor, payload: Tensor, key: int) -> Tensor:
     """The gradient that layer `key` hands on for the ordinary gradient `grad`."""
-    out = LAYERS[key].close(grad, payload)
+    with _full_precision(grad):
+        out = LAYERS[key].close(grad, payload)
     return out.clone() if out is grad else out.contiguous()
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 _library.impl("gather", _gather, "CompositeExplicitAutograd")

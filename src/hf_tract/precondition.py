@@ -5,6 +5,8 @@ Shape letters: g groups, m rows of the weight, n columns of `weight.flatten(1)`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,33 +30,36 @@ class DampedInverse:
             lam: the damping, in the units of C's eigenvalues.
         """
         self.dtype, self.host = moment.dtype, _on_host(moment)
-        # A non-finite pixel is in the diagonal, as its square.
         diagonal = moment.diagonal(dim1=-2, dim2=-1)
-        self.finite = diagonal.sum().isfinite()
+        trace = diagonal.sum()  # a non-finite pixel is in it, as its square
+        self.finite: bool | Tensor = math.isfinite(trace.item()) if self.host else trace.isfinite()
         if not self.host and moment.device.type != "mps":
             moment = moment.double()
         undamped = diagonal.clone()
         moment.diagonal(dim1=-2, dim2=-1).add_(lam)
-        self._factor, info = torch.linalg.cholesky_ex(moment)
-        self.solved = (info == 0).all()
+        self.solved = self._factorise(moment)
         if self.host and moment.dtype != torch.float64 and self.finite and not self.solved:
             moment = moment.double()
             moment.diagonal(dim1=-2, dim2=-1).copy_(undamped.double() + lam)
-            self._factor, info = torch.linalg.cholesky_ex(moment)
-            self.solved = (info == 0).all()
+            self.solved = self._factorise(moment)
+
+    def _factorise(self, damped: Tensor) -> bool | Tensor:
+        """Sets the factor and says whether it is one."""
+        self._factor, info = torch.linalg.cholesky_ex(damped)
+        return not info.any().item() if self.host else (info == 0).all()
 
     def __call__(self, grad: Tensor) -> Tensor:
         """`grad` inv(C + lam I), (m, ...) like `grad`; rows m are split evenly over the g groups."""
         rows = grad.reshape(len(self._factor), -1, self._factor.shape[-1]).to(self.dtype)
-        if self.host:
-            if not self.finite:
-                return torch.full_like(grad, torch.nan)
-            if not self.solved:
-                return grad
-            out = self._solve(rows)
-        else:
+        if isinstance(self.solved, Tensor):
             out = torch.where(self.solved, self._solve(rows), rows)
-            out = torch.where(self.finite, out, torch.nan)
+            out = torch.where(torch.as_tensor(self.finite), out, torch.nan)
+        elif not self.finite:
+            return torch.full_like(grad, torch.nan)
+        elif not self.solved:
+            return grad
+        else:
+            out = self._solve(rows)
         return out.reshape(grad.shape).to(grad.dtype)
 
     def _solve(self, rows: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class _Step:
         """With the `inverses` of an earlier step it takes no moment of its own."""
         self.fresh = inverses is None
         self.inverses = {} if inverses is None else inverses
+        self.finite: Tensor | None = None  # where a kept moment stands in for a non-finite one
         self.raw: Tensor | None = None
         self.sealed = False
 
@@ -148,7 +149,7 @@ class LayerStep:
         with self._lock:
             if self.config.scope == "local":
                 step = _Step()
-                step.inverses[grad.device] = self._inverse(payload, grad)
+                step.inverses[grad.device] = self._inverse(step, payload, grad)
                 return self._finish(step, grad)
             # A payload that autograd recomputed or moved (checkpointing, offload) has lost its call: enter it again.
             call = next((c for c in self._calls if c.ref() is payload), None) or self._enter(payload)
@@ -161,7 +162,7 @@ class LayerStep:
             step = call.step
             if grad.device not in step.inverses:
                 taken = step.fresh and not (step.sealed and self.config.keeps_moment)
-                step.inverses[grad.device] = self._inverse(self._total(step, payload.device) if taken else None, grad)
+                step.inverses[grad.device] = self._inverse(step, self._total(step, payload.device) if taken else None, grad)
             held, self._held, self._held_grad = self._held_grad, None, None
             return self._finish(step, grad, held)
 
@@ -215,7 +216,7 @@ class LayerStep:
             parts.append(self._held)
         return functools.reduce(torch.add, (part.to(device) for part in parts))
 
-    def _inverse(self, total: Tensor | None, grad: Tensor) -> DampedInverse:
+    def _inverse(self, step: _Step, total: Tensor | None, grad: Tensor) -> DampedInverse:
         """Of the step's `total` payload, or of what was kept."""
         n = math.prod(grad.shape[1:])
         if total is None:
@@ -223,7 +224,8 @@ class LayerStep:
         else:
             moment = (total[:-1] / total[-1].clamp(min=1)).view(-1, n, n)
             if self.config.keeps_moment:
-                moment = self.kept.update(moment, total[-1])
+                step.finite = self.kept.update(moment, total[-1])
+                moment = self.kept.mean(grad.device, n)
         return DampedInverse(moment, self.config.lam)
 
     def _finish(self, step: _Step, grad: Tensor, held: Tensor | None = None) -> Tensor:
@@ -238,8 +240,8 @@ class LayerStep:
         if raw.is_cpu and inverse.finite and not inverse.solved and not self._warned:
             self._warned = True
             logger.warning(UNSOLVED, self.config.lam)
-        with torch.autocast(raw.device.type, enabled=False):
-            return inverse(raw).to(grad.dtype)
+        out = inverse(raw).to(grad.dtype)
+        return out if step.finite is None else torch.where(step.finite.to(out.device), out, torch.nan)
 
     def _new_step(self, inverses: dict[torch.device, DampedInverse]) -> _Step:
         """The step that follows, on the `inverses` of the last one if it is not its turn to take a moment."""

@@ -1,0 +1,101 @@
+"""Time and memory of several ways to do the same work, side by side in one run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+PACKAGES = ("hf-tract", "torch", "transformers", "timm", "torch_tract")
+Arms = dict[str, Callable[[], object]]
+
+
+def interleaved(
+    arms: Arms, repeats: int, device: torch.device, seconds: float = 0.1, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds per call of each arm, `repeats` times, in turns: what the machine does meanwhile happens to all of them.
+
+    Args:
+        arms: the ways, by name.
+        repeats: measurements of each.
+        device: what the arms compute on.
+        seconds: least time of one measurement; a faster arm is called several times in it.
+        warmup: calls of each arm before.
+    """
+    calls = 1
+    for arm in arms.values():
+        for _ in range(warmup):
+            once = _timed(arm, 1, device)
+        calls = max(calls, round(seconds / max(once, 1e-9)))
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+            times[name].append(_timed(arms[name], calls, device))
+    return times
+
+
+def _timed(arm: Callable[[], object], calls: int, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        arm()
+    _synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensors that are alive together during `run`, beyond those that are alive before it.
+
+    As torch's allocator counts them: temporaries inside operations are in it, oneDNN's and cuDNN's own are not on the CPU.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    now = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"] if event["args"]["Device Type"] == 0 else 0
+        peak = max(peak, now)
+    return peak
+
+
+def environment() -> dict[str, str]:
+    """Hardware and versions, to stand beside every figure."""
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {"hardware": hardware, **{name: version(name) for name in PACKAGES}}
+
+
+def _cpu() -> str:
+    try:
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name")]
+    return f"{platform.machine()} {names[0]}" if names else platform.machine()
