@@ -74,7 +74,7 @@ def every_job(rank: int, name: str) -> dict[str, Any]:
     ddp = DistributedDataParallel(Net())
     handle = apply_tract(ddp, lam=0.1, every=2, ema=0.5)
     collectives = train(ddp, handle, rank, [[3, 3], [4, 2]], ddp.no_sync)
-    return {"weights": flat(ddp), "collectives": collectives, "kept": handle.state_dict()["module.embed.0"]["kept"]}
+    return {"weights": flat(ddp), "collectives": collectives, "kept": handle.state_dict()["embed.0"]["kept"]}
 
 
 def test_a_kept_moment_is_one_process_and_costs_a_collective_when_it_is_taken(tmp_path):
