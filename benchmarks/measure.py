@@ -32,16 +32,15 @@ def interleaved(
         seconds: least time of one measurement; a faster arm is called several times in it.
         warmup: calls of each arm before.
     """
-    calls = 1
-    for arm in arms.values():
-        for _ in range(warmup):
-            once = _timed(arm, 1, device)
-        calls = max(calls, round(seconds / max(once, 1e-9)))
+    calls = {}
+    for name, arm in arms.items():
+        once = min(_timed(arm, 1, device) for _ in range(warmup))
+        calls[name] = max(1, round(seconds / max(once, 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
-            times[name].append(_timed(arms[name], calls, device))
+            times[name].append(_timed(arms[name], calls[name], device))
     return times
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers import Images, small_vit, stem_of
 from hf_tract import apply_tract
+from hf_tract.operators import gather, release
 from oracle import assert_close, expected, moment, precondition
 
 
@@ -115,3 +116,9 @@ def test_a_factor_that_serves_several_steps_needs_no_new_graph():
         wanted = precondition(grads(plain, plain[0], x), moment(batches[step - step % 2], plain[0]), 0.1)
         assert_close(grads(compiled, model[0], x), wanted, 1e-5)
     assert graphs.frame_count == 1
+
+
+def test_cuda_graphs_leave_the_operators_out():
+    """A replay would not call them: inductor cuts its graph there, or makes none."""
+    for operator in (gather, release):
+        assert torch.Tag.cudagraph_unsafe in operator.tags

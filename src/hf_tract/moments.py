@@ -76,7 +76,7 @@ def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = S
     positions = window.positions(x.shape[2:])
     count = len(x) * math.prod(positions)
     if count and x.shape[1]:
-        dim, share = _shared_lines(window, positions)
+        dim, share = shared_lines(window, positions)
         block = out.numel() * window.stride[dim] // window.kernel[dim]
         if share <= WORTHWHILE and 4 * block <= budget:
             _row_products(x, window, dim, positions, out, budget)
@@ -119,7 +119,7 @@ def _patch_matrix(x: Tensor, window: Window) -> Tensor:
     return matrix if by_column else matrix.mT
 
 
-def _shared_lines(window: Window, positions: tuple[int, ...]) -> tuple[int, float]:
+def shared_lines(window: Window, positions: tuple[int, ...]) -> tuple[int, float]:
     """The dimension in which overlapping windows share most, and the share of the operations that `_row_products` leaves."""
     shares = [
         (o + (k - 1) // s) * s / (o * k) if d == 1 else math.inf

@@ -1,7 +1,8 @@
 """The two operators between a layer and its step, and the autograd function that holds them.
 
 Forward gathers, backward releases. Both are opaque custom operators, so that `torch.compile` neither traces nor freezes
-what happens inside: accumulation, ranks and settings may change from call to call under one graph.
+what happens inside: accumulation, ranks and settings may change from call to call under one graph. They are defined without
+`custom_op`, whose wrappers cost more on the host than what they wrap.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from hf_tract.moments import Window, patch_moments
 from hf_tract.step import LAYERS
 
 _library = torch.library.Library("hf_tract", "DEF")
+# What they do beside computing must happen at every call, and a replayed CUDA graph does not call.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _library.define(
     "gather(Tensor x, Tensor(a!) calls, int key, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool wide) -> Tensor"
+    "bool wide) -> Tensor",
+    tags=_TAGS,
 )
-_library.define("release(Tensor grad, Tensor payload, int key) -> Tensor")
+_library.define("release(Tensor grad, Tensor payload, int key) -> Tensor", tags=_TAGS)
 
 
 def _gather(
