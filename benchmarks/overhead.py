@@ -34,6 +34,7 @@ import matplotlib.pyplot as plt
 
 LAM = 0.1
 ARMS = ("vanilla", "hf-tract", "torch_tract")
+TICKS = (0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4)
 Result = dict[str, Any]
 
 
@@ -199,8 +200,8 @@ def plot(results: dict[str, Result], path: Path) -> Path:
                 axes.plot(statistics.median(values), row + shift, "|", color=color, markersize=14, markeredgewidth=2)
     axes.axvline(1, color="#7f7f7f", linewidth=0.8)
     axes.set(yticks=range(len(results)), yticklabels=list(results), xlabel="time over vanilla's", xscale="log")
-    axes.xaxis.set_major_formatter("{x:.2f}")
-    axes.xaxis.set_minor_formatter("{x:.2f}")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.minorticks_off()
     axes.invert_yaxis()
     axes.grid(alpha=0.2)
     axes.legend()
