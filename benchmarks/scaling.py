@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,8 @@ from rich.progress import track
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
-from hf_tract.moments import PANEL, WORTHWHILE, Window, patch_moments, shared_lines
+from hf_tract.cost import moment_cost
+from hf_tract.moments import Window, patch_moments
 from hf_tract.precondition import DampedInverse
 
 mpl.use("Agg")
@@ -60,22 +60,6 @@ def sweeps() -> list[Point]:
     return points
 
 
-def cost(shape: tuple[int, ...], window: Window) -> tuple[int, int]:
-    """Operations and bytes of `patch_moments` in float32 on the CPU: the formulas of docs/performance.md."""
-    images, size = shape[0], shape[1:]
-    positions, n = window.positions(shape[2:]), window.columns(shape)
-    patches = images * math.prod(positions)
-    dim, share = shared_lines(window, positions)
-    if share <= WORTHWHILE:
-        kernel, stride = window.kernel[dim], window.stride[dim]
-        blocks, panel = positions[dim] + (kernel - 1) // stride, n * stride // kernel
-        strips = blocks * panel * patches // positions[dim]
-        return 2 * n * strips, 4 * (images * math.prod(size) + 2 * strips + 2 * blocks * n * panel)
-    panel = PANEL if n >= 2 * PANEL else n
-    triangle = sum((n - j) * min(panel, n - j) for j in range(0, n, panel))
-    return 2 * triangle * patches, 4 * (images * math.prod(size) + 2 * n * patches)
-
-
 def measure(point: Point, repeats: int, rates: tuple[float, float]) -> Point:
     """Time of the moment and of the factorisation with its solve for 64 outputs, and the least time for the moment."""
     kernel, stride, padding = point["stem"]
@@ -86,7 +70,7 @@ def measure(point: Point, repeats: int, rates: tuple[float, float]) -> Point:
     moment = torch.eye(n)[None].clone()
     arms = {"moment": lambda: patch_moments(x, window, sums), "solve": lambda: DampedInverse(moment, 0.1)(grad)}
     times = interleaved(arms, repeats, x.device, seconds=0.02)
-    operations, moved = cost(x.shape, window)
+    operations, moved = moment_cost(x.shape, window)
     least = max(operations / rates[0], moved / rates[1])
     figures = {"operations": operations, "bytes": moved, "least_ms": 1000 * least, "n": n}
     return {**point, **figures, **{f"{name}_ms": 1000 * statistics.median(each) for name, each in times.items()}}

@@ -8,9 +8,9 @@ import overhead
 import pytest
 import torch
 from measure import interleaved, peak_bytes
-from scaling import cost
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_tract.cost import moment_cost
 from hf_tract.moments import Window, patch_moments
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_the_formula_counts_the_operations(shape, stem):
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: products}) as counter:
         patch_moments(torch.randn(shape), window, torch.zeros(1, n, n))
-    assert counter.get_total_flops() == cost(shape, window)[0]
+    assert counter.get_total_flops() == moment_cost(shape, window).operations
 
 
 def test_every_arm_has_its_turns():

@@ -191,9 +191,17 @@ def is_frozen(layer: nn.Module) -> bool:
 def columns(layer: nn.Module) -> int:
     """n of a layer that `can_tap`, from its settings: a sharded weight has another shape."""
     if isinstance(layer, nn.Linear):
-        return layer.in_features
+        return int(layer.in_features)  # some models compute it by a tensor
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+
+def rows(layer: nn.Module) -> int:
+    """m of a layer that `can_tap`."""
+    if isinstance(layer, nn.Linear):
+        return int(layer.out_features)
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return layer.out_channels
 
 
 def tap(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:

@@ -1,0 +1,244 @@
+"""Every vision architecture of the installed transformers and timm, made from its config with random weights."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from hf_tract.batches import FEW_FRAMES, FRAMES, PIXELS, SIZES, side_lengths
+
+TASKS = (
+    "IMAGE_CLASSIFICATION",
+    "IMAGE",
+    "OBJECT_DETECTION",
+    "SEMANTIC_SEGMENTATION",
+    "UNIVERSAL_SEGMENTATION",
+    "INSTANCE_SEGMENTATION",
+    "DEPTH_ESTIMATION",
+    "MASK_GENERATION",
+    "VIDEO_CLASSIFICATION",
+    "MASKED_IMAGE_MODELING",
+    "BACKBONE",
+    "KEYPOINT_DETECTION",
+    "KEYPOINT_MATCHING",
+    "IMAGE_TO_IMAGE",
+    "IMAGE_MATTING",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "ZERO_SHOT_OBJECT_DETECTION",
+)
+SPECTROGRAMS = ("ASTForAudioClassification",)
+SMALLEST = ("atto", "femto", "pico", "nano", "xxs", "tiny", "xs", "small", "_s", "base")  # of timm's names
+
+# The first layer does not depend on how many follow: they are cut, so that any CPU takes a step in a moment.
+DEPTH = re.compile(r"(\w+_)?(num_)?(\w+_)?(layers|layer|depth)")
+STAGES = ("depths", "layer_depths")
+LEAST = 2
+SIZE = 224
+WIDEST = 1024  # of what a tower hands on
+TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+
+
+class Subject(NamedTuple):
+    """A model to look at: its library, family (transformers' model_type, timm's module) and name."""
+
+    library: str
+    family: str
+    name: str
+
+    def make(self, small: bool) -> nn.Module:
+        """The model as its library makes it by default, or with fewer layers."""
+        if self.library == "timm":
+            return timm.create_model(self.name)  # type: ignore[no-any-return]
+        cls = _classes()[self.name]
+        values = _merged(cls.config_class().to_dict(), OVERRIDES.get(self.name, {}))
+        if small:
+            values = _merged(_shrunk(values), SMALL.get(self.name, {}))
+        return cls(cls.config_class.from_dict(values))  # type: ignore[no-any-return]
+
+
+def subjects() -> list[Subject]:
+    """One class of each model type of `TASKS` (all that classify images), the towers that see, a model of each timm family."""
+    found = [Subject("transformers", family, name) for family, name in _by_task()]
+    named = {subject.name for subject in found}
+    found += [Subject("transformers", family, name) for family, name in _towers() if name not in named]
+    families = ((family, timm.list_models(module=family)) for family in timm.list_modules())
+    return found + [Subject("timm", family, _smallest(names)) for family, names in families if names]
+
+
+def _by_task() -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for task in TASKS:
+        for family, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
+            for name in (names,) if isinstance(names, str) else names:
+                if name not in seen and (family not in seen or task == TASKS[0]):
+                    yield family, name
+                    seen.add(name)
+            seen.add(family)
+    for name in SPECTROGRAMS:
+        yield getattr(transformers, name).config_class.model_type, name
+
+
+@functools.cache
+def _towers() -> tuple[tuple[str, str], ...]:
+    """The model of each modelling file that has a vision config and takes pixels, by its source: few are exported."""
+    towers = []
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        names = re.findall(r"^class (\w*(?:Vision|FlavaImage)\w*(?:Model|Transformer|Encoder))\(", file.read_text(), re.M)
+        module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}") if names else None
+        seeing = [name for name in names if _sees(getattr(module, name))]
+        if seeing:
+            towers.append((file.parent.name, min(seeing, key=lambda name: (not name.endswith("VisionModel"), len(name)))))
+    return tuple(towers)
+
+
+def _sees(cls: type) -> bool:
+    if not issubclass(cls, PreTrainedModel) or cls.__name__.endswith("PreTrainedModel"):
+        return False
+    config = cls.config_class
+    own = config is not None and not config.sub_configs and re.search("Vision|Image|Sam", config.__name__)
+    return bool(own and any(name in PIXELS for name in inspect.signature(cls.forward).parameters))
+
+
+@functools.cache
+def _classes() -> dict[str, Any]:
+    classes = {name: getattr(transformers, name) for _, name in _by_task()}
+    for family, name in _towers():
+        for file in Path(transformers.__file__).parent.glob(f"models/{family}/modeling_*.py"):
+            module = importlib.import_module(f"transformers.models.{family}.{file.stem}")
+            if hasattr(module, name):
+                classes.setdefault(name, getattr(module, name))
+    return classes
+
+
+def _smallest(names: list[str]) -> str:
+    def rank(name: str) -> tuple[int, int, str]:
+        hints = [i for i, hint in enumerate(SMALLEST) if hint in name]
+        return min(hints, default=len(SMALLEST)), len(name), name
+
+    return min([name for name in names if not name.startswith("test_")], key=rank)
+
+
+def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config and of its parts with fewer layers and smaller images."""
+    values = dict(config)
+    maps = values.get("out_indices") or values.get("out_features") or []
+    layers = max(LEAST, len(maps))  # as many as are asked for
+    for name, value in config.items():
+        if isinstance(value, dict):
+            values[name] = _shrunk(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > layers and DEPTH.fullmatch(name):
+            values[name] = layers
+            if maps and name == "num_hidden_layers":
+                values |= {"out_features": None, "out_indices": list(range(1, layers + 1))}
+            values.pop("layer_types", None)
+        elif name in STAGES and isinstance(value, (list, tuple)) and all(isinstance(depth, int) for depth in value):
+            values[name] = [1] * len(value)
+        elif name == "out_hidden_size" and value:
+            values[name] = min(value, WIDEST)
+        elif name in FRAMES and value:
+            values[name] = min(value, FEW_FRAMES)
+        elif name in SIZES and value and side_lengths(value) > (SIZE, SIZE):
+            values[name] = [SIZE, SIZE] if isinstance(value, (list, tuple)) else SIZE
+    return values
+
+
+def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """`others` over `values`, also inside of parts."""
+    parts = {k: _merged(values[k], v) for k, v in others.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
+    return {**values, **others, **parts}
+
+
+def _ocr_block() -> dict[str, list[Any]]:
+    """Kernel, stride and padding of a detector's convolutions, which its config leaves out."""
+    block: dict[str, list[Any]] = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+    kinds = {"vertical_long_to_small_conv": (1, 0), "horizontal_small_to_long_conv": (0, 1), "symmetric_conv_long": (1, 1)}
+    for kind, (down, across) in kinds.items():
+        for ratio, k in (("longratio", 7), ("midratio", 5), ("shortratio", 3)):
+            kernel = [k if down else 1, k if across else 1]
+            block[f"{kind}_{ratio}"] = [kernel, 1, [kernel[0] // 2, kernel[1] // 2]]
+    return block
+
+
+_OCR = {"intraclass_block_config": _ocr_block(), "kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8]}
+# What a default config lacks or has wrong.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "Blip2ForImageTextRetrieval": {"qformer_config": {"use_qformer_text_input": True}},
+    "Llama4VisionModel": {"projector_input_dim": 768, "projector_output_dim": 768, "intermediate_size": 3072},
+    "PPDocLayoutV2ForObjectDetection": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
+    "PPOCRV5ServerDetForObjectDetection": _OCR,
+    "PPOCRV6MediumDetForObjectDetection": {
+        **_OCR,
+        "backbone_config": {"out_features": [f"stage{i}" for i in range(1, 5)], "out_indices": None},
+    },
+    "PerceiverForImageClassificationConvProcessing": {"num_cross_attention_heads": 1},
+    "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
+    "Sapiens2ForSemanticSegmentation": {
+        "head_config": {
+            "upsample_out_channels": [64],
+            "upsample_kernel_sizes": [4],
+            "conv_out_channels": [64],
+            "conv_kernel_sizes": [1],
+        }
+    },
+    "TimmBackbone": {"backbone": "resnet18"},
+    "VitMatteForImageMatting": {"fusion_hidden_sizes": [256, 128, 64, 32], "hidden_size": 768},
+}
+_MAPS = {"backbone_feature_sizes": [[56, 56], [28, 28], [14, 14]]}
+_MAPS_14 = {"backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
+_PROMPTS = {"prompt_encoder_config": {"image_size": SIZE, "image_embedding_size": SIZE // 16}}
+_PERCEIVER = {"num_self_attends_per_block": 1, "num_latents": 64}
+# Beside fewer layers and smaller images.
+SMALL: dict[str, dict[str, Any]] = {
+    "Cohere2VisionModel": {"text_config": {**TEXT, "vocab_size": 1000}, "image_token_id": 7},
+    "DepthProModel": {"patch_size": 96, "intermediate_hook_ids": [1, 0]},
+    "Dots3NoteVisionModel": {"per_layer_config": None},
+    "EdgeTamModel": {"vision_config": {"backbone_channel_list": [1024, 512, 256, 64], **_MAPS}, **_PROMPTS},
+    "EfficientNetForImageClassification": {"depth_coefficient": 0.1, "width_coefficient": 1.0, "hidden_dim": 1280},
+    "LwDetrForObjectDetection": {
+        "backbone_config": {"image_size": 256},
+        "projector_scale_factors": [1.0],
+        "num_feature_levels": 1,
+        "num_queries": 20,
+    },
+    "LwDetrViTBackbone": {"image_size": 256},
+    "EomtDinov3ForUniversalSegmentation": {"num_blocks": 1},
+    "EomtForUniversalSegmentation": {"num_blocks": 1},
+    "MllamaVisionModel": {"intermediate_layers_indices": [0, 1], "image_size": 56},
+    **{f"PerceiverForImageClassification{kind}": _PERCEIVER for kind in ("ConvProcessing", "Fourier", "Learned")},
+    "PromptDepthAnythingForDepthEstimation": {"depth_estimation_type": "metric"},  # a fresh relative head is all zeros
+    "RfDetrForObjectDetection": {"num_queries": 20},
+    "Sam2Model": {"vision_config": _MAPS, **_PROMPTS},
+    "Sam3TrackerModel": {"vision_config": _MAPS_14, "prompt_encoder_config": {"image_size": SIZE}},
+    "SamHQModel": _PROMPTS,
+    "SamModel": _PROMPTS,
+    "ShieldGemma2ForImageClassification": {"text_config": TEXT, "mm_tokens_per_image": 16, "image_token_index": 7},
+}
+
+
+def special_batch(name: str, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """For those few whose input nothing in their config tells."""
+    config: Any = model.config
+    if name == "Cohere2VisionModel":
+        return {"pixel_values": torch.rand(1, 3, 224, 224), "input_ids": torch.full((1, 49), 7)}
+    if name == "ShieldGemma2ForImageClassification":
+        return {"pixel_values": torch.rand(1, 3, 224, 224), "input_ids": torch.full((1, 16), 7)}
+    if name == "DepthProModel":
+        return {"pixel_values": torch.rand(1, 3, 384, 384)}
+    if name == "InklingVisionModel":
+        return {"pixel_values": torch.rand(4, config.temporal_patch_size, config.patch_size, config.patch_size, 3)}
+    if name == "Inkling2VisionModel":
+        side = config.patch_size * config.spatial_merge_size
+        return {"pixel_values": torch.rand(16, side, side, 3), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    return None

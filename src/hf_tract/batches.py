@@ -1,0 +1,148 @@
+"""Batches that a model may take, guessed from its config, its forward's arguments and its layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_tract.tap import can_tap, columns
+
+# What grows with the ecosystem is data: names that configs and forwards use.
+CHANNELS = ("num_channels", "in_channels", "in_chans")
+SIZES = ("image_size", "img_size", "input_size")
+FRAMES = ("num_frames", "frames_per_clip")
+PARTS = ("vision_config", "backbone_config", "encoder_config")
+PIXELS = ("pixel_values", "pixel_values_videos", "input_values", "flattened_patches", "image", "x", "hidden_states")
+COMMON_SIZES = (224, 32, 28, 96, 1536)
+AXES = {"aspect_ratio_ids": (1, 4)}  # before an image's, where a forward has this argument
+GRID = 4  # patches along each side, where a model wants to be told
+TOKENS = 8
+FEW_FRAMES = 4
+
+
+class _Guess(NamedTuple):
+    """What the other arguments of a forward depend on."""
+
+    device: str
+    size: tuple[int, int]
+    frames: int
+
+
+def _integers(values: Any) -> Callable[[_Guess], Tensor]:
+    return lambda guess: torch.tensor(values)
+
+
+# Integers are read by forwards that cut and loop by them: they stay on the CPU.
+ARGUMENTS: dict[str, Callable[[_Guess], Any]] = {
+    "input_ids": _integers([[1] * TOKENS]),
+    "decoder_input_ids": _integers([[1] * TOKENS]),
+    "qformer_input_ids": _integers([[1] * TOKENS]),
+    "task_inputs": _integers([[1] * 77]),
+    "classes_input_ids": _integers([[1] * TOKENS]),
+    "classes_attention_mask": _integers([[1] * TOKENS]),
+    "classes_structure": _integers([1]),
+    "tasks_input_ids": _integers([[1] * TOKENS]),
+    "tasks_attention_mask": _integers([[1] * TOKENS]),
+    "grid_thw": _integers([[1, GRID, GRID]]),
+    "image_grid_thw": _integers([[1, GRID, GRID]]),
+    "spatial_shapes": _integers([[GRID, GRID]]),
+    "merge_sizes": _integers([1]),
+    "pixel_attention_mask": _integers([[1] * GRID**2]),
+    "pixel_position_ids": _integers([[[i // GRID, i % GRID] for i in range(GRID**2)]]),
+    "aspect_ratio_ids": _integers([[1]]),
+    "aspect_ratio_mask": _integers([[[1, 0, 0, 0]]]),
+    "prompt_depth": lambda guess: torch.linspace(1, 2, guess.size[0] * guess.size[1], device=guess.device).view(
+        1, 1, *guess.size
+    ),
+}
+
+
+def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
+    """Batches of one image, clip or row of patches, the likeliest first: keyword arguments, or a tensor.
+
+    Args:
+        model: any model, unwrapped.
+        device: "meta" for pixels without values, "cpu" for random numbers from 0 to 1.
+    """
+    config = getattr(model, "config", None)
+    parameters = _parameters(model)
+    name = pixel_argument(model)
+    for shape, guess in _shapes(model, config, device, parameters):
+        pixels = torch.empty(shape, device=device) if device == "meta" else torch.rand(shape)
+        if config is None or name is None:
+            yield pixels
+        else:
+            others = {n: make(guess) for n, make in ARGUMENTS.items() if n in parameters and n != name}
+            yield {name: pixels, **others}
+
+
+def pixel_argument(model: nn.Module) -> str | None:
+    """The argument of a forward that takes pixels."""
+    parameters = _parameters(model)
+    return next((name for name in (*PIXELS, getattr(model, "main_input_name", "")) if name in parameters), None)
+
+
+def _parameters(model: nn.Module) -> Mapping[str, Any]:
+    """Of a forward; peft's own says nothing."""
+    base: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
+    return inspect.signature(base.forward).parameters
+
+
+def _shapes(
+    model: nn.Module, config: Any, device: str, parameters: Mapping[str, Any]
+) -> Iterator[tuple[tuple[int, ...], _Guess]]:
+    layers = [m for m in model.modules() if can_tap(m)]
+    first = next((m for m in layers if not isinstance(m, nn.Linear)), None)
+    dims = len(first.kernel_size) if isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 2
+    channels = [c for c in (_entry(config, CHANNELS), getattr(first, "in_channels", None), 3, 1) if isinstance(c, int)]
+    frames = _entry(config, FRAMES) or FEW_FRAMES
+    given = _entry(config, SIZES)
+    sizes = [side_lengths(given)] if given else [(size, size) for size in COMMON_SIZES]
+    spectrum = _entry(config, ("max_length",)), _entry(config, ("num_mel_bins",))
+    if all(spectrum):
+        yield (1, *spectrum), _Guess(device, spectrum, frames)
+    axes = [a for name, a in AXES.items() if name in parameters]
+    rows, guess = _rows(layers, parameters), _Guess(device, sizes[0], frames)
+    if "grid_thw" in parameters:  # which counts the patches that the pixels have been cut into before
+        if isinstance(first, nn.Conv2d):
+            yield (GRID**2, first.in_channels, *first.kernel_size), guess
+        yield from (((GRID**2, n), guess) for n in rows)
+    for count in dict.fromkeys(channels):
+        for size in sizes:
+            guess = _Guess(device, size, frames)
+            image = (count, *(size if dims > 1 else size[:1]))
+            clips = [(1, frames, *image), (1, count, frames, *image[1:])]
+            images = [*((1, *a, *image) for a in axes), (1, *image)]
+            for shape in [*clips, *images] if dims == 3 else [*images, *clips[: dims - 1], (1, 2, *image)]:
+                yield shape, guess
+    for n in rows:
+        yield from ((shape, guess) for shape in ((1, GRID**2, n), (GRID**2, n), (1, n)))
+
+
+def _rows(layers: Sequence[nn.Module], parameters: Mapping[str, Any]) -> list[int]:
+    """Lengths of a patch as a row: what the first convolution reads, and the first linear layer."""
+    convolution = next((columns(m) for m in layers if not isinstance(m, nn.Linear)), None)
+    linear = next((m.in_features for m in layers if isinstance(m, nn.Linear)), None)
+    before = 2 if "flattened_patches" in parameters else 0  # the patch's row and column
+    return list(dict.fromkeys(n + before for n in (convolution, linear) if n is not None))
+
+
+def side_lengths(size: Any) -> tuple[int, int]:
+    """Height and width of what a config calls a size."""
+    if isinstance(size, dict):
+        size = list(size.values())
+    sides = list(size) if isinstance(size, (tuple, list)) else [size]
+    return int(sides[-2 % len(sides)]), int(sides[-1])
+
+
+def _entry(config: Any, names: Sequence[str]) -> Any:
+    """The first of `names` that a config has, or a part of it."""
+    if config is None:
+        return None
+    values = (getattr(config, name, None) for name in names)
+    parts = (_entry(getattr(config, part, None), names) for part in PARTS)
+    return next((value for value in (*values, *parts) if value is not None), None)

@@ -1,0 +1,118 @@
+"""What do the pixels of a batch meet first: one forward of a twin in which they alone require a gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_tract.batches import pixel_argument
+from hf_tract.moments import Window
+from hf_tract.tap import WINDOWS, can_tap
+
+
+class Reading(NamedTuple):
+    """What one layer reads of a batch: the shape of its operation's input, and the patches that it cuts out of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    window: Window
+
+
+def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
+    """A copy of `model` without a copy of its weights: they are on the meta device, or where None the model's own."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        alike = tensor.detach() if device is None else torch.empty_like(tensor, device=device, requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(alike, requires_grad=False) if isinstance(tensor, nn.Parameter) else alike
+    copied = copy.deepcopy(model, memo).eval()
+    for module in copied.modules():
+        module.__dict__.pop("forward", None)  # accelerate's wrappers would call the original
+    return copied
+
+
+def probe(copied: nn.Module, batch: Any) -> list[Reading]:
+    """The layers of a `twin` that the pixels of `batch` reach first, once for each time.
+
+    `batch` is on the twin's device, but for integers: forwards that cut and loop by them want to see them. Its pixels are what
+    the forward calls so, or every floating-point tensor. A layer that reads pixels beside what other layers made of them, as at
+    the end of a skip connection, is not first.
+    """
+    reached = _reached(copied, batch, pixels=True)
+    if len({reading.name for reading in reached}) > 1:
+        mixed = {reading.name for reading in _reached(copied, batch, pixels=False)}
+        reached = [reading for reading in reached if reading.name not in mixed]
+    modules = dict(copied.named_modules())
+    return [reading for reading in reached if can_tap(modules[reading.name])]
+
+
+def _reached(copied: nn.Module, batch: Any, pixels: bool) -> list[Reading]:
+    """What the pixels reach with no weight between, or else what the outputs of layers reach."""
+    recorder = Recorder(taint=not pixels)
+    if pixels and isinstance(batch, Mapping):
+        argument = pixel_argument(copied)
+        batch = {k: _tainted(v) if k == argument or argument not in batch else v for k, v in batch.items()}
+    elif pixels:
+        batch = _tainted(batch)
+    with warnings.catch_warnings(), torch.enable_grad(), watched(copied, recorder):
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(Exception):  # many a model fails on the meta device, but after its first layer
+            call(copied, batch)
+    return recorder.readings
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """A forward; the random numbers of the CPU stay as they are."""
+    with torch.random.fork_rng([]):
+        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+@contextlib.contextmanager
+def watched(copied: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Tells `recorder` of every operation, and of the module that is running."""
+    handles = []
+    for name, module in copied.named_modules():
+        handles.append(module.register_forward_pre_hook(_enter(recorder.running, name)))
+        handles.append(module.register_forward_hook(lambda *_: recorder.running.pop() and None, always_call=True))
+    try:
+        with recorder:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(running: list[str], name: str) -> Callable[..., None]:
+    return lambda *_: running.append(name)
+
+
+def _tainted(value: Any) -> Any:
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class Recorder(TorchFunctionMode):
+    """Notes what the layers called `names` read; where None, what is tainted: what requires a gradient.
+
+    The output of a weighted operation is tainted or not, whatever its input was.
+    """
+
+    def __init__(self, names: Container[str] | None = None, taint: bool = False) -> None:
+        super().__init__()
+        self.names, self.taint = names, taint
+        self.running, self.readings = list[str](), list[Reading]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func not in WINDOWS or not self.running:
+            return out
+        read = args[0] if args else kwargs["input"]
+        if read.requires_grad if self.names is None else self.running[-1] in self.names:
+            self.readings.append(Reading(self.running[-1], tuple(read.shape), WINDOWS[func](*args, **kwargs)))
+        return out.detach().requires_grad_(self.taint)
