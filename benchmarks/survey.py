@@ -19,7 +19,6 @@ import os
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -140,8 +139,8 @@ def rows(chosen: list[Subject], path: Path, workers: int) -> list[Row]:
     )
     todo = [subject for subject in chosen if (subject.library, subject.name) not in known]
     context = multiprocessing.get_context("spawn")  # a worker is made anew after some models: they leave memory behind
-    with path.open("a") as file, ProcessPoolExecutor(workers, context, max_tasks_per_child=100) as pool:
-        for row in track(pool.map(_looked, todo), "models", len(todo), disable=not todo):
+    with path.open("a") as file, context.Pool(workers, maxtasksperchild=100) as pool:
+        for row in track(pool.imap(_looked, todo), "models", len(todo), disable=not todo):
             known[row["library"], row["name"]] = row
             file.write(json.dumps(row) + "\n")
             file.flush()

@@ -206,6 +206,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "Dots3NoteVisionModel": {"per_layer_config": None},
     "EdgeTamModel": {"vision_config": {"backbone_channel_list": [1024, 512, 256, 64], **_MAPS}, **_PROMPTS},
     "EfficientNetForImageClassification": {"depth_coefficient": 0.1, "width_coefficient": 1.0, "hidden_dim": 1280},
+    "GraniteDoclingVisionModel": {"image_size": 384},
     "LwDetrForObjectDetection": {
         "backbone_config": {"image_size": 256},
         "projector_scale_factors": [1.0],
@@ -236,6 +237,10 @@ def special_batch(name: str, model: nn.Module) -> dict[str, torch.Tensor] | None
         return {"pixel_values": torch.rand(1, 3, 224, 224), "input_ids": torch.full((1, 16), 7)}
     if name == "DepthProModel":
         return {"pixel_values": torch.rand(1, 3, 384, 384)}
+    if name.startswith("MiniCPM"):
+        grid = config.image_size // config.patch_size
+        pixels = torch.rand(1, 3, config.image_size, config.image_size)
+        return {"pixel_values": pixels, "target_sizes": torch.tensor([[grid, grid]], dtype=torch.int32)}
     if name == "InklingVisionModel":
         return {"pixel_values": torch.rand(4, config.temporal_patch_size, config.patch_size, config.patch_size, 3)}
     if name == "Inkling2VisionModel":

@@ -109,7 +109,8 @@ def _shapes(
     rows, guess = _rows(layers, parameters), _Guess(device, sizes[0], frames)
     if "grid_thw" in parameters:  # which counts the patches that the pixels have been cut into before
         if isinstance(first, nn.Conv2d):
-            yield (GRID**2, first.in_channels, *first.kernel_size), guess
+            patch = first.in_channels, *first.kernel_size
+            yield from (((*lead, *patch), guess) for lead in ((GRID**2,), (1, GRID**2)))
         yield from (((GRID**2, n), guess) for n in rows)
     for count in dict.fromkeys(channels):
         for size in sizes:
