@@ -38,7 +38,7 @@ from hf_tract.inspection import inspect_model
 
 LAM = 0.1
 BATCH = 64  # of the share of operations
-LARGEST = 2 * 10**6  # numbers of a batch
+LARGEST = 4 * 10**6  # numbers of a batch
 WORKS = "ok"
 LIBRARIES = ("transformers", "timm")
 Row = dict[str, Any]
@@ -62,7 +62,7 @@ def look(subject: Subject) -> Row:
     row["remark"] = _remark(model, found)
     row["status"] = _checked(subject, model, found)
     del model
-    return {**row, **_figures(subject)}
+    return {**row, **_figures(subject, found)}
 
 
 def _without_zeros(model: nn.Module) -> nn.Module:
@@ -81,7 +81,7 @@ def _checked(subject: Subject, model: nn.Module, found: list[str]) -> str:
         return f"not run: {type(error).__name__}, {_brief(error)}"
     wrong = []
     first = met_first(copy.deepcopy(model), batch, pixel_argument(model) if isinstance(batch, dict) else None)
-    if first != found:
+    if set(first) != set(found):  # timm's order is its own
         wrong.append(f"the pixels meet {', '.join(first) or 'no layer'} first")
     want = reference(model, batch, found, LAM)
     if not want.expected:
@@ -116,14 +116,14 @@ def _remark(model: nn.Module, found: list[str]) -> str:
         return ""
     said = config.get("first_conv") or ()
     said = [said] if isinstance(said, str) else list(said)
-    return "" if said == found else f"timm says {', '.join(said) or 'nothing'}"
+    return "" if said == found else f"timm's first_conv names {', '.join(said) or 'none'}"
 
 
-def _figures(subject: Subject) -> Row:
+def _figures(subject: Subject, found: list[str]) -> Row:
     """The layers' sizes and TrAct's share, of the model as its library makes it by default."""
     with torch.device("meta"):
         model = subject.make(small=False)
-    inspection = inspect_model(model)
+    inspection = inspect_model(model, layers=found)
     layers = [{"name": layer.name, "operation": layer.operation, "n": layer.columns} for layer in inspection.layers]
     return {"layers": layers, "share": inspection.share(BATCH)}
 

@@ -47,6 +47,7 @@ STAGES = ("depths", "layer_depths")
 LEAST = 2
 SIZE = 224
 WIDEST = 1024  # of what a tower hands on
+DEEP = ("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit")  # of timm: large even as its smallest
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 
 
@@ -60,7 +61,8 @@ class Subject(NamedTuple):
     def make(self, small: bool) -> nn.Module:
         """The model as its library makes it by default, or with fewer layers."""
         if self.library == "timm":
-            return timm.create_model(self.name)  # type: ignore[no-any-return]
+            fewer = {"depth": LEAST} if small and self.family in DEEP else {}
+            return timm.create_model(self.name, **fewer)  # type: ignore[no-any-return]
         cls = _classes()[self.name]
         values = _merged(cls.config_class().to_dict(), OVERRIDES.get(self.name, {}))
         if small:
@@ -198,14 +200,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 _MAPS = {"backbone_feature_sizes": [[56, 56], [28, 28], [14, 14]]}
 _MAPS_14 = {"backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
 _PROMPTS = {"prompt_encoder_config": {"image_size": SIZE, "image_embedding_size": SIZE // 16}}
+_TOWER = {"hidden_size": 448, "out_hidden_size": 448}
 _PERCEIVER = {"num_self_attends_per_block": 1, "num_latents": 64}
 # Beside fewer layers and smaller images.
 SMALL: dict[str, dict[str, Any]] = {
-    "Cohere2VisionModel": {"text_config": {**TEXT, "vocab_size": 1000}, "image_token_id": 7},
+    "AltCLIPModel": {"text_config": {"vocab_size": 1000}},
+    "Cohere2VisionModel": {
+        "alignment_intermediate_size": 1024,
+        "image_token_id": 7,
+        "text_config": {**TEXT, "vocab_size": 1000},
+    },
     "DepthProModel": {"patch_size": 96, "intermediate_hook_ids": [1, 0]},
     "Dots3NoteVisionModel": {"per_layer_config": None},
     "EdgeTamModel": {"vision_config": {"backbone_channel_list": [1024, 512, 256, 64], **_MAPS}, **_PROMPTS},
     "EfficientNetForImageClassification": {"depth_coefficient": 0.1, "width_coefficient": 1.0, "hidden_dim": 1280},
+    "Exaone4_5_VisionModel": _TOWER,
     "GraniteDoclingVisionModel": {"image_size": 384},
     "LwDetrForObjectDetection": {
         "backbone_config": {"image_size": 256},
@@ -219,18 +228,23 @@ SMALL: dict[str, dict[str, Any]] = {
     "MllamaVisionModel": {"intermediate_layers_indices": [0, 1], "image_size": 56},
     **{f"PerceiverForImageClassification{kind}": _PERCEIVER for kind in ("ConvProcessing", "Fourier", "Learned")},
     "PromptDepthAnythingForDepthEstimation": {"depth_estimation_type": "metric"},  # a fresh relative head is all zeros
+    "Qwen2_5OmniVisionEncoder": _TOWER,
+    "Qwen2_5_VisionTransformerPretrainedModel": _TOWER,
     "RfDetrForObjectDetection": {"num_queries": 20},
     "Sam2Model": {"vision_config": _MAPS, **_PROMPTS},
     "Sam3TrackerModel": {"vision_config": _MAPS_14, "prompt_encoder_config": {"image_size": SIZE}},
     "SamHQModel": _PROMPTS,
     "SamModel": _PROMPTS,
+    "SuperGlueForKeypointMatching": {"keypoint_detector_config": {"max_keypoints": 64}},
     "ShieldGemma2ForImageClassification": {"text_config": TEXT, "mm_tokens_per_image": 16, "image_token_index": 7},
 }
 
 
 def special_batch(name: str, model: nn.Module) -> dict[str, torch.Tensor] | None:
     """For those few whose input nothing in their config tells."""
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if name == "XCLIPVisionModel":
+        return {"pixel_values": torch.rand(config.num_frames, 3, config.image_size, config.image_size)}
     if name == "Cohere2VisionModel":
         return {"pixel_values": torch.rand(1, 3, 224, 224), "input_ids": torch.full((1, 49), 7)}
     if name == "ShieldGemma2ForImageClassification":

@@ -113,6 +113,78 @@ def test_every_branch_that_the_pixels_reach_is_a_first_layer():
     assert names(TwoBranches()) == ["coarse", "fine"]
 
 
+def test_a_layer_that_reads_pixels_beside_features_is_not_first():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(7, 2, 3)
+
+        def forward(self, x):
+            return self.last(torch.cat([x, self.stem(x)], 1))
+
+    assert names(Skip()) == ["stem"]
+
+
+def test_a_forward_that_looks_at_values_is_run_with_values():
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.stem = nn.Conv2d(4, 3, 1), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.other(self.stem(x / x.max().item()))
+
+    model = Careful()
+    random = torch.get_rng_state()
+    (layer,) = find_first_layers(model)
+    assert (layer.name, layer.source) == ("stem", "reached first by the pixels")
+    assert model.stem.weight.requires_grad
+    assert model.stem.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_fixed_filter_is_no_layer():
+    class Filtered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("blur", torch.ones(3, 3, 3, 3) / 27)
+            self.stem = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.stem(nn.functional.conv2d(x, self.blur))
+
+    assert names(Filtered()) == ["stem"]
+
+
+def test_a_depth_map_beside_the_pixels_is_none_of_them():
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = None
+            self.depth, self.stem = nn.Conv2d(1, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, pixel_values, prompt_depth):
+            return self.stem(pixel_values) + self.depth(prompt_depth)
+
+    batch = {"pixel_values": torch.rand(1, 3, 8, 8), "prompt_depth": torch.rand(1, 1, 8, 8)}
+    assert names(Prompted(), inputs=batch) == ["stem"]
+
+
+@pytest.mark.parametrize(
+    "name, config", [("BertModel", hf.BertConfig(**TINY)), ("ImageGPTModel", hf.ImageGPTConfig(n_layer=1))]
+)
+def test_a_model_of_tokens_is_told_that_it_has_an_embedding(name, config):
+    with pytest.raises(TrActError, match=says(f"`model` (={name}) reads `input_ids` and no pixels", "`layers=`")):
+        find_first_layers(getattr(hf, name)(config))
+
+
+def test_the_search_with_values_draws_no_random_numbers_of_the_user():
+    """Guesses of a batch are random where they need values."""
+    model, random = nn.Sequential(nn.Unflatten(1, (3, 5, 7)), nn.Conv2d(3, 4, 2)), torch.get_rng_state()
+    assert names(model) == ["1"]
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 @pytest.mark.parametrize(
     "model, inputs, expected",
     [

@@ -36,7 +36,7 @@ def _integers(values: Any) -> Callable[[_Guess], Tensor]:
     return lambda guess: torch.tensor(values)
 
 
-# Integers are read by forwards that cut and loop by them: they stay on the CPU.
+# Integers are read by forwards that cut and loop by them: beside pixels without values they are on the CPU.
 ARGUMENTS: dict[str, Callable[[_Guess], Any]] = {
     "input_ids": _integers([[1] * TOKENS]),
     "decoder_input_ids": _integers([[1] * TOKENS]),
@@ -66,18 +66,19 @@ def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
 
     Args:
         model: any model, unwrapped.
-        device: "meta" for pixels without values, "cpu" for random numbers from 0 to 1.
+        device: "meta" for pixels without values; elsewhere they are random numbers from 0 to 1.
     """
     config = getattr(model, "config", None)
     parameters = _parameters(model)
     name = pixel_argument(model)
+    generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
     for shape, guess in _shapes(model, config, device, parameters):
-        pixels = torch.empty(shape, device=device) if device == "meta" else torch.rand(shape)
+        pixels = torch.empty(shape, device="meta") if device == "meta" else torch.rand(shape, generator=generator).to(device)
         if config is None or name is None:
             yield pixels
         else:
             others = {n: make(guess) for n, make in ARGUMENTS.items() if n in parameters and n != name}
-            yield {name: pixels, **others}
+            yield {name: pixels, **(others if device == "meta" else {n: other.to(device) for n, other in others.items()})}
 
 
 def pixel_argument(model: nn.Module) -> str | None:
@@ -100,7 +101,8 @@ def _shapes(
     dims = len(first.kernel_size) if isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 2
     channels = [c for c in (_entry(config, CHANNELS), getattr(first, "in_channels", None), 3, 1) if isinstance(c, int)]
     frames = _entry(config, FRAMES) or FEW_FRAMES
-    given = _entry(config, SIZES)
+    traits = getattr(model, "pretrained_cfg", None) or {}  # timm's
+    given = _entry(config, SIZES) or tuple(traits.get("input_size", ()))[1:]
     sizes = [side_lengths(given)] if given else [(size, size) for size in COMMON_SIZES]
     spectrum = _entry(config, ("max_length",)), _entry(config, ("num_mel_bins",))
     if all(spectrum):

@@ -17,6 +17,8 @@ from hf_tract.moments import Window
 from hf_tract.probe import Reading, Recorder, call, twin, watched
 from hf_tract.tap import columns, is_frozen, rows
 
+ENOUGH = 3  # guesses of a batch that reach the layers, after which a forward that fails would fail with the next one too
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerInspection:
@@ -98,7 +100,7 @@ def _read(model: nn.Module, names: list[str], inputs: Any) -> tuple[dict[str, li
     except Exception:  # as for the search: a model that can't be copied is no error
         return {}, None
     wrapped = [name for name, _ in copied.named_modules() if plain(name) in names]
-    forward = None
+    forward, tries = None, 0
     for batch in batches(copied) if inputs is None else [inputs]:
         counter = FlopCounterMode(display=False)
         recorder = Recorder(wrapped)
@@ -111,7 +113,8 @@ def _read(model: nn.Module, names: list[str], inputs: Any) -> tuple[dict[str, li
             except Exception:  # a guess that doesn't fit, or a forward that wants values after its stem
                 pass
         best = recorder.readings if forward or len(recorder.readings) > len(best) else best
-        if forward:
+        tries += bool(recorder.readings)
+        if forward or tries == ENOUGH:
             break
     return {name: [r for r in best if plain(r.name) == name] for name in names}, forward
 

@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hf_tract.batches import batches, pixel_argument
@@ -18,7 +19,7 @@ Layers = str | nn.Module | Sequence[str | nn.Module]
 
 # What grows with the ecosystem is data: names that wrappers add, that models give their vision part.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-AFFORDABLE = 10**9  # parameters up to which a forward on the CPU is made where the meta device does not suffice
+AFFORDABLE = 10**9  # parameters up to which a forward with values is made where the meta device does not suffice
 TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
 
 
@@ -149,19 +150,23 @@ def _by_probe(model: nn.Module, inputs: Any = None) -> list[FirstLayer]:
     The twin is on the meta device, where a forward costs next to nothing. Some forwards look at values before they come to
     the pixels: where that is affordable, a second twin shares the model's weights.
     """
-    affordable = sum(parameter.numel() for parameter in model.parameters()) <= AFFORDABLE
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    for device in ("meta", None) if affordable and on_cpu else ("meta",):
+    modules = dict(model.named_modules())
+    for device in ("meta", *_affordable(model)):
         try:
-            copied = twin(model, device)
+            copied = twin(model, device if device == "meta" else None)
         except Exception:  # a model that cannot be copied, such as FSDP2's, is no error: the module order is left
             return []
-        guesses = batches(copied, device or "cpu") if inputs is None else [_moved(inputs, device or "cpu")]
-        for batch in guesses:
+        for batch in batches(copied, device) if inputs is None else [_moved(inputs, device)]:
             if names := dict.fromkeys(reading.name for reading in probe(copied, batch)):
-                modules = dict(model.named_modules())
                 return [FirstLayer(plain(name), modules[name], "reached first by the pixels") for name in names]
     return []
+
+
+def _affordable(model: nn.Module) -> list[str]:
+    """The device of a model that is not too large for one more forward, if it is a single one."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
+    small = sum(parameter.numel() for parameter in model.parameters()) <= AFFORDABLE
+    return [str(next(iter(devices)))] if small and len(devices) == 1 else []
 
 
 def _moved(inputs: Any, device: str) -> Any:
@@ -170,4 +175,4 @@ def _moved(inputs: Any, device: str) -> Any:
         return {name: _moved(value, device) for name, value in inputs.items()}
     if not isinstance(inputs, Tensor):
         return inputs
-    return inputs.to(device if inputs.is_floating_point() else "cpu")
+    return inputs.to("cpu" if device == "meta" and not inputs.is_floating_point() else device)

@@ -77,6 +77,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 def watched(copied: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tells `recorder` of every operation, and of the module that is running."""
     handles = []
+    recorder.fixed = {id(buffer) for buffer in copied.buffers()}
     for name, module in copied.named_modules():
         handles.append(module.register_forward_pre_hook(_enter(recorder.running, name)))
         handles.append(module.register_forward_hook(lambda *_: recorder.running.pop() and None, always_call=True))
@@ -99,18 +100,19 @@ def _tainted(value: Any) -> Any:
 class Recorder(TorchFunctionMode):
     """Notes what the layers called `names` read; where None, what is tainted: what requires a gradient.
 
-    The output of a weighted operation is tainted or not, whatever its input was.
+    The output of a weighted operation is tainted or not, whatever its input was; a fixed filter, in a buffer, is no weight.
     """
 
     def __init__(self, names: Container[str] | None = None, taint: bool = False) -> None:
         super().__init__()
         self.names, self.taint = names, taint
         self.running, self.readings = list[str](), list[Reading]()
+        self.fixed = set[int]()  # of the model's buffers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func not in WINDOWS or not self.running:
+        if func not in WINDOWS or not self.running or id(args[1] if len(args) > 1 else kwargs["weight"]) in self.fixed:
             return out
         read = args[0] if args else kwargs["input"]
         if read.requires_grad if self.names is None else self.running[-1] in self.names:
