@@ -47,7 +47,7 @@ STAGES = ("depths", "layer_depths")
 LEAST = 2
 SIZE = 224
 WIDEST = 1024  # of what a tower hands on
-DEEP = ("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit")  # of timm: large even as its smallest
+DEEP = ("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam")  # timm's large
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 
 
