@@ -50,7 +50,7 @@ def look(subject: Subject) -> Row:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    row: Row = {**subject._asdict(), "layers": [], "share": None, "remark": ""}
+    row = _blank(subject)
     try:
         model = _without_zeros(subject.make(small=True).eval())
     except Exception as error:
@@ -63,6 +63,10 @@ def look(subject: Subject) -> Row:
     row["status"] = _checked(subject, model, found)
     del model
     return {**row, **_figures(subject, found)}
+
+
+def _blank(subject: Subject) -> Row:
+    return {**subject._asdict(), "layers": [], "share": None, "remark": ""}
 
 
 def _without_zeros(model: nn.Module) -> nn.Module:
@@ -152,14 +156,7 @@ def _looked(subject: Subject) -> Row:
     try:
         return {**look(subject), "seconds": round(time.perf_counter() - start, 1)}
     except Exception as error:  # the table says so, and the others go on
-        return {
-            **subject._asdict(),
-            "layers": [],
-            "share": None,
-            "remark": "",
-            "status": f"failed: {_brief(error)}",
-            "seconds": 0,
-        }
+        return {**_blank(subject), "status": f"failed: {_brief(error)}", "seconds": 0}
     finally:
         gc.collect()
 

@@ -74,7 +74,7 @@ def subjects() -> list[Subject]:
     """One class of each model type of `TASKS` (all that classify images), the towers that see, a model of each timm family."""
     found = [Subject("transformers", family, name) for family, name in _by_task()]
     named = {subject.name for subject in found}
-    found += [Subject("transformers", family, name) for family, name in _towers() if name not in named]
+    found += [Subject("transformers", family, name) for name, (family, _) in _towers().items() if name not in named]
     families = ((family, timm.list_models(module=family)) for family in timm.list_modules())
     return found + [Subject("timm", family, _smallest(names)) for family, names in families if names]
 
@@ -93,16 +93,17 @@ def _by_task() -> Iterator[tuple[str, str]]:
 
 
 @functools.cache
-def _towers() -> tuple[tuple[str, str], ...]:
-    """The model of each modelling file that has a vision config and takes pixels, by its source: few are exported."""
-    towers = []
+def _towers() -> dict[str, tuple[str, Any]]:
+    """Family and class by name, of a model of each modelling file with a vision config that takes pixels: few are exported."""
+    towers: dict[str, tuple[str, Any]] = {}
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         names = re.findall(r"^class (\w*(?:Vision|FlavaImage)\w*(?:Model|Transformer|Encoder))\(", file.read_text(), re.M)
         module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}") if names else None
         seeing = [name for name in names if _sees(getattr(module, name))]
         if seeing:
-            towers.append((file.parent.name, min(seeing, key=lambda name: (not name.endswith("VisionModel"), len(name)))))
-    return tuple(towers)
+            name = min(seeing, key=lambda name: (not name.endswith("VisionModel"), len(name)))
+            towers[name] = file.parent.name, getattr(module, name)
+    return towers
 
 
 def _sees(cls: type) -> bool:
@@ -115,13 +116,8 @@ def _sees(cls: type) -> bool:
 
 @functools.cache
 def _classes() -> dict[str, Any]:
-    classes = {name: getattr(transformers, name) for _, name in _by_task()}
-    for family, name in _towers():
-        for file in Path(transformers.__file__).parent.glob(f"models/{family}/modeling_*.py"):
-            module = importlib.import_module(f"transformers.models.{family}.{file.stem}")
-            if hasattr(module, name):
-                classes.setdefault(name, getattr(module, name))
-    return classes
+    towers = {name: cls for name, (_, cls) in _towers().items()}
+    return {**towers, **{name: getattr(transformers, name) for _, name in _by_task()}}
 
 
 def _smallest(names: list[str]) -> str:

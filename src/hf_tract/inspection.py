@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
 
 import torch
 from torch import nn
@@ -73,13 +72,12 @@ class Inspection:
         return None if added is None or not self.forward else added / (3 * self.forward * batch_size)
 
 
-def inspect_model(model: nn.Module, layers: Layers = "auto", inputs: Any = None) -> Inspection:
+def inspect_model(model: nn.Module, layers: Layers = "auto") -> Inspection:
     """What `apply_tract` would take of `model`, and its cost; the model may be on the meta device and stays as it is.
 
     Args:
         model: any model.
         layers: as for `apply_tract`.
-        inputs: a batch of one image, as a tensor or keyword arguments, where the model's config does not tell one.
 
     Returns:
         The layers, their sizes and operations.
@@ -87,12 +85,12 @@ def inspect_model(model: nn.Module, layers: Layers = "auto", inputs: Any = None)
     Raises:
         TrActError: as `find_first_layers` does.
     """
-    found = find_first_layers(model, layers, inputs)
-    readings, forward = _read(unwrap(model), [layer.name for layer in found], inputs)
+    found = find_first_layers(model, layers)
+    readings, forward = _read(unwrap(model), [layer.name for layer in found])
     return Inspection(tuple(_inspected(layer, readings.get(layer.name, [])) for layer in found), forward)
 
 
-def _read(model: nn.Module, names: list[str], inputs: Any) -> tuple[dict[str, list[Reading]], int | None]:
+def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Reading]], int | None]:
     """What the layers read of one image, and a forward's operations, in the first forward on the meta device that succeeds."""
     best: list[Reading] = []
     try:
@@ -101,7 +99,7 @@ def _read(model: nn.Module, names: list[str], inputs: Any) -> tuple[dict[str, li
         return {}, None
     wrapped = [name for name, _ in copied.named_modules() if plain(name) in names]
     forward, tries = None, 0
-    for batch in batches(copied) if inputs is None else [inputs]:
+    for batch in batches(copied):
         counter = FlopCounterMode(display=False)
         recorder = Recorder(wrapped)
         with warnings.catch_warnings(), watched(copied, recorder):
