@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from hf_tract import provenance
 
 PACKAGES = ("hf-tract", "torch", "transformers", "timm", "torch_tract")
 Arms = dict[str, Callable[[], object]]
@@ -84,17 +82,4 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 def environment() -> dict[str, str]:
     """Hardware and versions, to stand beside every figure."""
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        hardware = f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return {"hardware": hardware, **{name: version(name) for name in PACKAGES}}
-
-
-def _cpu() -> str:
-    try:
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name")]
-    return f"{platform.machine()} {names[0]}" if names else platform.machine()
+    return {"hardware": provenance.hardware(), **provenance.versions(PACKAGES)}

@@ -46,6 +46,7 @@ DEPTH = re.compile(r"(\w+_)?(num_)?(\w+_)?(layers|layer|depth)")
 STAGES = ("depths", "layer_depths")
 LEAST = 2
 SIZE = 224
+LARGE = 320  # timm's sizes up to here are kept, since windows and position embeddings fit to them
 WIDEST = 1024  # of what a tower hands on
 DEEP = ("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam")  # timm's large
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
@@ -61,7 +62,7 @@ class Subject(NamedTuple):
     def make(self, small: bool) -> nn.Module:
         """The model as its library makes it by default, or with fewer layers."""
         if self.library == "timm":
-            fewer = {"depth": LEAST} if small and self.family in DEEP else {}
+            fewer = _shrunk_timm(self.family, self.name) if small else {}
             return timm.create_model(self.name, **fewer)  # type: ignore[no-any-return]
         cls = _classes()[self.name]
         values = _merged(cls.config_class().to_dict(), OVERRIDES.get(self.name, {}))
@@ -126,6 +127,13 @@ def _smallest(names: list[str]) -> str:
         return min(hints, default=len(SMALLEST)), len(name), name
 
     return min([name for name in names if not name.startswith("test_")], key=rank)
+
+
+def _shrunk_timm(family: str, name: str) -> dict[str, Any]:
+    """Arguments of a timm model with fewer layers and smaller images."""
+    size = timm.get_pretrained_cfg(name).input_size
+    smaller = {"pretrained_cfg_overlay": {"input_size": (size[0], SIZE, SIZE)}} if size[-1] > LARGE else {}
+    return smaller | ({"depth": LEAST} if family in DEEP else {})
 
 
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +209,7 @@ _PERCEIVER = {"num_self_attends_per_block": 1, "num_latents": 64}
 # Beside fewer layers and smaller images.
 SMALL: dict[str, dict[str, Any]] = {
     "AltCLIPModel": {"text_config": {"vocab_size": 1000}},
+    "CHMv2ForDepthEstimation": {"fusion_hidden_size": 64, "backbone_config": {"image_size": 112}},
     "Cohere2VisionModel": {
         "alignment_intermediate_size": 1024,
         "image_token_id": 7,
@@ -233,6 +242,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "SamModel": _PROMPTS,
     "SuperGlueForKeypointMatching": {"keypoint_detector_config": {"max_keypoints": 64}},
     "ShieldGemma2ForImageClassification": {"text_config": TEXT, "mm_tokens_per_image": 16, "image_token_index": 7},
+    "Step3p7VisionModel": {"hidden_size": 384, "image_size": 112},
+    "UperNetForSemanticSegmentation": {"hidden_size": 64, "auxiliary_channels": 64},
+    "VideomtForUniversalSegmentation": {"image_size": 64, "num_queries": 20},
+    "ZoeDepthForDepthEstimation": {"fusion_hidden_size": 64, "bottleneck_features": 64, "backbone_config": {"image_size": 112}},
 }
 
 

@@ -2,25 +2,20 @@
 
 import dataclasses
 import json
-import os
-import platform
-import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
+
+from hf_tract import provenance
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
-
-PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
 
 
 @dataclasses.dataclass
@@ -32,16 +27,9 @@ class Record:
     accuracy: list[float]  # on the test set, after each epoch
     seconds_per_step: float
     settings: dict[str, Any]
-    command: str = dataclasses.field(default_factory=lambda: " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    versions: dict[str, str] = dataclasses.field(default_factory=lambda: {name: version(name) for name in PACKAGES})
-    hardware: str = dataclasses.field(default_factory=lambda: hardware())
-
-
-def hardware() -> str:
-    """The device that torch computes on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    command: str = dataclasses.field(default_factory=provenance.command)
+    versions: dict[str, str] = dataclasses.field(default_factory=provenance.versions)
+    hardware: str = dataclasses.field(default_factory=provenance.hardware)
 
 
 class Records:
