@@ -173,11 +173,12 @@ def table(found: list[Row]) -> str:
         family = "model_type" if library == "transformers" else "module"
         lines.append(f"| {family} | model | first layer | operation | n | share | status |")
         lines.append("|---|---|---|---|---|---|---|")
-        lines += [_line(row) for row in part]
+        lines += [line(row) for row in part]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """A model's line of the table."""
     layers = row["layers"]
     cells = ["<br>".join(dict.fromkeys(str(layer[key]) for layer in layers)) or "-" for key in ("name", "operation", "n")]
     share = "-" if row["share"] is None else f"{100 * row['share']:.2g} %"

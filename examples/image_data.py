@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
+from tqdm.auto import tqdm
 
+from digits import digits
 from photo_crops import photo_crops
 
+BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {
+    "photo_crops": photo_crops,
+    "digits": digits,
+}  # which need no download
 # What the columns and the names of the splits do not tell.
 KNOWN: dict[str, dict[str, str]] = {
     "ILSVRC/imagenet-1k": {"eval_split": "validation"},  # the labels of its test split are not public
@@ -29,6 +35,7 @@ class Splits(NamedTuple):
     image: str
     label: str
     names: list[str]
+    eval_split: str = "test"
 
 
 def load_splits(
@@ -43,7 +50,7 @@ def load_splits(
     """A data set's splits, with what is not given found in its features.
 
     Args:
-        name: "photo_crops", a Hub id, or a local folder with parquet files or images by class.
+        name: "photo_crops", "digits", a Hub id, or a local folder with parquet files or images by class.
         config: the Hub's name for a variant.
         train_split: to train on.
         eval_split: to test on; by default "test", else "validation".
@@ -51,7 +58,7 @@ def load_splits(
         label_column: by default the first column of class labels.
         train_samples: take that many training rows, the same each time; 0 for all.
     """
-    data = photo_crops() if name == "photo_crops" else datasets.load_dataset(name, config)
+    data = BUILT_IN[name]() if name in BUILT_IN else datasets.load_dataset(name, config)
     known = KNOWN.get(name, {})
     eval_split = eval_split or known.get("eval_split") or ("test" if "test" in data else "validation")
     if missing := [split for split in (train_split, eval_split) if split not in data]:
@@ -61,11 +68,14 @@ def load_splits(
     train, test = data[train_split], data[eval_split]
     image = image_column or known.get("image_column") or _column(train, datasets.Image, "image", name)
     label = label_column or known.get("label_column") or _column(train, datasets.ClassLabel, "label", name)
+    for split, rows in {train_split: train, eval_split: test}.items():
+        if not len(rows) or any(value is None or value == -1 for value in rows[label]):
+            raise ValueError(f"{name!r} has rows without a label in split {split!r}: name another split or label column.")
     if train_samples:
         train = train.shuffle(seed=0).select(range(min(train_samples, len(train))))
     feature = train.features[label]
     names = feature.names if isinstance(feature, datasets.ClassLabel) else [str(value) for value in sorted(train.unique(label))]
-    return Splits(train, test, image, label, names)
+    return Splits(train, test, image, label, names, eval_split)
 
 
 def _column(rows: datasets.Dataset, kind: type, what: str, name: str) -> str:
@@ -102,9 +112,32 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
         index, copy = index if isinstance(index, tuple) else (index, 0)
-        row = self.rows[index]
+        try:
+            row = self.rows[index]
+        except (OSError, SyntaxError) as error:  # what pillow says of a broken file
+            raise ValueError(f"image {_file(self.rows, index, self.splits.image)} cannot be read: {error}") from error
         with drawn_from(self.seed, self.epoch, index, copy):
             return self.transform(row[self.splits.image].convert("RGB")), row[self.splits.label]
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the random transforms depend on beside the image; accelerate's loaders, and so Trainer's, call it."""
+        self.epoch = epoch
+
+
+def without_corrupt(rows: datasets.Dataset, column: str) -> tuple[datasets.Dataset, list[str]]:
+    """The rows whose images can be read, and the names of the others."""
+    corrupt = {}
+    for index in tqdm(range(len(rows)), desc="reading images", leave=False):
+        try:
+            rows[index][column].load()
+        except (OSError, SyntaxError):
+            corrupt[index] = _file(rows, index, column)
+    return rows.select([index for index in range(len(rows)) if index not in corrupt]), list(corrupt.values())
+
+
+def _file(rows: datasets.Dataset, index: int, column: str) -> str:
+    path = rows.cast_column(column, datasets.Image(decode=False))[index][column].get("path")
+    return f"{index} ({path})" if path else str(index)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,12 @@ A recipe sets defaults; what the command line says wins. A run that was killed a
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
@@ -28,10 +30,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from hf_tract import apply_tract
+from hf_tract import TrActHandle, apply_tract
+from hf_tract.hub import TrainingRecord, public_name, save_card
+from hf_tract.metrics import TopK
+from hf_tract.provenance import command
+from hf_tract.upload import push_folder
 from image_data import Copies, Images, Splits, load_splits, normalization
-from metrics import TopK
-from modeling import logits_of, make_model, save_model
+from modeling import Preprocessing, logits_of, make_model, save_model
 from recipe import Recipe, Run, parse
 
 
@@ -69,6 +74,8 @@ def main() -> None:
         )  # fmt: skip
     mean, std = normalization(splits, recipe.image_size)
     train_loader, test_loader, images = make_loaders(splits, recipe, run, mean, std, accelerator)
+    if not len(train_loader):
+        raise SystemExit(f"--batch_size {recipe.batch_size} is more than the {len(splits.train)} training images of a process.")
     model = make_model(recipe.model, json.loads(recipe.model_config), recipe.image_size, splits.names)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
@@ -101,7 +108,8 @@ def main() -> None:
     schedule.step_update(progress.step)
     figures: dict[str, float] = {}
     for epoch in range(progress.epoch, recipe.epochs):
-        progress.epoch, images.epoch = epoch, epoch
+        progress.epoch = epoch
+        images.set_epoch(epoch)
         loader = skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
         loader.set_epoch(epoch)
         model.train()
@@ -143,7 +151,11 @@ def main() -> None:
     accelerator.print(f"top-1 {100 * figures['top1']:.1f} %, top-5 {100 * figures['top5']:.1f} %")
     if accelerator.is_main_process:
         best = ema.module if ema else accelerator.unwrap_model(model)
-        save_model(best, Path(run.output_dir) / "model", mean, std, recipe.image_size, run.push_to_hub, run.hub_model_id)
+        folder = Path(run.output_dir) / "model"
+        save_model(best, folder, Preprocessing(recipe.image_size, mean, std), splits.names)
+        save_card(record(recipe, run, handle, history, splits), folder, run.hub_model_id)
+        if run.push_to_hub:
+            print(push_folder(folder, run.hub_model_id or Path(run.output_dir).name, update=True))
     accelerator.end_training()
 
 
@@ -194,6 +206,27 @@ def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator) -> dict[st
         scores, labels = accelerator.gather_for_metrics((logits_of(model(pixels)).float(), labels))
         metric.add_batch(predictions=scores.cpu().numpy(), references=labels.cpu().numpy())
     return metric.compute() or {}
+
+
+def record(recipe: Recipe, run: Run, handle: TrActHandle | None, history: Path, splits: Splits) -> TrainingRecord:
+    """What the model's card tells."""
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    rows = [{"epoch": row["epoch"], "loss": row["loss"], "accuracy": row["top1"], "top5": row["top5"]} for row in rows]
+    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value not in (None, "", [], 0, False)}
+    return TrainingRecord(
+        name=(run.hub_model_id or Path(run.output_dir).name).split("/")[-1],
+        library="timm" if timm.is_model(recipe.model) else "transformers",
+        dataset=public_name(recipe.dataset),
+        tract=handle.config if handle else None,
+        layers=[layer.name for layer in handle.layers] if handle else [],
+        license=run.license,
+        metrics={name: rows[-1][name] for name in ("accuracy", "top5")},
+        history=rows,
+        hyperparameters={**settings, "dataset": public_name(recipe.dataset)},
+        split=splits.eval_split,
+        seed=recipe.seed,
+        command=re.sub(r" --resume_from_checkpoint \S+", "", command()),  # which makes no difference
+    )
 
 
 def start(accelerator: Accelerator, run: Run, kept: int, history: Path, progress: Progress) -> None:

@@ -68,6 +68,7 @@ class Run:
     report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, trackio, ..., or all"})
     num_workers: int = 0
     cpu: bool = False
+    license: str | None = field(default=None, metadata={"help": "of the model, for its card"})
     push_to_hub: bool = False
     hub_model_id: str | None = None
 

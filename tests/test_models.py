@@ -43,13 +43,13 @@ def test_the_table_has_every_model_of_these_versions():
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_line_of_the_table_is_true(name):
-    assert survey._line(survey.look(ALL[name])) == LINES[name], STALE
+    assert survey.line(survey.look(ALL[name])) == LINES[name], STALE
 
 
 @pytest.mark.slow
 def test_every_line_of_the_table_is_true(tmp_path):
     found = survey.rows(list(ALL.values()), tmp_path / "survey.jsonl", workers=2)
-    assert [survey._line(row) for row in found] == [LINES[row["name"]] for row in found], STALE
+    assert [survey.line(row) for row in found] == [LINES[row["name"]] for row in found], STALE
 
 
 def test_at_least_95_percent_work_and_the_others_say_why():

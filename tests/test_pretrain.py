@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForImageClassification
 
 import pretrain_vit
-from metrics import TopK
+from hf_tract.metrics import TopK
 from oracle import assert_close
 from recipe import Recipe
 

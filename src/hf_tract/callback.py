@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_tract.apply import TrActHandle, apply_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
+from hf_tract.hub import SETTINGS_NAME, TAGS, save_card
 from hf_tract.layers import Layers
+from hf_tract.tap import is_frozen
+from hf_tract.trainer_record import trainer_record
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "tract_config.json"
 STATE_NAME = "tract_state.pt"
 
 
@@ -26,8 +28,9 @@ class TrActCallback(TrainerCallback):
 
     TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary model.
     Trainer's logs get `tract/grad_norm_raw`, `tract/grad_norm` and `tract/condition` (see `TrActHandle.stats`), and each
-    checkpoint folder the settings as `tract_config.json`. There is no training state, so nothing needs to be restored,
-    unless `every` or `ema` is set: what they keep is then in the checkpoint too, and a resumed run goes on from it.
+    checkpoint folder the settings as `tract_config.json`. What Trainer pushes is tagged `tract` and brings these settings and
+    a card; `use_model_card` lets the card of the finished model be this one too. There is no training state, so nothing needs
+    to be restored, unless `every` or `ema` is set: what they keep is in the checkpoint too, and a resumed run goes on from it.
 
     Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
 
@@ -60,6 +63,20 @@ class TrActCallback(TrainerCallback):
         self.layers = layers  # which may hold modules, and those are no settings
         self.config = TrActConfig(lam=lam, scope=scope, every=every, ema=ema, scratch_mib=scratch_mib)
         self.handle: TrActHandle | None = None
+        self.used: TrActHandle | None = None  # of the last training, also after it
+
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the settings and a card into what is about to be pushed."""
+        if self.used is not None and model is not None and state.is_world_process_zero:
+            layers = [layer.name for layer in self.used.layers]
+            save_card(trainer_record(args, state, model, self.used.config, layers), args.output_dir or ".", args.hub_model_id)
 
     def on_train_begin(
         self,
@@ -72,6 +89,7 @@ class TrActCallback(TrainerCallback):
         """Applies TrAct: here, because `model_init` makes a new model for each `train()`."""
         assert model is not None
         self._remove()  # an exception in the last `train()` skips its end
+        self.used = None
         try:
             self.handle = apply_tract(model, **{**self.config.to_dict(), "layers": self.layers})
         except TrActError as error:
@@ -79,6 +97,10 @@ class TrActCallback(TrainerCallback):
                 raise
             logger.warning("TrAct is off: %s", error)
             return
+        if not all(is_frozen(layer.module) for layer in self.handle.layers):
+            self.used = self.handle
+            if isinstance(model, PreTrainedModel):
+                model.add_model_tags(list(TAGS))  # which Trainer puts into its own card
         folder = _checkpoint(args, state) if state.global_step else None
         if folder is not None and self.config.keeps_moment and (folder / STATE_NAME).exists():
             self.handle.load_state_dict(torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,15 @@ class TrainingRecord:
             raise TrActError(f"`path` (={str(path)!r}) is no record of a training run: {error}") from error
 
 
-def model_card(record: TrainingRecord, *, model_id: str | None = None, curve: bool = False) -> ModelCard:
+def model_card(
+    record: TrainingRecord, *, model_id: str | None = None, tags: Iterable[str] = (), curve: bool = False
+) -> ModelCard:
     """The card of a trained model.
 
     Args:
         record: of its training.
         model_id: where it is on the Hub, for the lines that load it; by default its name.
+        tags: more of them.
         curve: whether `training_curve.png` lies beside the card.
     """
     results = [
@@ -96,12 +99,12 @@ def model_card(record: TrainingRecord, *, model_id: str | None = None, curve: bo
         license=record.license,
         base_model=record.base_model if is_hub_id(record.base_model) else None,
         datasets=[record.dataset] if is_hub_id(record.dataset) else None,
-        tags=[*(TAGS if record.tract else ()), TASK],
+        tags=[*(TAGS if record.tract else ()), TASK, *tags],
         metrics=["accuracy"] if results else None,
         model_name=record.name if results else None,
         eval_results=results or None,
     )
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         record=record,
@@ -112,22 +115,24 @@ def model_card(record: TrainingRecord, *, model_id: str | None = None, curve: bo
         rows=_table(record.history),
         curve=CURVE_NAME if curve else None,
     )
+    return card
 
 
-def save_card(record: TrainingRecord, folder: str | Path, model_id: str | None = None) -> ModelCard:
+def save_card(record: TrainingRecord, folder: str | Path, model_id: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
     """Writes the card, the record, TrAct's settings and, where matplotlib is installed, the curve into a model's folder.
 
     Args:
         record: of the training.
         folder: where the model is saved.
         model_id: where it will be on the Hub.
+        tags: more of them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record.to_json_file(folder / RECORD_NAME)
     if record.tract:
         record.tract.to_json_file(folder / SETTINGS_NAME)
-    card = model_card(record, model_id=model_id, curve=_plot(record, folder / CURVE_NAME))
+    card = model_card(record, model_id=model_id, tags=tags, curve=_plot(record, folder / CURVE_NAME))
     card.save(folder / "README.md")
     return card
 
@@ -138,8 +143,11 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A Hub id or a word as it is, a path by its last part: where a folder lies is nobody else's business."""
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) else name
+    """A Hub id or a word as it is; a folder by its record's name or its last part: where it lies is nobody else's business."""
+    if (Path(name) / RECORD_NAME).exists():
+        return TrainingRecord.from_json_file(Path(name) / RECORD_NAME).name
+    path = Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~"))
+    return Path(name).name if path else name
 
 
 def _link(name: str | None, prefix: str = "") -> str | None:

@@ -1,10 +1,19 @@
-"""Top-1 and top-5 accuracy as an `evaluate` metric, which nothing has to be downloaded for."""
+"""Top-1 and top-5 accuracy as an `evaluate` metric, which nothing has to be downloaded for.
 
-from typing import Any
+from hf_tract.metrics import TopK, compute_top_k
+trainer = Trainer(..., compute_metrics=compute_top_k)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import evaluate
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 
 class TopK(evaluate.Metric):  # type: ignore[misc]  # evaluate is not typed
@@ -27,3 +36,9 @@ class TopK(evaluate.Metric):  # type: ignore[misc]  # evaluate is not typed
         best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
         hits = best == labels[:, None]
         return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean())}
+
+
+def compute_top_k(prediction: EvalPrediction) -> dict[str, float]:
+    """`top1` and `top5`, as Trainer's `compute_metrics`."""
+    values: dict[str, float] = TopK().compute(predictions=prediction.predictions, references=prediction.label_ids)
+    return values

@@ -1,0 +1,49 @@
+"""`use_model_card`: the card that Trainer writes tells of TrAct."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import Trainer
+
+from hf_tract.callback import TrActCallback
+from hf_tract.hub import save_card
+from hf_tract.trainer_record import trainer_record
+
+
+def use_model_card(
+    trainer: Trainer, *, dataset: str, license: str | None = None, base_model: str | None = None, split: str = "test"
+) -> None:
+    """Lets `trainer.create_model_card`, and so `trainer.push_to_hub`, write hf-tract's card, with TrAct or without it.
+
+    Trainer writes its own card at the very end of a push, and no callback comes after that. What it finds by itself, such
+    as tags and the license of the checkpoint, is taken over.
+
+    Args:
+        trainer: any Trainer.
+        dataset: a Hub id, or words.
+        license: of the model, as the Hub abbreviates it.
+        base_model: the checkpoint that training began with, by default what the model's config says.
+        split: the data set's part that is evaluated on.
+    """
+    ordinary = trainer.create_model_card
+
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        ordinary(*args, **kwargs)
+        if not trainer.is_world_process_zero():
+            return
+        folder = Path(trainer.args.output_dir or ".")
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        said = ModelCard.load(folder / "README.md").data
+        callbacks = trainer.callback_handler.callbacks
+        used = next((each.used for each in callbacks if isinstance(each, TrActCallback)), None)
+        record = trainer_record(
+            trainer.args, trainer.state, model, used.config if used else None,
+            [layer.name for layer in used.layers] if used else [],
+            dataset=dataset, base_model=base_model, license=license or said.license, split=split,
+        )  # fmt: skip
+        save_card(record, folder, trainer.hub_model_id or trainer.args.hub_model_id, said.tags or ())
+
+    trainer.create_model_card = create_model_card  # type: ignore[method-assign]
