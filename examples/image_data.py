@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import datasets
@@ -20,6 +21,7 @@ BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {
     "photo_crops": photo_crops,
     "digits": digits,
 }  # which need no download
+DATASET_HELP = "photo_crops, digits, a Hub id, or a folder of parquet or images"
 # What the columns and the names of the splits do not tell.
 KNOWN: dict[str, dict[str, str]] = {
     "ILSVRC/imagenet-1k": {"eval_split": "validation"},  # the labels of its test split are not public
@@ -36,6 +38,26 @@ class Splits(NamedTuple):
     label: str
     names: list[str]
     eval_split: str = "test"
+
+
+@dataclass
+class DataArguments:
+    """Which images, as options of a script."""
+
+    dataset: str = field(default="photo_crops", metadata={"help": DATASET_HELP})
+    dataset_config: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_samples: int = field(default=0, metadata={"help": "use that many training images; 0 for all"})
+
+    def load(self) -> Splits:
+        """The data set."""
+        return load_splits(
+            self.dataset, self.dataset_config, self.train_split, self.eval_split,
+            self.image_column, self.label_column, self.train_samples,
+        )  # fmt: skip
 
 
 def load_splits(

@@ -34,8 +34,8 @@ from hf_tract import TrActHandle, apply_tract
 from hf_tract.hub import TrainingRecord, public_name, save_card
 from hf_tract.metrics import TopK
 from hf_tract.provenance import command
-from hf_tract.upload import push_folder
-from image_data import Copies, Images, Splits, load_splits, normalization
+from hf_tract.upload import check_token, push_folder
+from image_data import Copies, Images, Splits, normalization
 from modeling import Preprocessing, logits_of, make_model, save_model
 from recipe import Recipe, Run, parse
 
@@ -56,6 +56,9 @@ class Progress:
 
 def main() -> None:
     recipe, run = parse()
+    hub_id = run.hub_model_id or Path(run.output_dir).name
+    if run.push_to_hub:
+        check_token(hub_id)
     project = ProjectConfiguration(run.output_dir, automatic_checkpoint_naming=True, total_limit=2)
     accelerator = Accelerator(
         cpu=run.cpu or not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on CPU
@@ -68,10 +71,7 @@ def main() -> None:
     )
     set_seed(recipe.seed)
     with accelerator.main_process_first():
-        splits = load_splits(
-            recipe.dataset, recipe.dataset_config, recipe.train_split, recipe.eval_split,
-            recipe.image_column, recipe.label_column, recipe.train_samples,
-        )  # fmt: skip
+        splits = recipe.load()
     mean, std = normalization(splits, recipe.image_size)
     train_loader, test_loader, images = make_loaders(splits, recipe, run, mean, std, accelerator)
     if not len(train_loader):
@@ -153,9 +153,9 @@ def main() -> None:
         best = ema.module if ema else accelerator.unwrap_model(model)
         folder = Path(run.output_dir) / "model"
         save_model(best, folder, Preprocessing(recipe.image_size, mean, std), splits.names)
-        save_card(record(recipe, run, handle, history, splits), folder, run.hub_model_id)
+        save_card(record(recipe, hub_id, run.license, handle, history, splits), folder, run.hub_model_id)
         if run.push_to_hub:
-            print(push_folder(folder, run.hub_model_id or Path(run.output_dir).name, update=True))
+            print(push_folder(folder, hub_id, update=True))
     accelerator.end_training()
 
 
@@ -208,18 +208,20 @@ def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator) -> dict[st
     return metric.compute() or {}
 
 
-def record(recipe: Recipe, run: Run, handle: TrActHandle | None, history: Path, splits: Splits) -> TrainingRecord:
+def record(
+    recipe: Recipe, hub_id: str, license: str | None, handle: TrActHandle | None, history: Path, splits: Splits
+) -> TrainingRecord:
     """What the model's card tells."""
     rows = [json.loads(line) for line in history.read_text().splitlines()]
     rows = [{"epoch": row["epoch"], "loss": row["loss"], "accuracy": row["top1"], "top5": row["top5"]} for row in rows]
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value not in (None, "", [], 0, False)}
     return TrainingRecord(
-        name=(run.hub_model_id or Path(run.output_dir).name).split("/")[-1],
+        name=hub_id.split("/")[-1],
         library="timm" if timm.is_model(recipe.model) else "transformers",
         dataset=public_name(recipe.dataset),
         tract=handle.config if handle else None,
         layers=[layer.name for layer in handle.layers] if handle else [],
-        license=run.license,
+        license=license,
         metrics={name: rows[-1][name] for name in ("accuracy", "top5")},
         history=rows,
         hyperparameters={**settings, "dataset": public_name(recipe.dataset)},

@@ -29,7 +29,7 @@ from transformers import (
 
 from comparison import Record, Records, report
 from hf_tract import TrActCallback, find_first_layers
-from image_data import load_splits, normalization, to_tensor
+from image_data import DATASET_HELP, load_splits, normalization, to_tensor
 from modeling import make_transformers_model
 
 SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
@@ -50,9 +50,7 @@ class Data(NamedTuple):
 class Arguments:
     """What to train, on what, and how long."""
 
-    dataset: str = field(
-        default="photo_crops", metadata={"help": "photo_crops, a Hub id, or a local folder with images or parquet"}
-    )
+    dataset: str = field(default="photo_crops", metadata={"help": DATASET_HELP})
     model: str = field(
         default="vit", metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"}
     )

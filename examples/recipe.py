@@ -10,18 +10,13 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from image_data import DataArguments
+
 
 @dataclass
-class Recipe:
+class Recipe(DataArguments):
     """What is trained and how: the fields of a recipe file."""
 
-    dataset: str = field(default="photo_crops", metadata={"help": "photo_crops, a Hub id, or a folder of parquet or images"})
-    dataset_config: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    train_samples: int = field(default=0, metadata={"help": "use that many training images; 0 for all"})
     model: str = field(default="vit", metadata={"help": "a transformers model type, a timm name, or a checkpoint"})
     model_config: str = field(default="{}", metadata={"help": "JSON: settings of a model of random weights"})
     image_size: int = 32

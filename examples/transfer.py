@@ -26,28 +26,22 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from hf_tract import TrActCallback, find_first_layers
 from hf_tract.metrics import compute_top_k
 from hf_tract.trainer_card import use_model_card
-from hf_tract.upload import resumable
-from image_data import Images, Splits, load_splits, to_tensor, without_corrupt
+from hf_tract.upload import check_token, resumable
+from image_data import DATASET_HELP, DataArguments, Images, Splits, to_tensor, without_corrupt
 from modeling import Preprocessing, head_of, load_processor, make_transformers_model, preprocessing_of
 
 PHOTO_CROPS = "outputs/pretrain_vit"
 
 
 @dataclass
-class Arguments:
+class Arguments(DataArguments):
     """What is fine-tuned, on what."""
 
     checkpoint: str = field(
         default="photo_crops",
         metadata={"help": "a Hub id, timm's hf-hub:ID, a folder; photo_crops is made by pretrain_vit.py where it is not there"},
     )
-    dataset: str = field(default="digits", metadata={"help": "digits, photo_crops, a Hub id, or a folder of parquet or images"})
-    dataset_config: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    train_samples: int = field(default=0, metadata={"help": "use that many training images; 0 for all"})
+    dataset: str = field(default="digits", metadata={"help": DATASET_HELP})
     corrupt_images: str = field(default="refuse", metadata={"help": "refuse, or skip: leave them out, with their names"})
     crop_scale: float = field(default=0.6, metadata={"help": "least part of a training image that a crop keeps"})
     flip: float | None = field(default=None, metadata={"help": "share of mirrored training images; 0.5, but 0 for digits"})
@@ -73,10 +67,7 @@ def main() -> None:
     check(args, training)
     if args.checkpoint == "photo_crops":
         args.checkpoint = pretrained()
-    splits = load_splits(
-        args.dataset, args.dataset_config, args.train_split, args.eval_split,
-        args.image_column, args.label_column, args.train_samples,
-    )  # fmt: skip
+    splits = args.load()
     if args.corrupt_images == "skip":
         splits = skip_corrupt(splits)
     print(head_of(args.checkpoint, splits.names))
@@ -164,6 +155,8 @@ def check(args: Arguments, training: TrainingArguments) -> None:
         raise SystemExit(f"--corrupt_images {args.corrupt_images}: it must be refuse or skip.")
     if training.hub_token:
         raise SystemExit("--hub_token would stand in your shell's history: set HF_TOKEN or run `hf auth login`.")
+    if training.push_to_hub:
+        check_token(training.hub_model_id or str(training.output_dir))
     if args.seeds > 1 and (training.push_to_hub or training.resume_from_checkpoint):
         raise SystemExit("--push_to_hub and --resume_from_checkpoint are for one run: leave --seeds at 1.")
 

@@ -130,7 +130,8 @@ def table(top1: dict[str, dict[tuple[str, str], np.ndarray]], before: dict[str, 
         lines.append(f"| {public_name(dataset)} | {' | '.join(spread(gain, sign='+') for gain in gains)} |")
     name = public_name(args.pretrain_dataset)
     said = f"Pre-training reached {before['vanilla']:.1f} % on {name} without TrAct and {before['TrAct']:.1f} % with it"
-    lines += ["", f"{said} (one run each). Mean ± standard deviation over {args.seeds} seeds of fine-tuning."]
+    seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
+    lines += ["", f"{said} (one run each). {seeds} of fine-tuning."]
     return "\n".join(lines)
 
 

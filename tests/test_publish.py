@@ -73,11 +73,13 @@ def test_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
     run(environment, EXAMPLES / "pretrain_vit.py", *cpu, *model, *push, "--output_dir", "pretrain", cwd=tmp_path)
     loaded = run(environment, "-c", LOAD, "tester/vit-crops", cwd=tmp_path, python=python)
     assert loaded.split() == ["20", "True"]
+    inspected = run(environment, "-m", "hf_tract", "inspect", "tester/vit-crops", "--json", cwd=tmp_path)
+    assert json.loads(inspected)["layers"][0]["name"] == "vit.embeddings.patch_embeddings.projection"
 
     out = run(
         environment, EXAMPLES / "transfer.py", "--use_cpu", "--checkpoint", "tester/vit-crops", "--dataset", FLOWERS,
         "--num_train_epochs", "1", "--output_dir", "flowers", "--push_to_hub", "--hub_model_id", "tester/vit-flowers",
-        "--hub_private_repo", "True", "--disable_tqdm", "True", cwd=tmp_path,
+        "--hub_private_repo", "True", "--save_strategy", "epoch", "--disable_tqdm", "True", cwd=tmp_path,
     )  # fmt: skip
     assert "The head is made anew: tester/vit-crops knows 20 classes, the data set has 102." in out
     Image.new("RGB", (50, 40), "red").save(tmp_path / "image.png")
@@ -86,6 +88,7 @@ def test_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
 
     pushed = hub.repos["tester/vit-flowers"]
     assert pushed.private
+    assert len(pushed.branches["main"]) == 3  # the first, one in training, the last
     files = pushed.files("main")
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "tract_config.json", "README.md"} <= set(files)
     card = ModelCard(files["README.md"].decode())
@@ -105,6 +108,8 @@ def test_a_timm_model_loads_by_timm_and_is_fine_tuned(hub, environment, python, 
     saved = json.loads((tmp_path / "timm" / "model" / "config.json").read_text())
     assert saved["pretrained_cfg"]["mean"] != [0.5, 0.5, 0.5] != saved["pretrained_cfg"]["std"]  # the photographs' own
     publish = [EXAMPLES / "push_to_hub.py", "timm", "--repo_id", "tester/timm-crops"]
+    run(environment, *publish, "--revision", "v1", cwd=tmp_path)
+    assert run(environment, "-c", LOAD, "tester/timm-crops", "v1", cwd=tmp_path, python=python).split() == ["20", "True"]
     run(environment, *publish, cwd=tmp_path)
     assert run(environment, "-c", TIMM, "tester/timm-crops", cwd=tmp_path, python=python).split() == ["20", "True"]
     tuned = ["--use_cpu", "--checkpoint", "hf-hub:tester/timm-crops", "--train_samples", "64", "--num_train_epochs", "1"]
@@ -118,8 +123,9 @@ def test_a_timm_model_loads_by_timm_and_is_fine_tuned(hub, environment, python, 
 LOAD = """
 import sys, torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
-processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+name, revision = [*sys.argv[1:], "main"][:2]
+model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
+processor = AutoImageProcessor.from_pretrained(name, revision=revision)
 from PIL import Image
 scores = model(**processor(Image.new("RGB", (50, 40)), return_tensors="pt")).logits
 print(scores.shape[-1], bool(scores.isfinite().all()))

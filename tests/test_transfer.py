@@ -8,9 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+import pretrain_vit
 import transfer
 import transfer_matrix
 from digits import digits
@@ -77,10 +79,20 @@ def test_any_folder_of_images_with_tract_or_without(checkpoint, images, tmp_path
     assert str(tmp_path) not in card
 
 
+def test_a_resumed_run_ends_in_the_same_weights(checkpoint, images, tmp_path, monkeypatch, capsys):
+    options = ["--checkpoint", checkpoint, "--dataset", images, "--num_train_epochs", "2", "--save_strategy", "epoch"]
+    run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "whole")
+    resume = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"]
+    run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "resumed", *resume)
+    states = [AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "resumed")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0][STEM], AutoModelForImageClassification.from_pretrained(resume[1]).state_dict()[STEM])
+
+
 def test_images_are_normalised_as_the_checkpoint_says(checkpoint):
     look = transfer.preprocessing_of(transfer.load_processor(str(checkpoint)))
     assert look == (16, [0.2, 0.3, 0.4], [0.5, 0.6, 0.7])
-    splits = transfer.load_splits("digits")
+    splits = transfer.Arguments().load()
     _, test = transfer.make_images(transfer.Arguments(), look, splits, 0)
     pixels, label = test[0]
     assert label == splits.test[0]["label"]
@@ -145,13 +157,23 @@ def test_a_data_set_without_labels_is_refused(checkpoint, tmp_path, monkeypatch,
     [
         (["--checkpoint", "no/such-model"], "--checkpoint no/such-model is no folder and no model that the Hub gives"),
         (["--hub_token", "hf_AbCdEfGh1234"], "--hub_token would stand in your shell's history: set HF_TOKEN"),
-        (["--seeds", "2", "--push_to_hub"], "are for one run: leave --seeds at 1"),
+        (["--seeds", "2", "--resume_from_checkpoint", "x"], "are for one run: leave --seeds at 1"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(options, said, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=said.replace("(", r"\(")) as error:
         run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "out")
     assert "hf_AbCdEfGh1234" not in str(error.value)
+
+
+def test_without_a_token_a_push_is_refused_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(TrActError, match=r"`repo_id` \(='me/x'\) cannot be pushed to without a token"):
+        run(monkeypatch, capsys, "--push_to_hub", "--hub_model_id", "me/x", "--output_dir", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", "--push_to_hub", "--hub_model_id", "me/x"])
+    with pytest.raises(TrActError, match="without a token"):
+        pretrain_vit.main()
 
 
 def test_a_head_for_the_same_classes_is_kept(checkpoint):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
+PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets", "timm")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 

@@ -44,8 +44,7 @@ def push_folder(
     """
     if not any((Path(folder) / name).exists() for name in WEIGHTS):
         raise TrActError(f"`folder` (={str(folder)!r}) has no model; it needs one of {', '.join(WEIGHTS)}.")
-    if get_token() is None:
-        raise TrActError(f"`repo_id` (={repo_id!r}) cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
+    check_token(repo_id)
     api = HfApi()
     with resumable(folder, repo_id, private=private, revision=revision):
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -60,6 +59,12 @@ def push_folder(
             repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message=message, ignore_patterns=list(IGNORED)
         )
     return f"{repo.endpoint}/{repo.repo_id}" + (f"/tree/{revision}" if revision else "")
+
+
+def check_token(repo_id: str) -> None:
+    """Raises a `TrActError` where there is no token to push with: better before a training than after it."""
+    if get_token() is None:
+        raise TrActError(f"`repo_id` (={repo_id!r}) cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
 
 
 @contextlib.contextmanager
