@@ -29,6 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract
 from hf_tract.hub import TrainingRecord, public_name, save_card
@@ -214,13 +215,16 @@ def record(
     """What the model's card tells."""
     rows = [json.loads(line) for line in history.read_text().splitlines()]
     rows = [{"epoch": row["epoch"], "loss": row["loss"], "accuracy": row["top1"], "top5": row["top5"]} for row in rows]
-    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value not in (None, "", [], 0, False)}
+    ours = ("lam", "scope", "every", "moment_ema")  # which the card tells by itself, where TrAct is on
+    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value and key not in ours}
+    fresh = recipe.model in CONFIG_MAPPING or timm.is_model(recipe.model)
     return TrainingRecord(
         name=hub_id.split("/")[-1],
         library="timm" if timm.is_model(recipe.model) else "transformers",
         dataset=public_name(recipe.dataset),
         tract=handle.config if handle else None,
         layers=[layer.name for layer in handle.layers] if handle else [],
+        base_model=None if fresh else public_name(recipe.model),
         license=license,
         metrics={name: rows[-1][name] for name in ("accuracy", "top5")},
         history=rows,

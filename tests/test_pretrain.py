@@ -14,9 +14,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
 import pretrain_vit
+from hf_tract.hub import RECORD_NAME, TrainingRecord
 from hf_tract.metrics import TopK
 from oracle import assert_close
 from recipe import Recipe
@@ -70,8 +72,20 @@ def test_a_run_leaves_a_model_that_transformers_loads(whole):
     assert weights(whole).isfinite().all()
 
 
+def test_the_model_has_a_card_of_its_run(whole):
+    record = TrainingRecord.from_json_file(whole / "model" / RECORD_NAME)
+    assert (record.dataset, record.base_model, record.library) == ("photo_crops", None, "transformers")
+    assert [row["accuracy"] for row in record.history] == [entry["top1"] for entry in history(whole)]
+    assert record.metrics["accuracy"] == history(whole)[-1]["top1"]
+    assert record.command.startswith("python ")
+    card = ModelCard.load(whole / "model" / "README.md")
+    assert {"tract", "hf-tract"} <= set(card.data.tags)
+    assert "lam = 0.1" in card.text
+
+
 def test_without_tract_another_model_comes_out(whole, tmp_path, monkeypatch):
     vanilla = run(monkeypatch, tmp_path, "--no_tract")
+    assert "lam" not in (vanilla / "model" / "README.md").read_text()
     assert not history(vanilla)[0]["tract"]
     assert (weights(vanilla) - weights(whole)).norm() > 1e-3 * weights(whole).norm()
 

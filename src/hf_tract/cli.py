@@ -10,10 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_tract.batches import batches, pixel_argument
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.inspection import Inspection, LayerInspection, inspect_model
-from hf_tract.layers import unwrap
 from hf_tract.loading import Loaded, Pixels, load
 from hf_tract.scale import Spectrum, expected_mean, normalised, spectrum
 
@@ -78,15 +76,12 @@ def _measure(loaded: Loaded, inspection: Inspection, dataset: str, split: str, s
     """C's eigenvalues on a few images of a data set, as the first layer would read them."""
     from hf_tract.images import read_images
 
-    batch = next(iter(batches(unwrap(loaded.model))))
-    argument = pixel_argument(loaded.model)
-    shape = (batch[argument] if isinstance(batch, dict) and argument else batch).shape
-    window = inspection.layers[0].window
-    if len(shape) != 4 or window is None or len(window.kernel) != 2:
+    first = inspection.layers[0]
+    if first.shape is None or len(first.shape) != 4 or first.window is None or len(first.window.kernel) != 2:
         raise TrActError("`dataset` needs a model whose first layer is a convolution over images.")
-    channels, size = shape[1], (shape[2], shape[3])
-    images = read_images(dataset, split, samples, size, channels)
-    return spectrum(normalised(images, loaded.pixels or Pixels((0.0,), (1.0,))), window, lam)
+    _, channels, height, width = first.shape
+    images = read_images(dataset, split, samples, (height, width), channels)
+    return spectrum(normalised(images, loaded.pixels or Pixels((0.0,), (1.0,))), first.window, lam)
 
 
 def _show(

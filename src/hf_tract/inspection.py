@@ -31,8 +31,9 @@ class LayerInspection:
         columns: n.
         groups: of a convolution.
         frozen: whether its weight can't be trained as it is.
-        patches: b that one image or clip brings; None where no forward succeeded, as the next two.
-        window: how it cuts patches out of its input.
+        patches: b that one image or clip brings; None where no forward succeeded, as the next three.
+        shape: of the input of its operation, for one image or clip.
+        window: how it cuts patches out of it.
         moment: cost of C for one image.
         solve: cost of the factorisation and solve, once an optimizer step.
     """
@@ -45,6 +46,7 @@ class LayerInspection:
     groups: int
     frozen: bool
     patches: int | None
+    shape: tuple[int, ...] | None
     window: Window | None
     moment: Cost | None
     solve: Cost
@@ -129,6 +131,7 @@ def _inspected(layer: FirstLayer, readings: list[Reading]) -> LayerInspection:
         groups=groups,
         frozen=is_frozen(layer.module),
         patches=sum(patches(r.shape, r.window) for r in readings) if readings else None,
+        shape=readings[0].shape if readings else None,
         window=readings[0].window if readings else None,
         moment=Cost(*map(sum, zip(*costs, strict=True))) if costs else None,
         solve=solve_cost(m, n, groups),

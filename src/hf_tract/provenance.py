@@ -48,7 +48,8 @@ def hardware() -> str:
     """The device that torch computes on, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
