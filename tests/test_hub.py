@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -145,6 +147,21 @@ def test_what_is_no_record_is_refused(tmp_path):
     path.write_text(json.dumps({"name": "x", "tract": None}))
     with pytest.raises(TrActError, match="is no record"):
         TrainingRecord.from_json_file(path)
+
+
+CARDS = sorted(path for path in (Path(__file__).parents[1] / "model_cards").glob("*.md") if path.name != "README.md")
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_a_card_of_this_repository_is_valid_and_whole(path):
+    card = ModelCard.load(path)
+    assert ModelCard(f"---\n{card.data.to_yaml()}\n---\n{card.text}").data.to_dict() == card.data.to_dict()
+    assert card.data.eval_results[0].metric_value > 0
+    assert ("tract" in card.data.tags) == ("trained by\n[TrAct]" in card.text)
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+        assert (path.parent / image).exists()
+    for said in ("### To reproduce", "python examples/", "Seed ", "torch 2."):
+        assert said in card.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerState
 
 from helpers import STEM, small_vit, trainer
@@ -72,12 +73,31 @@ def test_a_push_in_training_brings_card_and_settings(tmp_path):
     callback.on_push_begin(run.args, run.state, run.control, model=run.model)
     assert not (tmp_path / "README.md").exists()  # nothing was trained
     run.train()
+    assert not (tmp_path / "README.md").exists()  # nor saved
     callback.on_push_begin(run.args, run.state, run.control, model=run.model)
     assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text
     assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME).lam == 0.3
     (tmp_path / "README.md").unlink()
+    (tmp_path / SETTINGS_NAME).unlink()
     callback.on_push_begin(run.args, TrainerState(is_world_process_zero=False), run.control, model=run.model)
     assert not (tmp_path / "README.md").exists()  # one process writes
+
+
+def test_what_is_saved_has_card_and_settings_beside_it(tmp_path):
+    trainer(tmp_path, callbacks=[TrActCallback(lam=0.3)], save_strategy="epoch", **EVALUATED).train()
+    assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text
+    assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME).lam == 0.3
+
+
+def test_an_adapters_card_is_left_to_peft(tmp_path):
+    model = get_peft_model(small_vit(), LoraConfig(target_modules=["q_proj"], modules_to_save=["projection", "classifier"]))
+    run = trainer(tmp_path, model, [TrActCallback()], save_strategy="epoch", label_names=["labels"])
+    use_model_card(run, dataset="noise")
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
+    assert (tmp_path / SETTINGS_NAME).exists()
 
 
 def test_a_row_of_the_history_for_each_evaluation():

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_tract.apply import TrActHandle, apply_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
-from hf_tract.hub import SETTINGS_NAME, TAGS, save_card
+from hf_tract.hub import SETTINGS_NAME, TAGS
 from hf_tract.layers import Layers
 from hf_tract.tap import is_frozen
-from hf_tract.trainer_record import trainer_record
+from hf_tract.trainer_record import save_trainer_card
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,10 @@ class TrActCallback(TrainerCallback):
 
     TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary model.
     Trainer's logs get `tract/grad_norm_raw`, `tract/grad_norm` and `tract/condition` (see `TrActHandle.stats`), and each
-    checkpoint folder the settings as `tract_config.json`. What Trainer pushes is tagged `tract` and brings these settings and
-    a card; `use_model_card` lets the card of the finished model be this one too. There is no training state, so nothing needs
-    to be restored, unless `every` or `ema` is set: what they keep is in the checkpoint too, and a resumed run goes on from it.
+    checkpoint folder the settings as `tract_config.json`. What Trainer saves and pushes is tagged `tract` and has these
+    settings and a card beside it; `use_model_card` lets the card that Trainer writes last be this one too. There is no training
+    state, so nothing needs to be restored, unless `every` or `ema` is set: what they keep is in the checkpoint too, and a
+    resumed run goes on from it.
 
     Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
 
@@ -74,9 +75,7 @@ class TrActCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Writes the settings and a card into what is about to be pushed."""
-        if self.used is not None and model is not None and state.is_world_process_zero:
-            layers = [layer.name for layer in self.used.layers]
-            save_card(trainer_record(args, state, model, self.used.config, layers), args.output_dir or ".", args.hub_model_id)
+        self._write_card(args, state, model)
 
     def on_train_begin(
         self,
@@ -109,9 +108,18 @@ class TrActCallback(TrainerCallback):
             if folder is not None:
                 self._compare(folder)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Removes TrAct."""
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Removes TrAct; where something was saved, writes the settings and a card beside it."""
         self._remove()
+        if args.save_strategy != SaveStrategy.NO:
+            self._write_card(args, state, model)
 
     def on_log(
         self,
@@ -139,6 +147,11 @@ class TrActCallback(TrainerCallback):
             self.handle.config.to_json_file(folder / SETTINGS_NAME)
             if kept := self.handle.state_dict():
                 torch.save(kept, folder / STATE_NAME)
+
+    def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+        if self.used is not None and model is not None and state.is_world_process_zero:
+            layers = [layer.name for layer in self.used.layers]
+            save_trainer_card(args, state, model, self.used.config, layers, model_id=args.hub_model_id)
 
     def _remove(self) -> None:
         if self.handle is not None:

@@ -9,8 +9,7 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from hf_tract.callback import TrActCallback
-from hf_tract.hub import save_card
-from hf_tract.trainer_record import trainer_record
+from hf_tract.trainer_record import save_trainer_card
 
 
 def use_model_card(
@@ -39,11 +38,11 @@ def use_model_card(
         said = ModelCard.load(folder / "README.md").data
         callbacks = trainer.callback_handler.callbacks
         used = next((each.used for each in callbacks if isinstance(each, TrActCallback)), None)
-        record = trainer_record(
+        save_trainer_card(
             trainer.args, trainer.state, model, used.config if used else None,
             [layer.name for layer in used.layers] if used else [],
+            model_id=trainer.hub_model_id or trainer.args.hub_model_id, tags=said.tags or (),
             dataset=dataset, base_model=base_model, license=license or said.license, split=split,
         )  # fmt: skip
-        save_card(record, folder, trainer.hub_model_id or trainer.args.hub_model_id, said.tags or ())
 
     trainer.create_model_card = create_model_card  # type: ignore[method-assign]

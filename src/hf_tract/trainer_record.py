@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from hf_tract.config import TrActConfig
-from hf_tract.hub import TrainingRecord, public_name
+from hf_tract.hub import SETTINGS_NAME, TrainingRecord, public_name, save_card
 
-SETTINGS = (
+HYPERPARAMETERS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "label_smoothing_factor"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"),
 )
@@ -64,9 +64,39 @@ def trainer_record(
     )
 
 
+def save_trainer_card(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    tract: TrActConfig | None,
+    layers: Sequence[str] = (),
+    *,
+    model_id: str | None = None,
+    tags: Iterable[str] = (),
+    **about: str | None,
+) -> None:
+    """Writes the card of a run, up to now, into its output folder; an adapter's card is peft's, and gets the settings alone.
+
+    Args:
+        args: as for `trainer_record`, like those that are not named here.
+        state: the same.
+        model: the same.
+        tract: the same.
+        layers: the same.
+        model_id: where the model will be on the Hub.
+        tags: more of them.
+        about: `dataset`, `base_model`, `license` and `split`.
+    """
+    folder = Path(args.output_dir or ".")
+    if not hasattr(model, "peft_config"):
+        save_card(trainer_record(args, state, model, tract, layers, **about), folder, model_id, tags)  # type: ignore[arg-type]
+    elif tract is not None:
+        tract.to_json_file(folder / SETTINGS_NAME)
+
+
 def _settings(args: TrainingArguments) -> dict[str, Any]:
     """What was set of the arguments that matter to the weights."""
-    values = {name: getattr(args, name) for name in SETTINGS}
+    values = {name: getattr(args, name) for name in HYPERPARAMETERS}
     values = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
     return {name: value for name, value in values.items() if value != UNSET.get(name)}
 
