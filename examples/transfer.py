@@ -28,7 +28,7 @@ from hf_tract.metrics import compute_top_k
 from hf_tract.trainer_card import use_model_card
 from hf_tract.upload import check_token, resumable
 from image_data import DATASET_HELP, DataArguments, Images, Splits, to_tensor, without_corrupt
-from modeling import Preprocessing, head_of, load_processor, make_transformers_model, preprocessing_of
+from modeling import Preprocessing, checkpoint_id, head_of, load_processor, make_transformers_model, preprocessing_of
 
 PHOTO_CROPS = "outputs/pretrain_vit"
 
@@ -104,13 +104,16 @@ def fine_tune(args: Arguments, training: TrainingArguments, splits: Splits) -> d
         compute_metrics=compute_top_k,
         callbacks=[] if args.no_tract else [TrActCallback(lam=args.lam, layers=stems)],
     )
-    use_model_card(trainer, dataset=args.dataset, base_model=args.checkpoint, license=args.license, split=splits.eval_split)
+    use_model_card(
+        trainer, dataset=args.dataset, base_model=checkpoint_id(args.checkpoint), license=args.license, split=splits.eval_split
+    )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
-    if training.push_to_hub:
+    if training.push_to_hub:  # which saves before
         with resumable(training.output_dir or ".", training.hub_model_id or Path(training.output_dir or ".").name):
             trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
     return {"seed": training.seed, **next(entry for entry in trainer.state.log_history[::-1] if "eval_loss" in entry)}
 
 

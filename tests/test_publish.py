@@ -107,17 +107,16 @@ def test_a_timm_model_loads_by_timm_and_is_fine_tuned(hub, environment, python, 
     run(environment, EXAMPLES / "pretrain_vit.py", "--cpu", *model, "--output_dir", "timm", cwd=tmp_path)
     saved = json.loads((tmp_path / "timm" / "model" / "config.json").read_text())
     assert saved["pretrained_cfg"]["mean"] != [0.5, 0.5, 0.5] != saved["pretrained_cfg"]["std"]  # the photographs' own
-    publish = [EXAMPLES / "push_to_hub.py", "timm", "--repo_id", "tester/timm-crops"]
-    run(environment, *publish, "--revision", "v1", cwd=tmp_path)
-    assert run(environment, "-c", LOAD, "tester/timm-crops", "v1", cwd=tmp_path, python=python).split() == ["20", "True"]
-    run(environment, *publish, cwd=tmp_path)
-    assert run(environment, "-c", TIMM, "tester/timm-crops", cwd=tmp_path, python=python).split() == ["20", "True"]
+    publish = EXAMPLES / "push_to_hub.py"
+    run(environment, publish, "timm", "--repo_id", "tester/timm-crops", cwd=tmp_path)
+    assert run(environment, "-c", LOAD + TIMM, "tester/timm-crops", cwd=tmp_path, python=python).split() == ["20", "True"] * 2
     tuned = ["--use_cpu", "--checkpoint", "hf-hub:tester/timm-crops", "--train_samples", "64", "--num_train_epochs", "1"]
     run(environment, EXAMPLES / "transfer.py", *tuned, "--output_dir", "tuned", cwd=tmp_path)
-    run(environment, EXAMPLES / "push_to_hub.py", "tuned", "--repo_id", "tester/timm-digits", cwd=tmp_path)
-    assert ModelCard(hub.repos["tester/timm-digits"].files("main")["README.md"].decode()).data.library_name == "timm"
-    assert run(environment, "-c", TIMM, "tester/timm-digits", cwd=tmp_path, python=python).split() == ["10", "True"]
-    assert run(environment, "-c", LOAD, "tester/timm-digits", cwd=tmp_path, python=python).split() == ["10", "True"]
+    run(environment, publish, "tuned", "--repo_id", "tester/timm-digits", "--revision", "v1", cwd=tmp_path)
+    card = ModelCard(hub.repos["tester/timm-digits"].files("v1")["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("timm", "tester/timm-crops")
+    loaded = run(environment, "-c", LOAD + TIMM, "tester/timm-digits", "v1", cwd=tmp_path, python=python)
+    assert loaded.split() == ["10", "True"] * 2
 
 
 LOAD = """
@@ -136,8 +135,8 @@ from transformers import pipeline
 print(pipeline("image-classification", model=sys.argv[1])(sys.argv[2])[0]["label"])
 """
 TIMM = """
-import sys, timm, torch
-model = timm.create_model(f"hf-hub:{sys.argv[1]}", pretrained=True).eval()
+import timm
+model = timm.create_model(f"hf-hub:{name}@{revision}", pretrained=True).eval()
 scores = model(torch.rand(1, *model.pretrained_cfg["input_size"]))
 print(scores.shape[-1], bool(scores.isfinite().all()))
 """
