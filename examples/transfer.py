@@ -114,7 +114,8 @@ def fine_tune(args: Arguments, training: TrainingArguments, splits: Splits) -> d
     else:
         trainer.save_model()
         trainer.create_model_card()
-    return {"seed": training.seed, **next(entry for entry in trainer.state.log_history[::-1] if "eval_loss" in entry)}
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry] or [trainer.evaluate()]
+    return {"seed": training.seed, **evaluated[-1]}
 
 
 def make_images(args: Arguments, look: Preprocessing, splits: Splits, seed: int) -> tuple[Images, Images]:
