@@ -75,16 +75,16 @@ def report(records: Records, seeds: Sequence[int], title: str) -> None:
     curves = {arm: 100 * np.array([record.accuracy for record in records.of(arm, seeds)]) for arm in arms}
     table = Table("epoch", *arms)
     for epoch in range(curves[arms[0]].shape[1]):
-        table.add_row(str(epoch + 1), *(_spread(curves[arm][:, epoch]) for arm in arms))
+        table.add_row(str(epoch + 1), *(spread(curves[arm][:, epoch]) for arm in arms))
     console = Console()
-    spread = f" (mean and standard deviation over {len(seeds)} seeds)" if len(seeds) > 1 else ""
-    console.print(f"\n{title}: test accuracy in per cent{spread}", table, sep="\n")
+    over = f" (mean and standard deviation over {len(seeds)} seeds)" if len(seeds) > 1 else ""
+    console.print(f"\n{title}: test accuracy in per cent{over}", table, sep="\n")
     base, other = (curves[arm].mean(0) for arm in arms)
     reached = epochs_to_reach(other, base[-1])
     when = f"after {reached} of {len(base)} epochs" if reached else f"in none of the {len(base)} epochs"
     console.print(f"{arms[1]} reaches {arms[0]}'s final accuracy ({base[-1]:.1f} %) {when}.")
     gains = curves[arms[1]][:, -1] - curves[arms[0]][:, -1]
-    console.print(f"Final gain: {_spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+.1f}' for gain in gains)}.")
+    console.print(f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+.1f}' for gain in gains)}.")
     steps = {arm: 1000 * np.median([record.seconds_per_step for record in records.of(arm, seeds)]) for arm in arms}
     times = ", ".join(f"{arm} {ms:.1f} ms" for arm, ms in steps.items())
     console.print(f"Time per training step (median): {times}, ratio {steps[arms[1]] / steps[arms[0]]:.3f}.")
@@ -111,6 +111,7 @@ def plot(curves: dict[str, np.ndarray], title: str, path: Path) -> Path:
     return path
 
 
-def _spread(values: np.ndarray, sign: str = "") -> str:
+def spread(values: np.ndarray, sign: str = "") -> str:
+    """Mean and standard deviation, with one digit."""
     std = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.1f}{std}"
+    return f"{values.mean():{sign}z.1f}{std}"

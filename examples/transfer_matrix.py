@@ -7,20 +7,18 @@ pre-trains one ViT with TrAct and one without (pretrain_vit.py), fine-tunes both
 """
 
 import argparse
-import os
 import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import track
 
+from comparison import spread
 from hf_tract.hub import RECORD_NAME, TrainingRecord, public_name
+from jobs import Work, run_all
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,9 +31,9 @@ EXAMPLES = Path(__file__).parent
 def main() -> None:
     args = parse()
     jobs = [pretraining(arm, args) for arm in ARMS]
-    run_all("pre-training", jobs, args.jobs)
+    run_missing("pre-training", jobs, args.jobs)
     jobs = [fine_tuning(dataset, cell, seed, args) for dataset in args.datasets for seed in range(args.seeds) for cell in CELLS]
-    run_all("fine-tuning", jobs, args.jobs)
+    run_missing("fine-tuning", jobs, args.jobs)
     top1 = {
         dataset: {
             cell: np.array([100 * accuracy(folder_of(dataset, cell, seed, args)) for seed in range(args.seeds)])
@@ -93,23 +91,15 @@ def folder_of(dataset: str, cell: tuple[str, str], seed: int, args: argparse.Nam
     return Path(args.output_dir, f"{Path(dataset).name}-{cell[0]}-{cell[1]}-{seed}")
 
 
-def run_all(what: str, jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
+def run_missing(what: str, jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
     """Runs what is not done yet; each run's output goes into a file beside its folder."""
-    todo = [job for job in jobs if not (job[0] / RECORD_NAME).exists()]
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-
-    def run(job: tuple[Path, list[str]]) -> None:
-        folder, (script, *options) = job
-        log = folder.with_suffix(".log") if folder.name != "model" else folder.parent.with_suffix(".log")
-        with log.open("w") as file:
-            command = [sys.executable, str(EXAMPLES / script), *options]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
-        if done.returncode:
-            raise SystemExit(f"{shlex.join(command)} failed with {done.returncode}; its output is in {log}.")
-
-    with ThreadPoolExecutor(at_once) as pool:
-        list(track(pool.map(run, todo), what, len(todo), disable=not todo))
+    todo = []
+    for folder, (script, *options) in jobs:
+        if not (folder / RECORD_NAME).exists():
+            log = (folder.parent if folder.name == "model" else folder).with_suffix(".log")
+            todo.append(Work([[sys.executable, str(EXAMPLES / script), *options]], log))
+    if failed := run_all(what, todo, at_once):
+        raise SystemExit(f"{len(failed)} of {len(todo)} runs failed.")
 
 
 def accuracy(folder: Path) -> float:
@@ -133,12 +123,6 @@ def table(top1: dict[str, dict[tuple[str, str], np.ndarray]], before: dict[str, 
     seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
     lines += ["", f"{said} (one run each). {seeds} of fine-tuning."]
     return "\n".join(lines)
-
-
-def spread(values: np.ndarray, sign: str = "") -> str:
-    """Mean and standard deviation."""
-    std = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.1f}{std}"
 
 
 def plot(top1: dict[str, dict[tuple[str, str], np.ndarray]], path: Path) -> Path:
