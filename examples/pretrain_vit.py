@@ -12,12 +12,14 @@ import dataclasses
 import json
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed, tqdm
 from timm.data import Mixup, create_transform
@@ -45,14 +47,25 @@ class Progress:
     """Where training is; saved and restored with accelerate's state."""
 
     epoch = batch = step = 0
+    seconds = 0.0
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch, batch within it, and optimizer step, each counted from 0 as what comes next."""
-        return {"epoch": self.epoch, "batch": self.batch, "step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, batch within it, and optimizer step, each counted from 0 as what comes next; seconds of training so far."""
+        return {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes these over."""
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.epoch, self.batch, self.step, self.seconds = (state[key] for key in ("epoch", "batch", "step", "seconds"))
+
+
+class Trained(NamedTuple):
+    """What a run leaves: the model to save, TrAct's handle, how images are seen, the figures of each epoch."""
+
+    model: nn.Module
+    handle: TrActHandle | None
+    look: Preprocessing
+    splits: Splits
+    history: list[dict[str, Any]]
 
 
 def main() -> None:
@@ -60,6 +73,42 @@ def main() -> None:
     hub_id = run.hub_model_id or Path(run.output_dir).name
     if run.push_to_hub:
         check_token(hub_id)
+    trained = train(recipe, run)
+    if PartialState().is_main_process:
+        folder = Path(run.output_dir) / "model"
+        save_model(trained.model, folder, trained.look, trained.splits.names)
+        save_card(record(recipe, hub_id, run.license, trained), folder, run.hub_model_id)
+        if run.push_to_hub:
+            print(push_folder(folder, hub_id, update=True))
+
+
+def ready_made(recipe: Recipe, splits: Splits, look: Preprocessing) -> nn.Module:
+    """The model that a recipe names."""
+    return make_model(recipe.model, json.loads(recipe.model_config), recipe.image_size, splits.names)
+
+
+def usual_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names."""
+    made: torch.optim.Optimizer = create_optimizer_v2(
+        model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, filter_bias_and_bn=not recipe.decay_all
+    )
+    return made
+
+
+def train(
+    recipe: Recipe,
+    run: Run,
+    make: Callable[[Recipe, Splits, Preprocessing], nn.Module] = ready_made,
+    make_optimizer: Callable[[Recipe, nn.Module], torch.optim.Optimizer] = usual_optimizer,
+) -> Trained:
+    """The whole run, from the data set to the last epoch's test.
+
+    Args:
+        recipe: what is trained and how.
+        run: where it goes and how it is watched.
+        make: the model, from the recipe, the data and how images are seen.
+        make_optimizer: the optimizer of that model.
+    """
     project = ProjectConfiguration(run.output_dir, automatic_checkpoint_naming=True, total_limit=2)
     accelerator = Accelerator(
         cpu=run.cpu or not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on CPU
@@ -73,13 +122,14 @@ def main() -> None:
     set_seed(recipe.seed)
     with accelerator.main_process_first():
         splits = recipe.load()
-    mean, std = normalization(splits, recipe.image_size)
-    train_loader, test_loader, images = make_loaders(splits, recipe, run, mean, std, accelerator)
+    measured = ([], []) if recipe.mean and recipe.std else normalization(splits, recipe.image_size)
+    look = Preprocessing(recipe.image_size, recipe.mean or measured[0], recipe.std or measured[1])
+    train_loader, test_loader, images = make_loaders(splits, recipe, run, look, accelerator)
     if not len(train_loader):
         raise SystemExit(f"--batch_size {recipe.batch_size} is more than the {len(splits.train)} training images of a process.")
-    model = make_model(recipe.model, json.loads(recipe.model_config), recipe.image_size, splits.names)
+    model = make(recipe, splits, look)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
-    optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+    optimizer = make_optimizer(recipe, model)
     handle = None
     if not run.no_tract:
         handle = apply_tract(model, recipe.lam, scope=recipe.scope, every=recipe.every, ema=recipe.moment_ema)  # type: ignore[arg-type]
@@ -108,7 +158,9 @@ def main() -> None:
     )
     schedule.step_update(progress.step)
     figures: dict[str, float] = {}
+    clock = time.perf_counter if torch.accelerator.is_available() and not run.cpu else time.process_time
     for epoch in range(progress.epoch, recipe.epochs):
+        began = clock() - progress.seconds
         progress.epoch = epoch
         images.set_epoch(epoch)
         loader = skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
@@ -136,12 +188,13 @@ def main() -> None:
                         {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}, step=progress.step
                     )
                 if run.checkpointing_steps.isdigit() and progress.step % int(run.checkpointing_steps) == 0:
+                    progress.seconds = clock() - began
                     accelerator.save_state()
-        progress.epoch, progress.batch = epoch + 1, 0
-        figures = evaluate(ema.module if ema else model, test_loader, accelerator)
-        figures = {"epoch": epoch + 1, "step": progress.step, "loss": loss.item(), **figures}
+        figures = {"epoch": epoch + 1, "step": progress.step, "loss": loss.item()}
+        progress.epoch, progress.batch, progress.seconds = epoch + 1, 0, clock() - began
+        figures |= {"seconds": round(progress.seconds, 3), **evaluate(ema.module if ema else model, test_loader, accelerator)}
         accelerator.log({f"test/{key}": value for key, value in figures.items()}, step=progress.step)
-        bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items() if key not in ("epoch", "step")})
+        bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items() if key not in ("epoch", "step", "seconds")})
         if accelerator.is_main_process:
             with history.open("a") as file:
                 file.write(json.dumps({**figures, "tract": not run.no_tract}) + "\n")
@@ -150,32 +203,29 @@ def main() -> None:
     bar.close()
     figures = figures or evaluate(ema.module if ema else model, test_loader, accelerator)  # a finished run, resumed
     accelerator.print(f"top-1 {100 * figures['top1']:.1f} %, top-5 {100 * figures['top5']:.1f} %")
-    if accelerator.is_main_process:
-        best = ema.module if ema else accelerator.unwrap_model(model)
-        folder = Path(run.output_dir) / "model"
-        save_model(best, folder, Preprocessing(recipe.image_size, mean, std), splits.names)
-        save_card(record(recipe, hub_id, run.license, handle, history, splits), folder, run.hub_model_id)
-        if run.push_to_hub:
-            print(push_folder(folder, hub_id, update=True))
     accelerator.end_training()
+    best = ema.module if ema else accelerator.unwrap_model(model)
+    return Trained(best, handle, look, splits, [json.loads(line) for line in history.read_text().splitlines()])
 
 
 def make_loaders(
-    splits: Splits, recipe: Recipe, run: Run, mean: list[float], std: list[float], accelerator: Accelerator
+    splits: Splits, recipe: Recipe, run: Run, look: Preprocessing, accelerator: Accelerator
 ) -> tuple[Any, DataLoader[Any], Images]:
     """Loaders for training and testing, and the training images, whose epoch is to be set."""
     first = [v2.RandomCrop(recipe.image_size, padding=recipe.crop_padding)] if recipe.crop_padding else []
     policy = recipe.auto_augment
     if policy == "cifar10":  # which timm does not have
         first, policy = [*first, v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)], None
+    if recipe.rotation:
+        first.append(v2.RandomRotation(recipe.rotation))
     whole = recipe.crop_scale == 1
     rest = create_transform(
         recipe.image_size, is_training=True, scale=(recipe.crop_scale, 1.0), ratio=(1.0, 1.0) if whole else None,
         hflip=recipe.flip, color_jitter=recipe.color_jitter, auto_augment=policy, re_prob=recipe.random_erasing,
-        interpolation="bicubic", mean=mean, std=std,
+        interpolation="bicubic", mean=look.mean, std=look.std,
     )  # fmt: skip
     augmented = v2.Compose([*first, rest])
-    plain = create_transform(recipe.image_size, interpolation="bicubic", crop_pct=1.0, mean=mean, std=std)
+    plain = create_transform(recipe.image_size, interpolation="bicubic", crop_pct=recipe.crop_pct, mean=look.mean, std=look.std)
     images = Images(splits.train, splits, augmented, recipe.seed)
     shared: dict[str, Any] = {"num_workers": run.num_workers, "pin_memory": torch.accelerator.is_available()}
     test_loader = DataLoader(Images(splits.test, splits, plain), 2 * recipe.batch_size, **shared)
@@ -209,12 +259,11 @@ def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator) -> dict[st
     return metric.compute() or {}
 
 
-def record(
-    recipe: Recipe, hub_id: str, license: str | None, handle: TrActHandle | None, history: Path, splits: Splits
-) -> TrainingRecord:
+def record(recipe: Recipe, hub_id: str, license: str | None, trained: Trained) -> TrainingRecord:
     """What the model's card tells."""
-    rows = [json.loads(line) for line in history.read_text().splitlines()]
-    rows = [{"epoch": row["epoch"], "loss": row["loss"], "accuracy": row["top1"], "top5": row["top5"]} for row in rows]
+    kept = {"epoch": "epoch", "loss": "loss", "accuracy": "top1", "top5": "top5"}
+    rows = [{name: row[key] for name, key in kept.items()} for row in trained.history]
+    handle = trained.handle
     ours = ("lam", "scope", "every", "moment_ema")  # which the card tells by itself, where TrAct is on
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value and key not in ours}
     fresh = recipe.model in CONFIG_MAPPING or timm.is_model(recipe.model)
@@ -229,7 +278,7 @@ def record(
         metrics={name: rows[-1][name] for name in ("accuracy", "top5")},
         history=rows,
         hyperparameters={**settings, "dataset": public_name(recipe.dataset)},
-        split=splits.eval_split,
+        split=trained.splits.eval_split,
         seed=recipe.seed,
         command=re.sub(r" --resume_from_checkpoint \S+", "", command()),  # which makes no difference
     )

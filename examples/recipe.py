@@ -20,6 +20,8 @@ class Recipe(DataArguments):
     model: str = field(default="vit", metadata={"help": "a transformers model type, a timm name, or a checkpoint"})
     model_config: str = field(default="{}", metadata={"help": "JSON: settings of a model of random weights"})
     image_size: int = 32
+    mean: list[float] = field(default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"})
+    std: list[float] = field(default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"})
     epochs: int = 8
     batch_size: int = field(default=128, metadata={"help": "images of one process and micro-step"})
     gradient_accumulation_steps: int = 1
@@ -27,6 +29,7 @@ class Recipe(DataArguments):
     optimizer: str = field(default="adamw", metadata={"help": "any name of timm.optim.create_optimizer_v2"})
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    decay_all: bool = field(default=False, metadata={"help": "weight decay on biases and norms too"})
     schedule: str = field(default="cosine", metadata={"help": "any name of timm.scheduler.create_scheduler_v2"})
     decay_milestones: list[int] = field(default_factory=list, metadata={"help": "epochs of the multistep schedule"})
     decay_rate: float = 0.1
@@ -37,8 +40,10 @@ class Recipe(DataArguments):
     mixup: float = 0.0
     cutmix: float = 0.0
     crop_scale: float = field(default=0.6, metadata={"help": "least part of the image that a random crop keeps; 1 for no crop"})
+    crop_pct: float = field(default=1.0, metadata={"help": "part of a test image's side that its centre crop keeps"})
     crop_padding: int = field(default=0, metadata={"help": "zeros around the image before a crop of its size, as for CIFAR"})
     flip: float = 0.5
+    rotation: float = field(default=0.0, metadata={"help": "the most degrees by which an image is turned"})
     color_jitter: float = 0.3
     auto_augment: str | None = field(default=None, metadata={"help": "timm's notation (rand-m9-mstd0.5-inc1, 3a), or cifar10"})
     random_erasing: float = 0.0
@@ -68,8 +73,8 @@ class Run:
     hub_model_id: str | None = None
 
 
-def parse() -> tuple[Recipe, Run]:
-    """The recipe and the run; a recipe file's values are defaults."""
+def parse(*more: type) -> tuple[Any, ...]:
+    """The recipe and the run, and more dataclasses of options; a recipe file's values are defaults."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe")
     file = first.parse_known_args()[0].recipe or Path(__file__).with_name("recipes") / "photo_crops.yaml"
@@ -77,7 +82,6 @@ def parse() -> tuple[Recipe, Run]:
     known = [each.name for each in dataclasses.fields(Recipe)]
     if unknown := sorted(set(values) - set(known)):
         raise SystemExit(f"{file} sets {', '.join(unknown)}, which a recipe does not have; it has {', '.join(known)}.")
-    parser = HfArgumentParser([Recipe, Run])  # type: ignore[list-item]
+    parser = HfArgumentParser([Recipe, Run, *more])  # type: ignore[list-item]
     parser.set_defaults(**{key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()})
-    recipe, run = parser.parse_args_into_dataclasses()
-    return recipe, run
+    return parser.parse_args_into_dataclasses()

@@ -1,0 +1,66 @@
+"""The paper's experiments, one command each: `python benchmarks/paper run cifar10_vit --scale small`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import shlex
+
+import runner
+import typer
+from experiments import EXPERIMENTS, HERE, SCALES
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+RESULTS = HERE.parents[1] / "docs" / "results"
+
+
+@app.command("list")
+def list_() -> None:
+    """What there is, and how many runs it takes at each scale."""
+    table = Table("experiment", "what", *SCALES, title="Runs with the usual number of seeds")
+    for name, experiment in EXPERIMENTS.items():
+        table.add_row(name, experiment.title, *(str(len(list(experiment.jobs(scale)))) for scale in SCALES))
+    Console().print(table)
+
+
+@app.command()
+def run(
+    experiments: Annotated[list[str], typer.Argument(help="names of experiments, or all")],
+    scale: Annotated[str, typer.Option(help="full: the paper's; small: hours on two cores; smoke: does it run")] = "small",
+    seeds: Annotated[int | None, typer.Option(help="seeds 0 to N-1; by default 5 at full scale, 3 at small")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="where a data set of the recipes lies; may be repeated")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="runs at once, which share the cores")] = 1,
+    processes: Annotated[int, typer.Option(help="of each run, by accelerate launch")] = 1,
+    devices: Annotated[str, typer.Option(help="CUDA_VISIBLE_DEVICES of the runs in turn: 0 1 2, or 0,1 2,3")] = "",
+    options: Annotated[str, typer.Option(help="more options of train.py, in one string")] = "",
+    launch_options: Annotated[str, typer.Option(help="more options of accelerate launch, in one string")] = "",
+    results: Annotated[Path | None, typer.Option(help="JSON lines; by default docs/results/SCALE.jsonl")] = None,
+    output_dir: Annotated[Path, typer.Option(help="for checkpoints and logs")] = Path("outputs/paper"),
+    keep: Annotated[bool, typer.Option(help="keep the checkpoints of runs that are done")] = False,
+) -> None:
+    """Runs what has not been run yet. Killed, it goes on where it was."""
+    wanted = list(EXPERIMENTS) if experiments == ["all"] else experiments
+    if unknown := [name for name in wanted if name not in EXPERIMENTS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}, and all.")
+    if scale not in SCALES:
+        raise typer.BadParameter(f"--scale {scale}: there are {', '.join(SCALES)}.")
+    if wrong := [each for each in dataset or [] if "=" not in each]:
+        raise typer.BadParameter(f"--dataset {wrong[0]}: it is NAME=FOLDER, such as uoft-cs/cifar10=/data/cifar10.")
+    failed = runner.run(
+        (job for name in wanted for job in EXPERIMENTS[name].jobs(scale, seeds)),
+        results or (output_dir if scale == "smoke" else RESULTS) / f"{scale}.jsonl",
+        output_dir / scale,
+        dict(each.split("=", 1) for each in dataset or []),
+        jobs, processes, devices.split(), shlex.split(options), shlex.split(launch_options), keep,
+    )  # fmt: skip
+    raise SystemExit(f"{len(failed)} runs failed." if failed else 0)
+
+
+if __name__ == "__main__":
+    app()

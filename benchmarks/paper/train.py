@@ -1,0 +1,40 @@
+"""One run of one arm of the paper's experiments: examples/pretrain_vit.py with what the paper compares TrAct with.
+
+    python benchmarks/paper/train.py --recipe examples/recipes/cifar10_vit.yaml --variant patch_norm --no_tract
+
+The options are those of pretrain_vit.py and two more. `python benchmarks/paper run` calls it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+from accelerate import PartialState
+from arms import VARIANTS, maker, optimizer_maker
+
+from modeling import save_model
+from pretrain_vit import train
+from recipe import parse
+
+
+@dataclass
+class Arm:
+    """What is done about the first layer beside TrAct or in its place."""
+
+    variant: str = field(default="none", metadata={"help": "of the first layer", "choices": VARIANTS})
+    first_learning_rate: float = field(default=0.08, metadata={"help": "of the first layer, for sgd_first"})
+
+
+def main() -> None:
+    """Runs it."""
+    recipe, run, arm = parse(Arm)
+    trained = train(recipe, run, maker(arm.variant), optimizer_maker(arm.variant, arm.first_learning_rate))
+    loadable = arm.variant in ("none", "sgd_first") and not recipe.model.startswith("cifar_")
+    if loadable and PartialState().is_main_process:  # for what continues from it
+        save_model(trained.model, Path(run.output_dir) / "model", trained.look, trained.splits.names)
+
+
+if __name__ == "__main__":
+    main()
