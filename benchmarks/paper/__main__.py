@@ -8,6 +8,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import shlex
 
+import report as reporting
 import runner
 import typer
 from experiments import EXPERIMENTS, HERE, SCALES
@@ -60,6 +61,19 @@ def run(
         jobs, processes, devices.split(), shlex.split(options), shlex.split(launch_options), keep,
     )  # fmt: skip
     raise SystemExit(f"{len(failed)} runs failed." if failed else 0)
+
+
+@app.command()
+def report(
+    scale: Annotated[str, typer.Option(help="of the runs")] = "small",
+    results: Annotated[Path | None, typer.Option(help="JSON lines; by default docs/results/SCALE.jsonl")] = None,
+    output_dir: Annotated[Path, typer.Option(help="for the report and its plots")] = RESULTS,
+) -> None:
+    """Writes tables and plots of the stored results."""
+    file = results or RESULTS / f"{scale}.jsonl"
+    if not file.exists():
+        raise typer.BadParameter(f"--results {file}: there is no such file; `run` makes it.")
+    print(reporting.write(scale, file, output_dir))
 
 
 if __name__ == "__main__":

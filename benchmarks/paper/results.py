@@ -9,6 +9,7 @@ from typing import Any
 from hf_tract import provenance
 
 PACKAGES = (*provenance.PACKAGES, "torch_tract")
+RAN_ON = "ran_on.json"  # versions and hardware, which a run leaves in its folder
 
 
 @dataclass
@@ -23,9 +24,9 @@ class Result:
     top5: list[float]
     loss: list[float]  # of the epoch's last training batch
     seconds: list[float]  # of training until then: of the clock on an accelerator, of the process on CPU
+    versions: dict[str, str]
+    hardware: str
     command: str = field(default_factory=provenance.command)
-    versions: dict[str, str] = field(default_factory=lambda: provenance.versions(PACKAGES))
-    hardware: str = field(default_factory=provenance.hardware)
 
 
 def read(path: Path) -> dict[str, Result]:

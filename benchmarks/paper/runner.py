@@ -10,7 +10,7 @@ import results
 import torch
 import yaml
 from experiments import HERE, Job
-from results import Result
+from results import RAN_ON, Result
 
 from hf_tract.hub import public_name
 from jobs import Work, run_all
@@ -82,8 +82,9 @@ def _work(
 
 
 def _result(job: Job, folder: Path) -> Result:
-    history = folder / job.key / str(len(job.stages()) - 1) / "history.jsonl"
-    rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
-    config = {**job.config, "dataset": public_name(job.config["dataset"])}
+    last = folder / job.key / str(len(job.stages()) - 1)
+    rows = [json.loads(line) for line in (last / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     top1, top5, loss, seconds = ([row[name] for row in rows] for name in ("top1", "top5", "loss", "seconds"))
-    return Result(job.key, job.scale, job.seed, config, top1, top5, loss, seconds)
+    config = {**job.config, "dataset": public_name(job.config["dataset"])}
+    ran_on = json.loads((last / RAN_ON).read_text(encoding="utf-8"))
+    return Result(job.key, job.scale, job.seed, config, top1, top5, loss, seconds, **ran_on)

@@ -5,6 +5,7 @@
 The options are those of pretrain_vit.py and two more. `python benchmarks/paper run` calls it.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 from accelerate import PartialState
 from arms import VARIANTS, maker, optimizer_maker
+from results import PACKAGES, RAN_ON
 
+from hf_tract import provenance
 from modeling import save_model
 from pretrain_vit import train
 from recipe import parse
@@ -31,8 +34,12 @@ def main() -> None:
     """Runs it."""
     recipe, run, arm = parse(Arm)
     trained = train(recipe, run, maker(arm.variant), optimizer_maker(arm.variant, arm.first_learning_rate))
+    if not PartialState().is_main_process:
+        return
+    ran_on = {"versions": provenance.versions(PACKAGES), "hardware": provenance.hardware()}
+    Path(run.output_dir, RAN_ON).write_text(json.dumps(ran_on), encoding="utf-8")
     loadable = arm.variant in ("none", "sgd_first") and not recipe.model.startswith("cifar_")
-    if loadable and PartialState().is_main_process:  # for what continues from it
+    if loadable:  # for what continues from it
         save_model(trained.model, Path(run.output_dir) / "model", trained.look, trained.splits.names)
 
 

@@ -1,0 +1,229 @@
+"""The paper's experiments: the full recipes are docs/paper.md's, every arm runs, and the report tells what came out."""
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import report
+import results
+import runner
+import torch
+import yaml
+from arms import first_layer
+from cifar_models import cifar_model
+from experiments import CIFAR100, EXPERIMENTS, HERE, Job
+from results import Result
+from scipy import stats
+from summary import Arm, collect, gain, speed_up
+from typer.testing import CliRunner
+
+from jobs import Work
+from recipe import Recipe
+
+ROOT = HERE.parents[1]
+PAPER = (ROOT / "docs" / "paper.md").read_text()
+SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", PAPER, re.S | re.M))
+
+
+# What a recipe that says nothing has.
+DEFAULTS = {
+    each.name: each.default if each.default is not dataclasses.MISSING else each.default_factory()
+    for each in dataclasses.fields(Recipe)
+}
+
+
+def value(cell):
+    """A cell of a table: YAML, and numbers as the paper writes them."""
+    if power := re.fullmatch(r"10\^(-[\d.]+)", cell):
+        return 10 ** float(power[1])
+    return yaml.safe_load(cell.replace("1/255", str(1 / 255)))
+
+
+def table(text, first):
+    """The rows of the table whose first column has that name, as dicts without empty cells."""
+    lines = re.search(rf"^\| {first} \|.*\n(?:\|.*\n)+", text, re.M)
+    if not lines:
+        return []
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[0].splitlines()]
+    return [{key: cell for key, cell in zip(head, row, strict=True) if cell} for row in rows]
+
+
+def fields(name):
+    rows = {row["field"]: row["value"] for row in table(SECTIONS[name], "field")}
+    return {**(fields(rows.pop("like")) if "like" in rows else {}), **rows}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_full_recipe_is_the_papers_field_by_field(name):
+    told, experiment = fields(name), EXPERIMENTS[name]
+    settings = {row.pop("setting"): row for row in table(SECTIONS[name], "setting")}
+    arms = {row.pop("arm"): row for row in table(SECTIONS[name], "arm")}
+    assert (list(settings), list(arms)) == (list(experiment.settings), list(experiment.arms))
+    for setting, arm in ((setting, arm) for setting in settings for arm in arms):
+        config = experiment.config("full", setting, arm)
+        expected = {key: value(cell) for key, cell in {**told, **settings[setting], **arms[arm]}.items()}
+        if expected.get("no_tract") and "lam" not in arms[arm]:
+            expected["lam"] = config["lam"]  # which makes no difference
+        expected, config = {**DEFAULTS, **expected}, {**DEFAULTS, **config}
+        assert expected.keys() == config.keys()
+        for key, wanted in expected.items():
+            assert config[key] == (pytest.approx(wanted) if isinstance(wanted, float | list) else wanted), (setting, arm, key)
+
+
+def test_the_papers_means_are_all_there():
+    rows = table(PAPER[PAPER.index("### CIFAR-100\n") :], "model")
+    assert len(rows) == 36 + 1
+    means = {row["model"]: float(row["vanilla top-1"].split()[0]) for row in rows}
+    average = means.pop("average (average deviation)")
+    assert np.mean(list(means.values())) == pytest.approx(average, abs=0.01)
+    left_out = SECTIONS["cifar100"].split("why it is left out")[1]
+    assert all((name in CIFAR100) != bool(re.search(rf"[ ,|]{re.escape(name)}[ ,|]", left_out)) for name in means)
+
+
+@pytest.mark.parametrize("name", CIFAR100)
+def test_the_models_of_cifar100_have_the_stem_of_a_small_image(name):
+    with torch.device("meta"):
+        setting = CIFAR100[name]
+        model = cifar_model(setting["model"], 100, setting["model_config"]).eval()
+        first = model.get_submodule(first_layer(model))
+        seen = []
+        first.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+    assert (first.kernel_size, first.stride) == ((3, 3), (1, 1))
+    assert seen[0][2:] == (32, 32)
+
+
+def test_a_run_that_two_experiments_ask_for_is_one():
+    keys = [{job.key for job in EXPERIMENTS[name].jobs("small")} for name in ("cifar10_vit", "lambda_sweep", "baselines")]
+    assert len(keys[0]) == 12
+    assert len(keys[0] & keys[1]) == 12
+    assert len(keys[0] & keys[2]) == 6
+    seeds = [job.seed for job in EXPERIMENTS["baselines"].jobs("small") if job.arm == "torch_tract 0.1"]
+    assert seeds == [0]
+    short = [job.config["epochs"] for job in EXPERIMENTS["speed_up"].jobs("small", seeds=1)]
+    assert short == [15, 12, 10]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Every experiment at the smoke scale, by the command itself."""
+    folder = tmp_path_factory.mktemp("paper")
+    command = [sys.executable, str(HERE), "run", "all", "--scale", "smoke", "--jobs", "2", "--output-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return folder
+
+
+def test_every_arm_of_every_experiment_runs(smoke):
+    have = results.read(smoke / "smoke.jsonl")
+    wanted = {job.key for experiment in EXPERIMENTS.values() for job in experiment.jobs("smoke")}
+    assert have.keys() == wanted
+    for result in have.values():
+        assert len(result.top1) == len(result.top5) == len(result.seconds) == result.config["epochs"]
+        assert all(np.isfinite(result.loss))
+        assert result.versions["torch"] == torch.__version__.split("+")[0]
+        assert result.command.startswith("python benchmarks/paper run all --scale smoke")
+    assert not [path for path in (smoke / "smoke").iterdir() if path.is_dir()]
+
+
+def test_torch_tract_takes_the_same_steps(smoke):
+    """Its arm and ours from one seed differ by rounding alone."""
+    have = results.read(smoke / "smoke.jsonl")
+    jobs = {job.arm: job.key for job in EXPERIMENTS["baselines"].jobs("smoke")}
+    ours, theirs, vanilla = (have[jobs[arm]].loss for arm in ("TrAct 0.1", "torch_tract 0.1", "vanilla"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert vanilla != pytest.approx(theirs, rel=1e-3)
+
+
+def test_what_is_done_is_not_done_again(smoke, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runner, "run_all", lambda what, todo, *rest: asked.extend(todo) or [])
+    jobs = list(EXPERIMENTS["cifar10_vit"].jobs("smoke", seeds=2))
+    assert runner.run(jobs, smoke / "smoke.jsonl", smoke / "again", {}) == []
+    assert [work.name for work in asked] == [job.key for job in jobs if job.seed == 1]
+
+
+def test_a_run_is_launched_with_its_data_its_processes_and_its_stages(tmp_path, monkeypatch):
+    asked: list[Work] = []
+    monkeypatch.setattr(runner, "run_all", lambda what, todo, *rest: asked.extend(todo) or [])
+    job = next(iter(EXPERIMENTS["imagenet_deit3"].jobs("full")))
+    places = {"ILSVRC/imagenet-1k": "/data/imagenet"}
+    runner.run([job], tmp_path / "x.jsonl", tmp_path, places, processes=8, options=["--num_workers", "4"])
+    first, second = asked[0].commands
+    assert first[3:5] == ["--num_processes", "8"]
+    assert first[-2:] == ["--num_workers", "4"]
+    assert "--no_tract" in first
+    recipes = [yaml.safe_load((tmp_path / job.key / stage / "recipe.yaml").read_text()) for stage in "01"]
+    assert recipes[0]["dataset"] == recipes[1]["dataset"] == "/data/imagenet"
+    assert recipes[1]["model"] == str(tmp_path / job.key / "0" / "model")
+    assert "resume_from_checkpoint" in " ".join(second)
+
+
+def made_up(job: Job, top1: list[float]) -> Result:
+    return Result(
+        job.key, job.scale, job.seed, job.config, top1, top1, top1, [60.0, 120.0, 180.0], {"torch": "2"}, "a CPU", "x"
+    )
+
+
+def made_up_results(scale="small"):
+    curves = {"vanilla": [0.3, 0.4, 0.5], "TrAct 0.1": [0.4, 0.5, 0.6]}
+    made = {}
+    for job in EXPERIMENTS["cifar10_vit"].jobs(scale):
+        if job.arm in curves:
+            extra = 0.01 * job.seed * (2 if job.arm == "TrAct 0.1" else 1)
+            made[job.key] = made_up(job, [value + extra for value in curves[job.arm]])
+    return made
+
+
+def test_the_gain_is_paired_and_the_speed_up_is_of_the_mean_curves():
+    found = collect(EXPERIMENTS["cifar10_vit"], "small", 3, made_up_results())[""]
+    difference = gain(found["TrAct 0.1"], found["vanilla"])
+    points = [10, 11, 12]  # by seed
+    assert difference.mean == pytest.approx(11)
+    assert difference.half_width == pytest.approx(stats.t.ppf(0.975, 2) * np.std(points, ddof=1) / np.sqrt(3))
+    assert difference.p == pytest.approx(stats.ttest_rel([60, 62, 64], [50, 51, 52]).pvalue)
+    assert speed_up(found["TrAct 0.1"], found["vanilla"]) == 3 / 2
+    assert speed_up(found["vanilla"], found["TrAct 0.1"]) is None
+    one = {seed: run for seed, run in found["vanilla"].runs.items() if seed == 0}
+    assert gain(Arm(one), Arm(one)) == dataclasses.replace(difference, mean=0.0, half_width=None, p=None)
+
+
+def test_the_report_has_table_plot_and_provenance(tmp_path):
+    for result in made_up_results().values():
+        results.add(tmp_path / "small.jsonl", result)
+    text = report.write("small", tmp_path / "small.jsonl", tmp_path).read_text()
+    assert "| TrAct 0.1 | 3 | 3 | 62.0 ± 2.0 | +11.0 ± 2.5 | 0.003 | 1.50 | 3.0 |" in text
+    assert "6 by `x` on a CPU, with torch 2" in text
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / image).stat().st_size > 10_000
+
+
+def test_the_stored_results_are_what_the_stored_report_says(tmp_path):
+    """The report in docs/results is made from the lines beside it, and no experiment's definition has changed since."""
+    stored = ROOT / "docs" / "results"
+    text = report.write("small", stored / "small.jsonl", tmp_path).read_text()
+    assert text == (stored / "small.md").read_text()
+    wanted = {job.key for experiment in EXPERIMENTS.values() for job in experiment.jobs("small", seeds=10)}
+    assert results.read(stored / "small.jsonl").keys() <= wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nothing"], "nothing: there are cifar10_resnet18_sgd"),
+        (["run", "all", "--scale", "tiny"], "--scale tiny: there are full, small, smoke"),
+        (["run", "all", "--dataset", "/data"], "--dataset /data: it is NAME=FOLDER"),
+        (["report", "--results", "none.jsonl"], "--results none.jsonl: there is no such file"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, said):
+    spec = importlib.util.spec_from_file_location("paper_main", HERE / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = CliRunner().invoke(module.app, arguments)
+    assert shown.exit_code == 2
+    assert said in " ".join(shown.stderr.replace("│", " ").split())

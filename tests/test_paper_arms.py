@@ -1,0 +1,106 @@
+"""What the paper compares TrAct with: the norms, the whitening and the two optimizers are what they are called."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from arms import Around, Both, ChannelNorm, OnPatches, Whitening, first_layer, maker, optimizer_maker
+from torch import nn
+
+from image_data import load_splits
+from modeling import Preprocessing
+from recipe import Recipe
+
+PATCH, CHANNELS = 4, 8
+VIT = '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4}'
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 + 1
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return nn.Conv2d(3, CHANNELS, PATCH, PATCH)
+
+
+def patches_of(pixels):
+    """(B, patches, n) in the order of `weight.flatten(1)`, by torch's unfold."""
+    return F.unfold(pixels, PATCH, stride=PATCH).mT
+
+
+def as_map(rows):
+    return rows.mT.unflatten(-1, (4, 4))
+
+
+def test_patch_norm_gives_each_patch_mean_0_and_std_1(pixels, layer):
+    n = layer.weight[0].numel()
+    model = Around(OnPatches(PATCH, nn.LayerNorm(n, elementwise_affine=False)), layer)
+    rows = patches_of(pixels).double()
+    rows = (rows - rows.mean(-1, keepdim=True)) / rows.std(-1, correction=0, keepdim=True)
+    wanted = as_map(rows @ layer.weight.flatten(1).double().T + layer.bias)
+    torch.testing.assert_close(model(pixels).double(), wanted, rtol=1e-4, atol=1e-4)
+    assert model.weight is layer.weight
+
+
+def test_dual_patch_norm_has_a_layer_norm_on_both_sides(pixels, layer):
+    n = layer.weight[0].numel()
+    before, after = nn.LayerNorm(n), ChannelNorm(CHANNELS)
+    nn.init.normal_(before.weight)
+    nn.init.normal_(after.weight)
+    rows = F.layer_norm(patches_of(pixels), (n,), before.weight) @ layer.weight.flatten(1).T + layer.bias
+    wanted = as_map(F.layer_norm(rows, (CHANNELS,), after.weight))
+    torch.testing.assert_close(Around(OnPatches(PATCH, before), layer, after)(pixels), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_whitened_patches_have_the_identity_as_second_moment(pixels):
+    mixed = torch.randn(5000, 6, generator=torch.Generator().manual_seed(1)) @ torch.randn(6, 6) + 2
+    white = Whitening(mixed, eps=1e-8)(mixed).double()
+    torch.testing.assert_close(white.T @ white / len(white), torch.eye(6, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+    assert not list(Whitening(mixed).parameters())
+
+
+@pytest.mark.parametrize("variant", ["patch_norm", "dual_patch_norm", "whitening", "torch_tract"])
+def test_every_variant_trains_the_first_layer_of_a_vit(variant):
+    splits, recipe = load_splits("photo_crops", train_samples=64), Recipe(model="vit", model_config=VIT)
+    model = maker(variant)(recipe, splits, Preprocessing(32, [0.5] * 3, [0.2] * 3))
+    model(torch.randn(4, 3, 32, 32)).logits.logsumexp(-1).sum().backward()
+    projection = model.vit.embeddings.patch_embeddings.projection
+    assert projection.weight.grad.abs().sum() > 0
+    plain = maker("none")(recipe, splits, Preprocessing(32, [0.5] * 3, [0.2] * 3))
+    assert type(projection) is not type(plain.vit.embeddings.patch_embeddings.projection)
+
+
+def test_a_variant_of_patches_is_refused_for_patches_that_overlap():
+    splits = load_splits("photo_crops", train_samples=64)
+    recipe = Recipe(model="cifar_resnet18", model_config='{"channels": [4, 4, 8, 8]}')
+    with pytest.raises(ValueError, match=r"`variant` \(='whitening'\) is of patches that do not overlap"):
+        maker("whitening")(recipe, splits, Preprocessing(32, [0.5] * 3, [0.2] * 3))
+
+
+def test_both_optimizers_take_their_own_steps_and_go_on_from_a_checkpoint():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(), nn.Linear(16, 2))
+    other = copy.deepcopy(model)
+    recipe, x = Recipe(learning_rate=0.01), torch.randn(5, 3, 4, 4)
+    optimizer = optimizer_maker("sgd_first", 0.1)(recipe, model)
+    assert first_layer(model) == "0"
+    sgd = torch.optim.SGD(other[0].parameters(), 0.1, momentum=0.9)
+    adam = torch.optim.Adam(other[2].parameters(), 0.01)
+    for step in range(6):
+        for each, optimizers in ((model, [optimizer]), (other, [sgd, adam])):
+            each(x).square().sum().backward()
+            for one in optimizers:
+                one.step()
+                one.zero_grad()
+        if step == 2:  # as schedulers and checkpoints do
+            for group in [*optimizer.param_groups, *sgd.param_groups, *adam.param_groups]:
+                group["lr"] *= 0.5
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = optimizer_maker("sgd_first", 0.1)(recipe, model)
+            optimizer.load_state_dict(state)
+        torch.testing.assert_close(list(model.parameters()), list(other.parameters()), rtol=0, atol=0)
+    assert isinstance(optimizer, Both)
