@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -181,21 +181,3 @@ def drawn_from(*entropy: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-class Copies(Sampler[tuple[int, int]]):
-    """The indices of a sampler that repeats them, each with a number of its own, so that its copies differ."""
-
-    def __init__(self, sampler: Sampler[int], rank: int, ranks: int) -> None:
-        self.sampler, self.rank, self.ranks = sampler, rank, ranks
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for position, index in enumerate(self.sampler):
-            yield int(index), self.rank + position * self.ranks
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Passes on to the sampler."""
-        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]

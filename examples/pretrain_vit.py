@@ -11,7 +11,6 @@ A recipe sets defaults; what the command line says wins. A run that was killed a
 import dataclasses
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +19,13 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from accelerate import Accelerator, PartialState, skip_first_batches
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed, tqdm
-from timm.data import Mixup, create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract
@@ -38,24 +33,11 @@ from hf_tract.hub import TrainingRecord, public_name, save_card
 from hf_tract.metrics import TopK
 from hf_tract.provenance import command
 from hf_tract.upload import check_token, push_folder
-from image_data import Copies, Images, Splits, normalization
+from image_data import Splits, normalization
+from loaders import make_loaders
 from modeling import Preprocessing, logits_of, make_model, save_model
+from progress import Progress, start
 from recipe import Recipe, Run, parse
-
-
-class Progress:
-    """Where training is; saved and restored with accelerate's state."""
-
-    epoch = batch = step = 0
-    seconds = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch, batch within it, and optimizer step, each counted from 0 as what comes next; seconds of training so far."""
-        return {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes these over."""
-        self.epoch, self.batch, self.step, self.seconds = (state[key] for key in ("epoch", "batch", "step", "seconds"))
 
 
 class Trained(NamedTuple):
@@ -148,7 +130,7 @@ def train(
     kept = [each for each in (ema, handle, progress) if each]
     accelerator.register_for_checkpointing(*kept)
     history = Path(run.output_dir) / "history.jsonl"
-    start(accelerator, run, len(kept), history, progress)
+    start(accelerator, run.resume_from_checkpoint, len(kept), history, progress)
     if run.report_to:
         accelerator.init_trackers("pretrain_vit", {key: str(value) for key, value in dataclasses.asdict(recipe).items()})
 
@@ -208,36 +190,6 @@ def train(
     return Trained(best, handle, look, splits, [json.loads(line) for line in history.read_text().splitlines()])
 
 
-def make_loaders(
-    splits: Splits, recipe: Recipe, run: Run, look: Preprocessing, accelerator: Accelerator
-) -> tuple[Any, DataLoader[Any], Images]:
-    """Loaders for training and testing, and the training images, whose epoch is to be set."""
-    first = [v2.RandomCrop(recipe.image_size, padding=recipe.crop_padding)] if recipe.crop_padding else []
-    policy = recipe.auto_augment
-    if policy == "cifar10":  # which timm does not have
-        first, policy = [*first, v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)], None
-    if recipe.rotation:
-        first.append(v2.RandomRotation(recipe.rotation))
-    whole = recipe.crop_scale == 1
-    rest = create_transform(
-        recipe.image_size, is_training=True, scale=(recipe.crop_scale, 1.0), ratio=(1.0, 1.0) if whole else None,
-        hflip=recipe.flip, color_jitter=recipe.color_jitter, auto_augment=policy, re_prob=recipe.random_erasing,
-        interpolation="bicubic", mean=look.mean, std=look.std,
-    )  # fmt: skip
-    augmented = v2.Compose([*first, rest])
-    plain = create_transform(recipe.image_size, interpolation="bicubic", crop_pct=recipe.crop_pct, mean=look.mean, std=look.std)
-    images = Images(splits.train, splits, augmented, recipe.seed)
-    shared: dict[str, Any] = {"num_workers": run.num_workers, "pin_memory": torch.accelerator.is_available()}
-    test_loader = DataLoader(Images(splits.test, splits, plain), 2 * recipe.batch_size, **shared)
-    if not recipe.repeated_augmentation:
-        return DataLoader(images, recipe.batch_size, shuffle=True, drop_last=True, **shared), test_loader, images
-    # timm's sampler deals out the copies over the ranks by itself, so accelerate must not shard what it gives.
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    dealt = RepeatAugSampler(images, ranks, rank, num_repeats=recipe.repeated_augmentation, selected_round=0)
-    loader = DataLoader(images, recipe.batch_size, sampler=Copies(dealt, rank, ranks), drop_last=True, **shared)
-    return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True), test_loader, images
-
-
 def make_loss(recipe: Recipe, classes: int) -> tuple[nn.Module, Mixup | None]:
     """The loss, and what mixes images and labels, if anything does."""
     if recipe.mixup or recipe.cutmix:
@@ -282,33 +234,6 @@ def record(recipe: Recipe, hub_id: str, license: str | None, trained: Trained) -
         seed=recipe.seed,
         command=re.sub(r" --resume_from_checkpoint \S+", "", command()),  # which makes no difference
     )
-
-
-def start(accelerator: Accelerator, run: Run, kept: int, history: Path, progress: Progress) -> None:
-    """Restores the checkpoint that is asked for, or sees to it that nothing of another run is in the way."""
-    folder = Path(run.output_dir) / "checkpoints"
-    found = sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.split("_")[1]))
-    whole = [path for path in found if (path / f"custom_checkpoint_{kept - 1}.pkl").exists()]  # what is written last
-    if found and not run.resume_from_checkpoint:
-        raise SystemExit(f"{folder} has checkpoints: add --resume_from_checkpoint latest, or name another --output_dir.")
-    chosen = None
-    if run.resume_from_checkpoint == "latest":
-        chosen = whole[-1] if whole else None
-    elif run.resume_from_checkpoint:
-        chosen = Path(run.resume_from_checkpoint)
-    lines = history.read_text().splitlines() if history.exists() else []
-    if chosen:
-        accelerator.load_state(str(chosen))
-        accelerator.project_configuration.iteration = int(chosen.name.split("_")[1]) + 1
-        accelerator.print(f"Resumed from {chosen}: epoch {progress.epoch + 1}, step {progress.step}.")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:  # what a killed run wrote after that checkpoint
-        for path in found:
-            if int(path.name.split("_")[1]) >= accelerator.project_configuration.iteration:
-                shutil.rmtree(path)
-        history.parent.mkdir(parents=True, exist_ok=True)
-        history.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["epoch"] <= progress.epoch))
-    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
