@@ -129,7 +129,7 @@ TINY = {
 SMALL = {"train_samples": 20_000, "epochs": 15}
 VIT_SMALL = SMALL | {
     "warmup_epochs": 1,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "model_config": {
         "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "patch_size": 4,
     },
