@@ -33,7 +33,8 @@ def write(scale: str, file: Path, folder: Path, seeds: int = 100) -> Path:
              f"[{file.name}]({file.name}); what they mean is told in [results.md](../results.md).", "", HOW]  # fmt: skip
     used: dict[str, Result] = {}
     for name, experiment in EXPERIMENTS.items():
-        settings = collect(experiment, scale, seeds, have)
+        found = collect(experiment, scale, seeds, have)
+        settings = {setting: arms for setting, arms in found.items() if len(arms) > 1}
         used |= {run.key: run for arms in settings.values() for arm in arms.values() for run in arm.runs.values()}
         if settings:
             lines += _section(name, experiment, settings, f"{scale}-{name}", folder)
