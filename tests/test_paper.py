@@ -134,9 +134,8 @@ def test_torch_tract_takes_the_same_steps(smoke):
     """Its arm and ours from one seed differ by rounding alone."""
     have = results.read(smoke / "smoke.jsonl")
     jobs = {job.arm: job.key for job in EXPERIMENTS["baselines"].jobs("smoke")}
-    ours, theirs, vanilla = (have[jobs[arm]].loss for arm in ("TrAct 0.1", "torch_tract 0.1", "vanilla"))
-    assert ours == pytest.approx(theirs, rel=1e-4)
-    assert vanilla != pytest.approx(theirs, rel=1e-3)
+    ours, theirs, vanilla = (np.array(have[jobs[arm]].loss) for arm in ("TrAct 0.1", "torch_tract 0.1", "vanilla"))
+    assert abs(ours - theirs).max() < abs(vanilla - theirs).max() / 20
 
 
 def test_what_is_done_is_not_done_again(smoke, monkeypatch):
