@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -24,9 +25,10 @@ class Record:
 
     arm: str
     seed: int
-    accuracy: list[float]  # on the test set, after each epoch
+    scores: list[float]  # on the test set, from 0 to 1, after each epoch
     seconds_per_step: float
     settings: dict[str, Any]
+    more: dict[str, float] = dataclasses.field(default_factory=dict)  # other measures from 0 to 1, at the end
     command: str = dataclasses.field(default_factory=provenance.command)
     versions: dict[str, str] = dataclasses.field(default_factory=provenance.versions)
     hardware: str = dataclasses.field(default_factory=provenance.hardware)
@@ -57,10 +59,41 @@ class Records:
         return [record for seed in seeds if (record := self.find(arm, seed))]
 
     def add(self, record: Record) -> None:
-        """Writes a record at once."""
+        """Writes a record at once, by one process of several."""
         self.all.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        if PartialState().is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def compare(
+    folder: Path,
+    same: dict[str, Any],
+    lam: float,
+    seeds: Sequence[int],
+    train: Callable[[str, int, dict[str, Any]], Record],
+    title: str,
+    measure: str = "test accuracy",
+) -> None:
+    """Trains what has not been trained yet, and reports.
+
+    Args:
+        folder: where records.jsonl and comparison.png go.
+        same: the settings of both arms.
+        lam: TrAct's, of its arm alone.
+        seeds: of the runs of each arm.
+        train: one run of one arm, from its name, a seed and its settings, in which `lam` is not where TrAct is off.
+        title: of table and plot.
+        measure: what the scores are.
+    """
+    arms = {"vanilla": same, "TrAct": {**same, "lam": lam}}
+    records = Records(folder / "records.jsonl", arms)
+    for seed in seeds:
+        for arm, settings in arms.items():
+            if records.find(arm, seed) is None:
+                records.add(train(arm, seed, settings))
+    if PartialState().is_main_process:
+        report(records, seeds, title, measure)
 
 
 def epochs_to_reach(curve: np.ndarray, target: float) -> int | None:
@@ -69,30 +102,34 @@ def epochs_to_reach(curve: np.ndarray, target: float) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def report(records: Records, seeds: Sequence[int], title: str) -> None:
-    """Prints the table of accuracy per epoch and what follows from it; saves comparison.png beside the records."""
+def report(records: Records, seeds: Sequence[int], title: str, measure: str) -> None:
+    """Prints the table of the scores per epoch and what follows from it; saves comparison.png beside the records."""
     arms = list(records.arms)
-    curves = {arm: 100 * np.array([record.accuracy for record in records.of(arm, seeds)]) for arm in arms}
+    curves = {arm: 100 * np.array([record.scores for record in records.of(arm, seeds)]) for arm in arms}
     table = Table("epoch", *arms)
-    for epoch in range(curves[arms[0]].shape[1]):
-        table.add_row(str(epoch + 1), *(spread(curves[arm][:, epoch]) for arm in arms))
+    epochs = curves[arms[0]].shape[1]
+    for epoch in range(epochs):
+        table.add_row(str(epoch + 1), *(spread(curves[arm][:, epoch]) for arm in arms), end_section=epoch + 1 == epochs)
+    for name in records.of(arms[0], seeds)[0].more:
+        ends = [100 * np.array([record.more[name] for record in records.of(arm, seeds)]) for arm in arms]
+        table.add_row(name, *map(spread, ends))
     console = Console()
     over = f" (mean and standard deviation over {len(seeds)} seeds)" if len(seeds) > 1 else ""
-    console.print(f"\n{title}: test accuracy in per cent{over}", table, sep="\n")
+    console.print(f"\n{title}: {measure} in per cent{over}", table, sep="\n")
     base, other = (curves[arm].mean(0) for arm in arms)
     reached = epochs_to_reach(other, base[-1])
-    when = f"after {reached} of {len(base)} epochs" if reached else f"in none of the {len(base)} epochs"
-    console.print(f"{arms[1]} reaches {arms[0]}'s final accuracy ({base[-1]:.1f} %) {when}.")
+    when = f"after {reached} of {epochs} epochs" if reached else f"in none of the {epochs} epochs"
+    console.print(f"{arms[1]} reaches {arms[0]}'s final {measure} ({base[-1]:.1f} %) {when}.")
     gains = curves[arms[1]][:, -1] - curves[arms[0]][:, -1]
     console.print(f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+.1f}' for gain in gains)}.")
     steps = {arm: 1000 * np.median([record.seconds_per_step for record in records.of(arm, seeds)]) for arm in arms}
     times = ", ".join(f"{arm} {ms:.1f} ms" for arm, ms in steps.items())
     console.print(f"Time per training step (median): {times}, ratio {steps[arms[1]] / steps[arms[0]]:.3f}.")
-    console.print(f"Plot: {plot(curves, title, records.path.with_name('comparison.png'))}")
+    console.print(f"Plot: {plot(curves, title, measure, records.path.with_name('comparison.png'))}")
 
 
-def plot(curves: dict[str, np.ndarray], title: str, path: Path) -> Path:
-    """Mean accuracy over epochs of each arm, with a band of one standard deviation."""
+def plot(curves: dict[str, np.ndarray], title: str, measure: str, path: Path) -> Path:
+    """Mean score over epochs of each arm, with a band of one standard deviation."""
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
     for (arm, values), color in zip(curves.items(), ("#7f7f7f", "#d62728"), strict=False):
         epochs, mean, std = np.arange(1, values.shape[1] + 1), values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
@@ -102,7 +139,7 @@ def plot(curves: dict[str, np.ndarray], title: str, path: Path) -> Path:
     axes.axhline(base[-1], color="#7f7f7f", linewidth=0.8, linestyle=":")
     if reached := epochs_to_reach(other, base[-1]):
         axes.axvline(reached, color="#d62728", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title)
+    axes.set(xlabel="epoch", ylabel=f"{measure}, %", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.2)
     axes.legend(loc="lower right")

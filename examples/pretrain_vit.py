@@ -36,7 +36,7 @@ from hf_tract.upload import check_token, push_folder
 from image_data import Splits, normalization
 from loaders import make_loaders
 from modeling import Preprocessing, logits_of, make_model, save_model
-from progress import Progress, start
+from progress import Progress, add_epoch, read_epochs, start
 from recipe import Recipe, Run, parse
 
 
@@ -110,6 +110,8 @@ def train(
     if not len(train_loader):
         raise SystemExit(f"--batch_size {recipe.batch_size} is more than the {len(splits.train)} training images of a process.")
     model = make(recipe, splits, look)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = make_optimizer(recipe, model)
     handle = None
@@ -177,9 +179,7 @@ def train(
         figures |= {"seconds": round(progress.seconds, 3), **evaluate(ema.module if ema else model, test_loader, accelerator)}
         accelerator.log({f"test/{key}": value for key, value in figures.items()}, step=progress.step)
         bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items() if key not in ("epoch", "step", "seconds")})
-        if accelerator.is_main_process:
-            with history.open("a") as file:
-                file.write(json.dumps({**figures, "tract": not run.no_tract}) + "\n")
+        add_epoch(history, {**figures, "tract": not run.no_tract}, accelerator)
         if run.checkpointing_steps == "epoch":
             accelerator.save_state()
     bar.close()
@@ -187,7 +187,9 @@ def train(
     accelerator.print(f"top-1 {100 * figures['top1']:.1f} %, top-5 {100 * figures['top5']:.1f} %")
     accelerator.end_training()
     best = ema.module if ema else accelerator.unwrap_model(model)
-    return Trained(best, handle, look, splits, [json.loads(line) for line in history.read_text().splitlines()])
+    if recipe.channels_last:
+        best = best.to(memory_format=torch.contiguous_format)  # which is what safetensors saves
+    return Trained(best, handle, look, splits, read_epochs(history))
 
 
 def make_loss(recipe: Recipe, classes: int) -> tuple[nn.Module, Mixup | None]:

@@ -56,3 +56,16 @@ def start(accelerator: Accelerator, resume_from: str | None, kept: int, history:
         history.parent.mkdir(parents=True, exist_ok=True)
         history.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["epoch"] <= progress.epoch))
     accelerator.wait_for_everyone()
+
+
+def add_epoch(history: Path, figures: dict[str, Any], accelerator: Accelerator) -> None:
+    """Writes what an epoch came to, once."""
+    if accelerator.is_main_process:
+        with history.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+    accelerator.wait_for_everyone()
+
+
+def read_epochs(history: Path) -> list[dict[str, Any]]:
+    """What `add_epoch` wrote."""
+    return [json.loads(line) for line in history.read_text().splitlines()]

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from comparison import Record, Records, report
+from comparison import Record, compare
 from hf_tract import TrActCallback, find_first_layers
 from image_data import DATASET_HELP, load_splits, normalization, to_tensor
 from modeling import make_transformers_model
@@ -74,18 +75,13 @@ def main() -> None:
     args: Arguments
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     same = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
-    arms = {"vanilla": same, "TrAct": {**same, "lam": args.lam}}
-    records = Records(Path(args.output_dir) / "records.jsonl", arms)
     data = load_images(args)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    for seed in seeds:
-        for arm in arms:
-            if records.find(arm, seed) is None:
-                records.add(train(arm, seed, data, args, arms[arm]))
-    report(records, seeds, f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}")
+    title = f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}"
+    compare(Path(args.output_dir), same, args.lam, seeds, partial(train, data=data, args=args), title)
 
 
-def train(arm: str, seed: int, data: Data, args: Arguments, settings: dict[str, Any]) -> Record:
+def train(arm: str, seed: int, settings: dict[str, Any], data: Data, args: Arguments) -> Record:
     """One run of one arm."""
     set_seed(seed)
     model = make_transformers_model(args.model, json.loads(args.model_config), args.image_size, data.labels)

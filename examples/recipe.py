@@ -26,6 +26,7 @@ class Recipe(DataArguments):
     batch_size: int = field(default=128, metadata={"help": "images of one process and micro-step"})
     gradient_accumulation_steps: int = 1
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
+    channels_last: bool = field(default=False, metadata={"help": "the memory format in which convolutions are often faster"})
     optimizer: str = field(default="adamw", metadata={"help": "any name of timm.optim.create_optimizer_v2"})
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -47,6 +48,7 @@ class Recipe(DataArguments):
     color_jitter: float = 0.3
     auto_augment: str | None = field(default=None, metadata={"help": "timm's notation (rand-m9-mstd0.5-inc1, 3a), or cifar10"})
     random_erasing: float = 0.0
+    in_memory: bool = field(default=False, metadata={"help": "decode the images once, and only crop and flip them"})
     repeated_augmentation: int = field(default=0, metadata={"help": "copies of an image in an epoch's batches; 0 for none"})
     ema_decay: float = field(default=0.0, metadata={"help": "also average the weights, and test the average; 0 for not"})
     lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
@@ -74,14 +76,25 @@ class Run:
 
 
 def parse(*more: type) -> tuple[Any, ...]:
-    """The recipe and the run, and more dataclasses of options; a recipe file's values are defaults."""
+    """The recipe and the run, and more dataclasses of options."""
+    return parse_with_recipe("photo_crops.yaml", Recipe, Run, *more)
+
+
+def parse_with_recipe(usual: str, recipe: type, *more: type) -> tuple[Any, ...]:
+    """Dataclasses of options from the command line; the values of the file that --recipe names are the first one's defaults.
+
+    Args:
+        usual: the recipe where none is named.
+        recipe: what a recipe file may set.
+        more: what else may stand on the command line.
+    """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe")
-    file = first.parse_known_args()[0].recipe or Path(__file__).with_name("recipes") / "photo_crops.yaml"
+    file = first.parse_known_args()[0].recipe or Path(__file__).with_name("recipes") / usual
     values: dict[str, Any] = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    known = [each.name for each in dataclasses.fields(Recipe)]
+    known = [each.name for each in dataclasses.fields(recipe)]
     if unknown := sorted(set(values) - set(known)):
         raise SystemExit(f"{file} sets {', '.join(unknown)}, which a recipe does not have; it has {', '.join(known)}.")
-    parser = HfArgumentParser([Recipe, Run, *more])  # type: ignore[list-item]
+    parser = HfArgumentParser([recipe, *more])  # type: ignore[list-item]
     parser.set_defaults(**{key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()})
     return parser.parse_args_into_dataclasses()

@@ -130,6 +130,20 @@ def test_a_kept_moment_is_resumed_too(whole, tmp_path, monkeypatch):
     assert torch.equal(weights(folder), weights(straight))
 
 
+def test_images_in_memory_are_resumed_too(whole, tmp_path, monkeypatch):
+    options = ["--in_memory", "--color_jitter", "0", "--crop_padding", "2"]
+    straight, folder = run(monkeypatch, tmp_path / "straight", *options), tmp_path / "resumed"
+    run_until_killed(monkeypatch, folder, 3, *options)
+    run(monkeypatch, folder, *options, "--resume_from_checkpoint", "latest")
+    assert not torch.equal(weights(straight), weights(whole))
+    assert torch.equal(weights(folder), weights(straight))
+
+
+def test_images_in_memory_refuse_other_augmentations(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"--rotation 5.0, --color_jitter 0.3: --in_memory only crops .* and flips; leave one"):
+        run(monkeypatch, tmp_path, "--in_memory", "--rotation", "5")
+
+
 def test_a_finished_run_resumed_stays_as_it_is(whole, monkeypatch):
     before, told = weights(whole), history(whole)
     run(monkeypatch, whole, "--resume_from_checkpoint", "latest")
@@ -146,13 +160,12 @@ def test_every_part_of_a_recipe_together(tmp_path, monkeypatch):
     """A timm model, accumulation, bf16, mixup, EMA, repeated augmentation and the like, tracked by TensorBoard."""
     recipe = {
         "model": "resnet18",
-        "model_config": {"width_factor": 0.25} if False else {},
         "optimizer": "lamb",
         "bce_loss": True,
     }
     recipe |= {"mixup": 0.8, "cutmix": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25, "ema_decay": 0.9}
     recipe |= {"repeated_augmentation": 3, "clip_grad_norm": 1.0, "warmup_epochs": 1, "gradient_accumulation_steps": 3}
-    recipe |= {"mixed_precision": "bf16", "crop_padding": 4}
+    recipe |= {"mixed_precision": "bf16", "crop_padding": 4, "channels_last": True}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     options = [
         "--recipe",

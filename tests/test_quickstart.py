@@ -33,12 +33,12 @@ def test_both_arms_a_table_and_a_plot_once(tmp_path, monkeypatch, capsys):
     arguments = [*FAST, TINY_VIT, "--train_samples", "128", "--output_dir", tmp_path]
     out = run(monkeypatch, capsys, *arguments)
     assert "first layer vit.embeddings.patch_embeddings.projection" in out
-    for said in ("vanilla's final accuracy", "Final gain", "Time per training step (median): vanilla", "Plot: "):
+    for said in ("vanilla's final test accuracy", "Final gain", "Time per training step (median): vanilla", "Plot: "):
         assert said in out
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.width > 400
     first = records(tmp_path)
-    assert [(r["arm"], r["seed"], len(r["accuracy"])) for r in first] == [("vanilla", 0, 2), ("TrAct", 0, 2)]
+    assert [(r["arm"], r["seed"], len(r["scores"])) for r in first] == [("vanilla", 0, 2), ("TrAct", 0, 2)]
     assert out.count("tract/condition") == 2  # the logs of two epochs, in one arm of two
     assert set(first[0]["versions"]) >= {"torch", "transformers", "hf-tract"}
     again = run(monkeypatch, capsys, *arguments)
