@@ -121,7 +121,7 @@ def report(records: Records, seeds: Sequence[int], title: str, measure: str) -> 
     when = f"after {reached} of {epochs} epochs" if reached else f"in none of the {epochs} epochs"
     console.print(f"{arms[1]} reaches {arms[0]}'s final {measure} ({base[-1]:.1f} %) {when}.")
     gains = curves[arms[1]][:, -1] - curves[arms[0]][:, -1]
-    console.print(f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+.1f}' for gain in gains)}.")
+    console.print(f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+z.1f}' for gain in gains)}.")
     steps = {arm: 1000 * np.median([record.seconds_per_step for record in records.of(arm, seeds)]) for arm in arms}
     times = ", ".join(f"{arm} {ms:.1f} ms" for arm, ms in steps.items())
     console.print(f"Time per training step (median): {times}, ratio {steps[arms[1]] / steps[arms[0]]:.3f}.")

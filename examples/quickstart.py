@@ -9,7 +9,6 @@ Runs that have finished are kept in OUTPUT_DIR/records.jsonl and are not run aga
 
 import json
 import os
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers import (
     EvalPrediction,
     HfArgumentParser,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -32,6 +30,7 @@ from comparison import Record, compare
 from hf_tract import TrActCallback, find_first_layers
 from image_data import DATASET_HELP, load_splits, normalization, to_tensor
 from modeling import make_transformers_model
+from step_clock import StepClock
 
 SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
 
@@ -113,7 +112,7 @@ def train(arm: str, seed: int, settings: dict[str, Any], data: Data, args: Argum
     )
     trainer.train()
     curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    return Record(arm, seed, curve, float(np.median(clock.seconds)), settings)
+    return Record(arm, seed, curve, clock.median(), settings)
 
 
 def load_images(args: Arguments) -> Data:
@@ -134,21 +133,6 @@ def load_images(args: Arguments) -> Data:
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Top-1."""
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
-
-
-class StepClock(TrainerCallback):
-    """Seconds of each optimizer step: forward, backward and update, without the data's loading."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops it."""
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 if __name__ == "__main__":

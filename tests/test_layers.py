@@ -266,7 +266,8 @@ def test_a_frozen_layer_warns_and_acts_once_it_is_unfrozen(caplog):
     with caplog.at_level(logging.WARNING, "hf_tract"):
         handle = apply_tract(model)
     (record,) = caplog.records
-    assert "the first layer (0) is frozen, so TrAct does nothing. Set `requires_grad=True`" in record.getMessage()
+    assert "the first layer (0) is frozen, so TrAct does nothing." in record.getMessage()
+    assert "call `model.get_submodule('0').requires_grad_(True)`" in record.getMessage()
     x = torch.randn(5, 3, 2, 2)
     model(x).sum().backward()
     assert handle.stats() == {}

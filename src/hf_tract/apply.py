@@ -167,7 +167,7 @@ def apply_tract(
             )
         trainable = [layer for layer in found if layer.name not in frozen]  # such as LoRA's beside its base layer
         if not trainable:
-            logger.warning(FROZEN, ", ".join(frozen))
+            logger.warning(FROZEN, ", ".join(frozen), frozen[0])
         found = trainable or found
     # An accumulation that was interrupted leaves accelerate's flag behind, and a plain loop would then hold back forever.
     if (state := sys.modules.get("accelerate.state")) is not None:
@@ -184,6 +184,8 @@ def remove_tract(model: nn.Module) -> None:
 
 
 FROZEN = (
-    "TrAct: the first layer (%s) is frozen, so TrAct does nothing. Set `requires_grad=True` on it to train it, or name "
-    "another layer with `layers=`."
+    "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
+    "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors freeze it unless "
+    "`trainable_backbone_layers` counts it, transformers' DETR where its backbone is a ResNet), or name another layer with "
+    "`layers=`."
 )
