@@ -181,7 +181,7 @@ EXPERIMENTS = {
     "cifar10_resnet18_sgd": Experiment(
         "CIFAR-10, ResNet-18, SGD (figure 3)", "cifar10_resnet18.yaml",
         epochs(e100=0.08, e200=0.08, e400=0.08, e800=0.08), VANILLA | tract(*LAMBDAS), RESNET_SMALL, RESNET_SMOKE,
-        left_out=("TrAct 0.2",),
+        left_out=("TrAct 0.05", "TrAct 0.2"),
     ),
     "cifar10_resnet18_adam": Experiment(
         "CIFAR-10, ResNet-18, Adam (figure 3)", "cifar10_resnet18.yaml",
@@ -202,11 +202,11 @@ EXPERIMENTS = {
             "TrAct 0.1 in 4/5": {"lam": 0.1, "epochs": 160},
             "TrAct 0.1 in 2/3": {"lam": 0.1, "epochs": 133},
         },
-        VIT_SMALL, VIT_SMOKE,
+        VIT_SMALL, VIT_SMOKE, left_out=("TrAct 0.1 in 4/5",),
     ),
     "lambda_sweep": Experiment(
         "CIFAR-10, ViT: lambda (figure 6)", "cifar10_vit.yaml", epochs(e200=10**-3.2),
-        VANILLA | tract(*SWEEP), VIT_SMALL, VIT_SMOKE, left_out=("TrAct 0.0125", "TrAct 0.025", "TrAct 0.8"),
+        VANILLA | tract(*SWEEP), VIT_SMALL, VIT_SMOKE, left_out=("TrAct 0.0125", "TrAct 0.025", "TrAct 0.4", "TrAct 0.8"),
     ),
     "patch_norm": Experiment(
         "CIFAR-10, ViT: PatchNorm and DualPatchNorm (figure 7)", "cifar10_vit.yaml", VIT_EPOCHS,
