@@ -291,3 +291,8 @@ def test_lora_on_the_first_layer_takes_its_trainable_half(caplog):
         handle = apply_tract(peft.get_peft_model(model, peft.LoraConfig(target_modules=["projection"], r=2)))
     assert [layer.name.split("projection.")[1] for layer in handle.layers] == ["lora_A.default"]
     assert not caplog.records
+
+
+def test_a_model_with_layers_that_are_not_made_yet():
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.LazyLinear(10))
+    assert [(layer.name, layer.source) for layer in find_first_layers(model)] == [("0", "first in module order")]

@@ -130,6 +130,15 @@ def test_a_kept_moment_is_resumed_too(whole, tmp_path, monkeypatch):
     assert torch.equal(weights(folder), weights(straight))
 
 
+def test_a_whitened_start_is_resumed_too(whole, tmp_path, monkeypatch):
+    options = ["--whiten_init"]
+    run(monkeypatch, tmp_path / "straight", *options)
+    run_until_killed(monkeypatch, tmp_path / "resumed", 1, *options)
+    run(monkeypatch, tmp_path / "resumed", *options, "--resume_from_checkpoint", "latest")
+    assert torch.equal(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
+    assert not torch.equal(weights(tmp_path / "straight"), weights(whole))
+
+
 def test_images_in_memory_are_resumed_too(whole, tmp_path, monkeypatch):
     options = ["--in_memory", "--color_jitter", "0", "--crop_padding", "2"]
     straight, folder = run(monkeypatch, tmp_path / "straight", *options), tmp_path / "resumed"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from hf_tract.batches import batches, pixel_argument
 from hf_tract.config import TrActError
@@ -164,6 +165,8 @@ def _by_probe(model: nn.Module, inputs: Any = None) -> list[FirstLayer]:
 
 def _affordable(model: nn.Module) -> list[str]:
     """The device of a model that is not too large for one more forward, if it is a single one."""
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        return []
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
     small = sum(parameter.numel() for parameter in model.parameters()) <= AFFORDABLE
     return [str(next(iter(devices)))] if small and len(devices) == 1 else []

@@ -1,0 +1,141 @@
+"""A whitened start, against the dense formula; what it leaves alone and what it refuses."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from helpers import STEM, small_vit, stem_of
+from hf_tract import TrActError
+from hf_tract.whiten import whiten_first_layer
+from oracle import assert_close, moment, says
+from ranks import on_two_ranks
+from strategies import cases
+
+
+def inverse_root(c: torch.Tensor, lam: float) -> torch.Tensor:
+    """(C + lam I)^-1/2 by Denman and Beavers' iteration, which has no eigenvectors in it; (g, n, n), float64."""
+    eye = torch.eye(c.shape[-1], dtype=torch.float64).expand_as(c)
+    scale = (c + lam * eye).diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+    y, z = (c + lam * eye) / scale, eye
+    for _ in range(60):
+        y, z = (y + torch.linalg.inv(z)) / 2, (z + torch.linalg.inv(y)) / 2
+    return z / scale.sqrt()
+
+
+def wanted(weight: torch.Tensor, c: torch.Tensor, lam: float) -> torch.Tensor:
+    rows = weight.double().reshape(len(c), -1, c.shape[-1])
+    return (rows @ inverse_root(c, lam)).reshape(weight.shape)
+
+
+def images(count: int = 32) -> torch.Tensor:
+    """Smooth, so that C is far from the identity."""
+    return torch.randn(count, 3, 16, 16).cumsum(-1).cumsum(-2) / 8
+
+
+@given(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]).flatmap(cases))
+def test_the_weight_is_the_formula_s_for_any_layer(case):
+    layer, x, lam = case
+    before = layer.weight.detach().clone()
+    (found,) = whiten_first_layer(nn.Sequential(layer), x, lam, layer, force=True)
+    assert found.module is layer
+    assert layer.weight.dtype == before.dtype
+    assert_close(layer.weight, wanted(before, moment(x, layer), lam), {torch.bfloat16: 1e-2}.get(x.dtype, 1e-5))
+
+
+def test_a_transformers_model_by_several_batches_and_all_else_as_it_was():
+    model, batches = small_vit().train(), [images(8), images(24)]
+    model.vit.embeddings.dropout.eval()
+    stem, before = stem_of(model), copy.deepcopy(model.state_dict())
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    found = whiten_first_layer(model, [{"pixel_values": batch} for batch in batches])
+    assert [layer.name for layer in found] == [STEM]
+    assert_close(stem.weight, wanted(before[f"{STEM}.weight"], moment(batches, stem), 0.1), 1e-5)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if name != f"{STEM}.weight")
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_outputs_start_nearly_uncorrelated_and_of_the_wanted_scale():
+    x, layer = images(256), nn.Conv2d(3, 512, 4, 4, bias=False)
+    model, fresh = nn.Sequential(layer), layer.weight.detach().clone()
+    whiten_first_layer(model, x, lam=1e-6, match_scale=True)
+    effective = layer.weight.detach().double().flatten(1)
+    c = moment(x, layer)[0]
+    white = fresh.double().flatten(1).square().sum()
+    assert torch.trace(effective @ c @ effective.T).item() == pytest.approx(white.item(), rel=0.05)
+    root = torch.linalg.lstsq(fresh.double().flatten(1), effective).solution
+    assert_close(root @ c @ root.T, torch.eye(48), 1e-3)
+
+
+def test_weight_standardisation_and_weight_norm_get_the_product_as_their_weight():
+    for layer in (timm.layers.ScaledStdConv2d(3, 32, 4, 4, padding=0), parametrizations.weight_norm(nn.Conv2d(3, 32, 4, 4))):
+        x, before = images(), layer.weight.detach().clone()
+        whiten_first_layer(nn.Sequential(layer), x)
+        plain = nn.Conv2d(3, 32, 4, 4)
+        assert_close(layer.weight, wanted(before, moment(x, plain), 0.1), 1e-5)
+
+
+def trained(layer: nn.Conv2d) -> None:
+    """Weights that have learned to see what is smooth."""
+    layer.weight.data = layer.weight.data.cumsum(-1).cumsum(-2)
+
+
+@pytest.mark.parametrize(
+    "change, lam, batches, said",
+    [
+        (lambda model: trained(stem_of(model)), 0.1, images(), ("looks trained (the spread of its spectrum is", "force=True")),
+        (lambda model: setattr(model, "name_or_path", "me/vit"), 0.1, images(), ("comes from me/vit", "force=True")),
+        (lambda model: None, 0.0, images(), ("`lam` (=0.0) must be a positive number",)),
+        (lambda model: None, 0.1, [], ("`batches` has nothing that reaches",)),
+        (lambda model: None, 0.1, images() * float("nan"), ("`batches` has pixels that are not finite",)),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_the_model_left_as_it_was(change, lam, batches, said):
+    model = small_vit()
+    change(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TrActError, match=says(*said)):
+        whiten_first_layer(model, batches, lam)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_twice_is_refused_and_forced_weights_are_whitened():
+    model = small_vit()
+    whiten_first_layer(model, images())
+    with pytest.raises(TrActError, match="that was whitened before"):
+        whiten_first_layer(model, images())
+    before = stem_of(model).weight.detach().clone()
+    whiten_first_layer(model, images(), force=True)
+    assert not torch.equal(stem_of(model).weight, before)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "resnetv2_50x1_bit", "nf_resnet26"])
+def test_fresh_models_of_timm_do_not_look_trained(name):
+    assert whiten_first_layer(
+        timm.create_model(name), torch.randn(1, 3, 64, 64) if "vit" not in name else torch.randn(1, 3, 224, 224)
+    )
+
+
+def on_a_rank(rank: int, name: str) -> torch.Tensor:
+    model = small_vit()
+    torch.manual_seed(1)
+    batch = images(12)
+    whiten_first_layer(model, batch[:4] if rank == 0 else batch[4:])
+    return stem_of(model).weight.detach()
+
+
+def test_ranks_with_uneven_batches_come_to_the_weight_of_one_process(tmp_path):
+    model = small_vit()
+    torch.manual_seed(1)
+    whiten_first_layer(model, images(12))
+    first, second = (results["stem"] for results in on_two_ranks(tmp_path, on_a_rank, ["stem"]))
+    assert torch.equal(first, second)
+    assert_close(first, stem_of(model).weight, 1e-6)
