@@ -89,14 +89,17 @@ def train(
     arm: str, seed: int, settings: dict[str, Any], data: Detections, args: Arguments, training: TrainingArguments
 ) -> Record:
     """One run of one arm; it goes on from its last epoch where there is one."""
+    folder = Path(str(training.output_dir)) / f"{arm}-{seed}"
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     set_seed(seed)
     model, processor = detector(args, data.names)
+    if last:  # Trainer's own loading misses what transformers renames when it saves
+        model = AutoModelForObjectDetection.from_pretrained(last)
     stem = find_first_layers(model)[0]
     if not stem.module.weight.requires_grad:
         print(f"\n{args.model} freezes its first layer, {stem.name}; here it is trained.")
         stem.module.requires_grad_(True)
     print(f"\n{arm}, seed {seed}: {model.num_parameters():,} parameters, first layer {stem.name} {stem.module}")
-    folder = Path(str(training.output_dir)) / f"{arm}-{seed}"
     clock = StepClock()
     trainer = DetectionTrainer(
         model=model,
@@ -107,7 +110,7 @@ def train(
         data_collator=partial(collate, processor),
         callbacks=[clock, *([TrActCallback(lam=settings["lam"])] if "lam" in settings else [])],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last)
     rows = [entry for entry in trainer.state.log_history if "eval_map_50" in entry]
     more = {MEASURES[name]: rows[-1][f"eval_{name}"] for name in MEASURES if name != "map_50"}
     return Record(arm, seed, [row["eval_map_50"] for row in rows], clock.median(), settings, more)

@@ -301,6 +301,30 @@ def test_the_detr_family_trains_both_arms_and_reports(model, config, tmp_path, m
     assert any("tract/condition" in entry for entry in state["log_history"])
 
 
+def test_rt_detr_killed_within_an_epoch_ends_in_the_same_weights(tmp_path, monkeypatch, alone):
+    run(detect_detr, monkeypatch, tmp_path / "whole", *DETR_FAST)
+
+    class Killed(BaseException):
+        pass
+
+    evaluate, calls = detect_detr.evaluate, []
+
+    def die_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+        return evaluate(*args)
+
+    monkeypatch.setattr(detect_detr, "evaluate", die_at_the_second)
+    with pytest.raises(Killed):
+        run(detect_detr, monkeypatch, tmp_path / "killed", *DETR_FAST)
+    monkeypatch.setattr(detect_detr, "evaluate", evaluate)
+    run(detect_detr, monkeypatch, tmp_path / "killed", *DETR_FAST)
+    for arm in ("vanilla-0", "TrAct-0"):
+        whole, killed = (next((tmp_path / name / arm).rglob("model.safetensors")) for name in ("whole", "killed"))
+        assert whole.read_bytes() == killed.read_bytes()
+
+
 @pytest.mark.parametrize("file", sorted(detect_voc.RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_recipes_name_what_exists(file, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["detect_voc.py", "--recipe", str(file)])
