@@ -18,7 +18,7 @@ ZOOMS = (2, 3, 4)
 MOST = 4  # digits in a scene
 
 
-def digit_scenes(train: int = 2000, test: int = 200, seed: int = 0) -> datasets.DatasetDict:
+def digit_scenes(train: int = 1000, test: int = 200, seed: int = 0) -> datasets.DatasetDict:
     """The data set, the same for the same arguments.
 
     Args:
