@@ -64,7 +64,7 @@ class Arguments(DetectionArguments):
 
 
 USUAL = {
-    "output_dir": "outputs/detect_detr", "num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
+    "output_dir": "outputs/detect_detr", "num_train_epochs": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
     "per_device_eval_batch_size": 16, "weight_decay": 1e-4, "warmup_steps": 50, "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "seed": 0,
     "logging_strategy": "epoch", "report_to": "none", "dataloader_pin_memory": False,
