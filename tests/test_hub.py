@@ -167,7 +167,7 @@ def test_a_card_of_this_repository_is_valid_and_whole(path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["/home/me/transfer.py", "--dataset", "/data/x/flowers"], "python transfer.py --dataset PATH_TO/flowers"),
+        (["/mnt/me/transfer.py", "--dataset", "/data/x/flowers"], "python transfer.py --dataset PATH_TO/flowers"),
         (["transfer.py", "--hub_token", "secret"], "python transfer.py --hub_token TOKEN"),
         (["transfer.py", "--note", "my hf_AbCdEfGh12345 token"], "python transfer.py --note 'my TOKEN token'"),
         (["train.py", "--dataset=/data/x", "--lam", "0.1"], "python train.py --dataset=PATH_TO/x --lam 0.1"),

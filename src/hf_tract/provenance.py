@@ -25,7 +25,7 @@ def command(arguments: Sequence[str] | None = None) -> str:
         arguments: the script and its arguments, by default those of this process.
 
     Example:
-        >>> command(["/home/me/train.py", "--dataset", "/data/cifar10", "--hub_token=hf_AbCdEfGh1234"])
+        >>> command(["/mnt/me/train.py", "--dataset", "/data/cifar10", "--hub_token=hf_AbCdEfGh1234"])
         'python train.py --dataset PATH_TO/cifar10 --hub_token=TOKEN'
     """
     script, *rest = sys.argv if arguments is None else arguments
