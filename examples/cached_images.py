@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from image_data import Splits
+from image_data import Images, Splits
 from modeling import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
@@ -44,9 +44,9 @@ class CachedImages(Dataset[Batch]):
             flip: probability of a mirrored image.
             seed: of crops and flips.
         """
-        images = (row[splits.image].convert("RGB") for row in tqdm(rows, "reading images", leave=False))
-        self.pixels = torch.stack([to_size(image) for image in images])
-        self.labels = torch.tensor(rows[splits.label])
+        images = Images(rows, splits, to_size)
+        pixels, labels = zip(*(images[index] for index in tqdm(range(len(images)), "reading images", leave=False)), strict=True)
+        self.pixels, self.labels = torch.stack(pixels), torch.tensor(labels)
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (look.mean, look.std))
         self.padding, self.flip, self.seed = padding, flip, seed
         self.set_epoch(0)

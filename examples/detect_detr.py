@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image
@@ -33,7 +33,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from comparison import Record, compare
-from detection_data import DetectionArguments, Detections, Example, Examples
+from detection_data import DetectionArguments, Detections, Example
 from detection_metrics import MEASURES, Found, evaluate
 from hf_tract import TrActCallback, find_first_layers
 from step_clock import StepClock
@@ -101,11 +101,12 @@ def train(
         stem.module.requires_grad_(True)
     print(f"\n{arm}, seed {seed}: {model.num_parameters():,} parameters, first layer {stem.name} {stem.module}")
     clock = StepClock()
+    train_data, test_data = cast("tuple[Dataset[Example], Dataset[Example]]", (data.train, data.test))
     trainer = DetectionTrainer(
         model=model,
         args=dataclasses.replace(training, output_dir=str(folder), seed=seed, remove_unused_columns=False),
-        train_dataset=Listed(data.train),
-        eval_dataset=Listed(data.test),
+        train_dataset=train_data,
+        eval_dataset=test_data,
         processing_class=processor,
         data_collator=partial(collate, processor),
         callbacks=[clock, *([TrActCallback(lam=settings["lam"])] if "lam" in settings else [])],
@@ -131,19 +132,6 @@ def detector(args: Arguments, names: list[str]) -> tuple[Any, Any]:
     if args.image_size:
         processor.size = {"height": args.image_size, "width": args.image_size}
     return model, processor
-
-
-class Listed(Dataset[Example]):
-    """Examples for Trainer's loaders."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
 
 def collate(processor: Any, batch: list[Example]) -> dict[str, Any]:
@@ -172,9 +160,9 @@ class DetectionTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The figures of `detection_metrics.evaluate`, logged."""
-        data: Any = eval_dataset or self.eval_dataset
+        examples: Any = eval_dataset or self.eval_dataset
         find = partial(detect, self.accelerator.unwrap_model(self.model), self.processing_class)
-        figures = evaluate(find, data.examples, self.args.per_device_eval_batch_size)
+        figures = evaluate(find, examples, self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -124,7 +124,7 @@ def _moments(model: nn.Module, batches: Iterable[Any], found: Sequence[FirstLaye
             for collector in collectors:
                 collector.met = False
             with contextlib.suppress(_EnoughError):
-                _forward(model, batch, collectors)
+                _forward(model, batch, found, collectors)
     moments = []
     for layer, collector in zip(found, collectors, strict=True):
         payload = torch.cat([collector.sums.flatten(), collector.sums.new_tensor([collector.count])])
@@ -148,12 +148,12 @@ class _EnoughError(Exception):
     """Every layer has read its input: the rest of the forward is not needed."""
 
 
-def _forward(model: nn.Module, batch: Any, collectors: Sequence[_Collector]) -> None:
+def _forward(model: nn.Module, batch: Any, found: Sequence[FirstLayer], collectors: Sequence[_Collector]) -> None:
     def stop(*_: Any) -> None:
         if all(collector.met for collector in collectors):
             raise _EnoughError
 
-    handles = [module.register_forward_hook(stop) for module in model.modules()]
+    handles = [module.register_forward_hook(stop) for _, module, _ in found]
     try:
         model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
