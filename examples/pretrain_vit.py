@@ -119,7 +119,7 @@ def train(
     if recipe.whiten_init:
         with torch.random.fork_rng([]):  # the order of the images stays that of a run without
             some = [pixels for pixels, _ in itertools.islice(train_loader, FOR_WHITENING)]
-        whiten_first_layer(model, some, recipe.lam)
+        whiten_first_layer(model, some, recipe.lam, match_scale=recipe.whiten_match_scale)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = make_optimizer(recipe, model)
     handle = None

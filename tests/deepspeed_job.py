@@ -9,14 +9,12 @@ import torch
 import torch.distributed as dist
 
 from hf_tract import apply_tract
+from hf_tract.whiten import whiten_first_layer
 from ranks import COLUMNS, STEPS, Net, images, leave, loss_sum
-from test_deepspeed import SCENARIOS
+from test_deepspeed import SCENARIOS, STAGES
 
 
-def train(rank: int, stage: int, when: str, micros: int) -> tuple[torch.Tensor, int]:
-    model, calls = Net().float(), []
-    if when == "before":
-        handle = apply_tract(model, lam=0.1)
+def engine_of(model: torch.nn.Module, stage: int, micros: int = 1) -> deepspeed.DeepSpeedEngine:
     config = {
         "train_micro_batch_size_per_gpu": 6 // micros,
         "gradient_accumulation_steps": micros,
@@ -25,7 +23,34 @@ def train(rank: int, stage: int, when: str, micros: int) -> tuple[torch.Tensor, 
         "zero_allow_untested_optimizer": True,
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def weights_of(model: torch.nn.Module, stage: int) -> torch.Tensor:
+    weights = []
+    for parameter in model.parameters():
+        with deepspeed.zero.GatheredParameters([parameter]) if stage == 3 else contextlib.nullcontext():
+            weights.append(parameter.detach().clone().flatten())
+    return torch.cat(weights)
+
+
+def whitened(rank: int, stage: int) -> list[torch.Tensor]:
+    """All weights after a whitened start and after the step that follows, in which ZeRO's own copies come to light."""
+    model = Net().float()
+    engine = engine_of(model, stage)
+    mine = images(0, 12).float().chunk(2)[rank]
+    whiten_first_layer(model, mine)
+    start = weights_of(model, stage)
+    engine.backward(loss_sum(engine, mine) / 6)
+    engine.step()
+    return [start, weights_of(model, stage)]
+
+
+def train(rank: int, stage: int, when: str, micros: int) -> tuple[torch.Tensor, int]:
+    model, calls = Net().float(), []
+    if when == "before":
+        handle = apply_tract(model, lam=0.1)
+    engine = engine_of(model, stage, micros)
     if when == "after":
         handle = apply_tract(engine, lam=0.1)
     original = dist.all_reduce
@@ -43,18 +68,15 @@ def train(rank: int, stage: int, when: str, micros: int) -> tuple[torch.Tensor, 
                 engine.backward(loss_sum(engine, x) * 2 * micros / 12)  # it averages over ranks and micro-steps
             engine.step()
     dist.all_reduce = original
-    weights = []
-    for parameter in model.parameters():
-        with deepspeed.zero.GatheredParameters([parameter]) if stage == 3 else contextlib.nullcontext():
-            weights.append(parameter.detach().clone().flatten())
-    return torch.cat(weights), len(calls)
+    return weights_of(model, stage), len(calls)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    trained = {scenario: train(dist.get_rank(), *scenario) for scenario in SCENARIOS}
+    done = {scenario: train(dist.get_rank(), *scenario) for scenario in SCENARIOS}
+    done |= {stage: whitened(dist.get_rank(), stage) for stage in STAGES}
     if dist.get_rank() == 0:
-        torch.save(trained, f"{sys.argv[1]}/results.pt")
+        torch.save(done, f"{sys.argv[1]}/results.pt")
     leave()

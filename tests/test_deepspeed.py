@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_tract.whiten import whiten_first_layer
 from oracle import assert_close
-from ranks import STEPS, one_process
+from ranks import STEPS, Net, flat, images, loss_sum, one_process
 
 JOB = str(Path(__file__).with_name("deepspeed_job.py"))
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29900 + os.getpid() % 90)]
-SCENARIOS = [(stage, when, micros) for stage in (2, 3) for when in ("before", "after") for micros in (1, 2)]
+STAGES = (1, 2, 3)  # the first of the whitened start alone
+SCENARIOS = [(stage, when, micros) for stage in STAGES[1:] for when in ("before", "after") for micros in (1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +33,15 @@ def test_equals_one_process_with_one_collective_a_step(results, scenario):
     weights, collectives = results[scenario]
     assert_close(weights, one_process(12), 1e-5)
     assert collectives == STEPS
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_whitened_start_is_in_the_weights_and_in_what_zero_keeps_of_them(results, stage):
+    model, x = Net().float(), images(0, 12).float()
+    whiten_first_layer(model, x)
+    start = flat(model)
+    (loss_sum(model, x) / 12).backward()
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    assert_close(results[stage][0], start, 1e-6)
+    assert_close(results[stage][1], flat(model), 1e-5)
+    assert (flat(Net()) - start).norm() > 0.1 * start.norm()

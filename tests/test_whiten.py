@@ -1,6 +1,7 @@
 """A whitened start, against the dense formula; what it leaves alone and what it refuses."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -8,10 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations
 
 from helpers import STEM, small_vit, stem_of
 from hf_tract import TrActError
+from hf_tract.layers import unwrap
+from hf_tract.sharding import read_weight, whole_weights
 from hf_tract.whiten import whiten_first_layer
 from oracle import assert_close, moment, says
 from ranks import on_two_ranks
@@ -124,18 +129,55 @@ def test_fresh_models_of_timm_do_not_look_trained(name):
     )
 
 
-def on_a_rank(rank: int, name: str) -> torch.Tensor:
+SHARDED = ["plain", "DDP", "FSDP1", "FSDP1, original parameters", "FSDP2", "FSDP2, the stem a unit of its own"]
+
+
+def wrapped(model: nn.Module, name: str) -> nn.Module:
+    if name == "DDP":
+        return nn.parallel.DistributedDataParallel(model)
+    if name.startswith("FSDP1"):
+        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates FSDP1
+        return FullyShardedDataParallel(model, use_orig_params="original" in name, device_id=torch.device("cpu"))
+    if name.startswith("FSDP2"):
+        mesh = init_device_mesh("cpu", (2,))
+        for part in [STEM, ""] if "own" in name else [""]:
+            fully_shard(model.get_submodule(part), mesh=mesh)
+    return model
+
+
+def on_a_rank(rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stem's weight, and all weights after a step of training that follows."""
+    model = wrapped(small_vit(), name)
+    torch.manual_seed(1)
+    batch = images(12)
+    mine = batch[:4] if rank == 0 else batch[4:]
+    whiten_first_layer(model, mine)
+    stem = stem_of(unwrap(model))
+    with whole_weights(model, [stem]):
+        weight = read_weight(stem).clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(mine).logits.square().sum().backward()
+    optimizer.step()
+    with whole_weights(model, [stem]):
+        return weight, read_weight(stem).clone()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("whiten"), on_a_rank, SHARDED)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_ranks_with_uneven_batches_come_to_the_weight_of_one_process_however_it_is_sharded(ranks, name):
     model = small_vit()
     torch.manual_seed(1)
     batch = images(12)
-    whiten_first_layer(model, batch[:4] if rank == 0 else batch[4:])
-    return stem_of(model).weight.detach()
-
-
-def test_ranks_with_uneven_batches_come_to_the_weight_of_one_process(tmp_path):
-    model = small_vit()
-    torch.manual_seed(1)
-    whiten_first_layer(model, images(12))
-    first, second = (results["stem"] for results in on_two_ranks(tmp_path, on_a_rank, ["stem"]))
+    whiten_first_layer(model, batch)
+    (first, first_trained), (second, second_trained) = (results[name] for results in ranks)
     assert torch.equal(first, second)
     assert_close(first, stem_of(model).weight, 1e-6)
+    if name != "plain":  # whose ranks go apart without a wrapper
+        assert torch.equal(first_trained, second_trained)
+        (model(batch).logits.square().sum() / 2).backward()  # wrappers take the mean over ranks
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert_close(first_trained, stem_of(model).weight, 1e-5)

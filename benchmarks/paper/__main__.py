@@ -11,7 +11,8 @@ import shlex
 import report as reporting
 import runner
 import typer
-from experiments import EXPERIMENTS, HERE, SCALES
+from beyond import ALL
+from experiments import HERE, SCALES
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ RESULTS = HERE.parents[1] / "docs" / "results"
 def list_() -> None:
     """What there is, and how many runs it takes at each scale."""
     table = Table("experiment", "what", *SCALES, title="Runs with the usual number of seeds")
-    for name, experiment in EXPERIMENTS.items():
+    for name, experiment in ALL.items():
         table.add_row(name, experiment.title, *(str(len(list(experiment.jobs(scale)))) for scale in SCALES))
     Console().print(table)
 
@@ -46,15 +47,15 @@ def run(
     keep: Annotated[bool, typer.Option(help="keep the checkpoints of runs that are done")] = False,
 ) -> None:
     """Runs what has not been run yet. Killed, it goes on where it was."""
-    wanted = list(EXPERIMENTS) if experiments == ["all"] else experiments
-    if unknown := [name for name in wanted if name not in EXPERIMENTS]:
-        raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}, and all.")
+    wanted = list(ALL) if experiments == ["all"] else experiments
+    if unknown := [name for name in wanted if name not in ALL]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(ALL)}, and all.")
     if scale not in SCALES:
         raise typer.BadParameter(f"--scale {scale}: there are {', '.join(SCALES)}.")
     if wrong := [each for each in dataset or [] if "=" not in each]:
         raise typer.BadParameter(f"--dataset {wrong[0]}: it is NAME=FOLDER, such as uoft-cs/cifar10=/data/cifar10.")
     failed = runner.run(
-        (job for name in wanted for job in EXPERIMENTS[name].jobs(scale, seeds)),
+        (job for name in wanted for job in ALL[name].jobs(scale, seeds)),
         results or (output_dir if scale == "smoke" else RESULTS) / f"{scale}.jsonl",
         output_dir / scale,
         dict(each.split("=", 1) for each in dataset or []),

@@ -17,8 +17,15 @@ from image_data import Splits, to_tensor
 from modeling import Preprocessing
 from pretrain_vit import ready_made, usual_optimizer
 from recipe import Recipe
+from rules import Rule, ruled
 
-VARIANTS = ("none", "patch_norm", "dual_patch_norm", "whitening", "torch_tract", "sgd_first")
+RULES: dict[str, dict[str, Any]] = {
+    "power": {"power": 0.5},
+    "relative": {"relative": True},
+    "center": {"center": True},
+    "relative_center": {"relative": True, "center": True},
+}
+VARIANTS = ("none", "patch_norm", "dual_patch_norm", "whitening", "torch_tract", "sgd_first", *RULES)
 
 
 class Around(nn.Module):
@@ -102,6 +109,8 @@ def changed(layer: Any, variant: str, recipe: Recipe, splits: Splits, look: Prep
     if variant == "torch_tract":
         theirs: nn.Module = torch_tract.TrAct(copy.deepcopy(layer), l=recipe.lam)
         return theirs
+    if variant in RULES:
+        return ruled(layer, Rule(recipe.lam, **RULES[variant]))
     patch = layer.kernel_size[0]
     if layer.kernel_size != layer.stride:
         raise ValueError(f"`variant` (={variant!r}) is of patches that do not overlap, and {layer} has others.")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import plots
 import results
-from experiments import EXPERIMENTS, Experiment
+from beyond import ALL
+from experiments import Experiment
 from results import Result
 from summary import Arm, collect, gain, speed_up
 
@@ -32,7 +33,7 @@ def write(scale: str, file: Path, folder: Path, seeds: int = 100) -> Path:
     lines = [f"# Results at the {scale} scale", "", "Written by `benchmarks/paper report` from the runs in "
              f"[{file.name}]({file.name}); what they mean is told in [results.md](../results.md).", "", HOW]  # fmt: skip
     used: dict[str, Result] = {}
-    for name, experiment in EXPERIMENTS.items():
+    for name, experiment in ALL.items():
         found = collect(experiment, scale, seeds, have)
         settings = {setting: arms for setting, arms in found.items() if len(arms) > 1}
         used |= {run.key: run for arms in settings.values() for arm in arms.values() for run in arm.runs.values()}

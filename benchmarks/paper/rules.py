@@ -1,0 +1,79 @@
+"""Other rules for the first layer's gradient than the paper's, in their plainest form, to be compared with it.
+
+Each multiplies the weight's gradient g, flattened to (m, n), by a power of a damped moment of the patches p:
+
+    power 1/2   g (C + lam I)^-1/2
+    relative    g (C + lam tr(C) / n I)^-1
+    center      the ridge solution for weight and bias together: with mu = mean p and S = C - mu mu^T,
+                dW = (g - g_b mu^T) (S + lam I)^-1 and db = g_b - dW mu; without a bias g_b = 0
+
+What is measured in docs/beyond.md; one process, no accumulation.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rule(NamedTuple):
+    """What is done with the gradient; the default is the paper's."""
+
+    lam: float = 0.1
+    power: float = 1.0
+    relative: bool = False
+    center: bool = False
+
+    def apply(self, grad: Tensor, bias_grad: Tensor | None, moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients to hand on, of `grad` (m, n) and `bias_grad` (m,) by C (n, n) and mu (n,), in float64."""
+        g, moment, mean = grad.double(), moment.double(), mean.double()
+        if self.center:
+            moment = moment - torch.outer(mean, mean)
+            if bias_grad is not None:
+                g = g - torch.outer(bias_grad.double(), mean)
+        lam = self.lam * (moment.trace() / len(moment) if self.relative else 1.0)
+        values, vectors = torch.linalg.eigh(moment)
+        new = (g @ vectors) * (values.clamp(min=0) + lam) ** -self.power @ vectors.mT
+        if self.center and bias_grad is not None:
+            bias_grad = (bias_grad.double() - new @ mean).to(bias_grad)
+        return new.to(grad), bias_grad
+
+
+class _Identity(torch.autograd.Function):
+    """Weight and bias as they are; their gradients by the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, patches: Tensor, rule: Rule) -> tuple[Tensor, Tensor | None]:
+        """Takes the moments of `patches` (b, n)."""
+        ctx.rule, ctx.moment, ctx.mean = rule, patches.mT @ patches / len(patches), patches.mean(0)
+        return weight.view_as(weight), bias if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The rule's gradients."""
+        new, bias_grad = ctx.rule.apply(grad.flatten(1), bias_grad, ctx.moment, ctx.mean)
+        return new.view_as(grad), bias_grad, None, None
+
+
+class RuledConv2d(nn.Conv2d):
+    """A convolution whose gradients follow `rule`."""
+
+    rule: Rule
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+                unfolded = F.unfold(input.float(), self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
+                patches = unfolded.movedim(1, -1).flatten(0, 1)
+            weight, bias = _Identity.apply(weight, bias, patches, self.rule)
+        return super()._conv_forward(input, weight, bias)
+
+
+def ruled(layer: nn.Conv2d, rule: Rule) -> nn.Conv2d:
+    """The layer itself, from now on by that rule."""
+    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise ValueError(f"`layer` (={layer}) must be an ungrouped convolution with padding of zeros in numbers.")
+    layer.__class__ = RuledConv2d
+    layer.rule = rule
+    return layer

@@ -1,0 +1,136 @@
+"""Second moments of what a few layers read, over a few batches, without a backward and without a trace left.
+
+Shape letters as in `moments`: g groups, n columns of `weight.flatten(1)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_tract.config import TrActError
+from hf_tract.layers import FirstLayer
+from hf_tract.moments import patch_moments
+from hf_tract.tap import WINDOWS, columns
+
+
+def input_moments(
+    model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], group: Any = None, whole_forward: bool = False
+) -> list[Tensor]:
+    """C = (1/b) sum of p p^T of each layer, over all batches and ranks.
+
+    The model runs in evaluation mode; its modes, its buffers and torch's random numbers stay as they are.
+
+    Args:
+        model: the model as it is to be called.
+        batches: of what it takes: tensors, or mappings of keyword arguments.
+        layers: of the model.
+        group: the data-parallel ranks; the default group where None.
+        whole_forward: run each forward to its end, as a sharded model needs it; else only until the layers have been met.
+
+    Returns:
+        (g, n, n) of each layer, float64.
+
+    Raises:
+        TrActError: if nothing reaches a layer, or something that is not finite.
+    """
+    collectors = [_Collector(layer.module) for layer in layers]
+    with torch.no_grad(), _as_it_was(model), contextlib.ExitStack() as stack:
+        for layer, collector in zip(layers, collectors, strict=True):
+            stack.enter_context(collector.watching(layer.module))
+        for batch in batches:
+            for collector in collectors:
+                collector.met = False
+            with contextlib.nullcontext() if whole_forward else _until_met(layers, collectors):
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
+    moments = []
+    for layer, collector in zip(layers, collectors, strict=True):
+        payload = torch.cat([collector.sums.flatten(), collector.sums.new_tensor([collector.count])])
+        if dist.is_available() and dist.is_initialized():
+            payload = _all_reduced(payload, group)
+        if not payload[-1] > 0 or not payload.isfinite().all():
+            what = "pixels that are not finite" if payload[-1] > 0 else f"nothing that reaches {layer.name}"
+            raise TrActError(f"`batches` has {what}: give it batches as training does, as tensors or keyword arguments.")
+        moments.append((payload[:-1] / payload[-1]).view_as(collector.sums))
+    return moments
+
+
+def _all_reduced(payload: Tensor, group: Any) -> Tensor:
+    """The sum over ranks, also where the model is not on the device of their backend yet."""
+    there = payload.cuda() if dist.get_backend(group) == "nccl" else payload
+    dist.all_reduce(there, group=group)
+    return there.to(payload.device)
+
+
+class _EnoughError(Exception):
+    """Every layer has read its input: the rest of the forward is not needed."""
+
+
+@contextlib.contextmanager
+def _until_met(layers: Sequence[FirstLayer], collectors: Sequence[_Collector]) -> Iterator[None]:
+    """A forward inside ends where the last of the layers has been met."""
+
+    def stop(*_: Any) -> None:
+        if all(collector.met for collector in collectors):
+            raise _EnoughError
+
+    handles = [layer.module.register_forward_hook(stop) for layer in layers]
+    try:
+        with contextlib.suppress(_EnoughError):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Collector(TorchFunctionMode):
+    """Sums the patches of one layer's operation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        n, groups = columns(layer), getattr(layer, "groups", 1)
+        weight: Any = layer.weight
+        self.sums = torch.zeros(groups, n, n, dtype=torch.float64, device=weight.device)
+        self.count, self.met = 0, False
+
+    @contextlib.contextmanager
+    def watching(self, layer: nn.Module) -> Iterator[None]:
+        """Looks on while `layer` runs."""
+        enter = layer.register_forward_pre_hook(lambda *_: self.__enter__() and None, prepend=True)
+        leave = layer.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True, prepend=True)
+        try:
+            yield
+        finally:
+            enter.remove()
+            leave.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func`, and takes in its patches if it is a convolution or linear operation."""
+        kwargs = kwargs or {}
+        if func in WINDOWS:
+            read = args[0] if args else kwargs["input"]
+            new = torch.zeros_like(self.sums)
+            with torch.autocast(read.device.type, enabled=False):
+                self.count += patch_moments(read.detach().double(), WINDOWS[func](*args, **kwargs), new)
+            self.sums += new
+            self.met = True
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside, as before outside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        for module in training:
+            module.training = True
