@@ -9,7 +9,6 @@ A recipe sets defaults; what the command line says wins. A run that was killed a
 """
 
 import dataclasses
-import itertools
 import json
 import re
 import time
@@ -30,18 +29,17 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract
+from hf_tract.first_batches import first_batches
 from hf_tract.hub import TrainingRecord, public_name, save_card
 from hf_tract.metrics import TopK
 from hf_tract.provenance import command
 from hf_tract.upload import check_token, push_folder
-from hf_tract.whiten import whiten_first_layer
+from hf_tract.whiten import FOR_WHITENING, whiten_first_layer
 from image_data import Splits, normalization
 from loaders import make_loaders
 from modeling import Preprocessing, logits_of, make_model, save_model
 from progress import Progress, add_epoch, read_epochs, start
 from recipe import Recipe, Run, parse
-
-FOR_WHITENING = 4  # batches
 
 
 class Trained(NamedTuple):
@@ -117,8 +115,7 @@ def train(
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.whiten_init:
-        with torch.random.fork_rng([]):  # the order of the images stays that of a run without
-            some = [pixels for pixels, _ in itertools.islice(train_loader, FOR_WHITENING)]
+        some = [pixels for pixels, _ in first_batches(train_loader, FOR_WHITENING)]
         whiten_first_layer(model, some, recipe.lam, match_scale=recipe.whiten_match_scale)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = make_optimizer(recipe, model)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torch_tract
 from cifar_models import PREFIX, cifar_model
+from rules import Rule, ruled
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -17,7 +18,6 @@ from image_data import Splits, to_tensor
 from modeling import Preprocessing
 from pretrain_vit import ready_made, usual_optimizer
 from recipe import Recipe
-from rules import Rule, ruled
 
 RULES: dict[str, dict[str, Any]] = {
     "power": {"power": 0.5},

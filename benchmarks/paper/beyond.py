@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from experiments import (
-    ADAM_SMALL,
     EXPERIMENTS,
     NO_TRACT,
     RESNET_SMALL,

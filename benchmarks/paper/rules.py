@@ -50,7 +50,7 @@ class _Identity(torch.autograd.Function):
         return weight.view_as(weight), bias if bias is None else bias.view_as(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """The rule's gradients."""
         new, bias_grad = ctx.rule.apply(grad.flatten(1), bias_grad, ctx.moment, ctx.mean)
         return new.view_as(grad), bias_grad, None, None
@@ -67,7 +67,8 @@ class RuledConv2d(nn.Conv2d):
                 unfolded = F.unfold(input.float(), self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
                 patches = unfolded.movedim(1, -1).flatten(0, 1)
             weight, bias = _Identity.apply(weight, bias, patches, self.rule)
-        return super()._conv_forward(input, weight, bias)
+        result: Tensor = super()._conv_forward(input, weight, bias)
+        return result
 
 
 def ruled(layer: nn.Conv2d, rule: Rule) -> nn.Conv2d:
@@ -75,5 +76,5 @@ def ruled(layer: nn.Conv2d, rule: Rule) -> nn.Conv2d:
     if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise ValueError(f"`layer` (={layer}) must be an ungrouped convolution with padding of zeros in numbers.")
     layer.__class__ = RuledConv2d
-    layer.rule = rule
+    layer.__dict__["rule"] = rule
     return layer

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_tract.apply import TrActHandle, apply_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
+from hf_tract.first_batches import first_batches
 from hf_tract.hub import SETTINGS_NAME, TAGS
 from hf_tract.layers import Layers
 from hf_tract.tap import is_frozen
 from hf_tract.trainer_record import save_trainer_card
+from hf_tract.whiten import FOR_WHITENING, is_whitened, whiten_first_layer
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +46,12 @@ class TrActCallback(TrainerCallback):
         every: optimizer steps that one factor serves; 1 is the method.
         ema: decay of a running average of the second moments; 0 is the method.
         scratch_mib: bound on the memory that computing a second moment takes, in MiB.
+        whiten_init: for training from scratch: start the first layer as W0 (C + lam I)^-1/2, C from the first batches of
+            Trainer's own loader (see `hf_tract.whiten_first_layer`). A resumed run has it already.
 
     Raises:
-        TrActError: for a setting that is none; when training begins, for layers that match nothing or are frozen.
+        TrActError: for a setting that is none; when training begins, for layers that match nothing or are frozen, and with
+            `whiten_init` for weights that have been trained.
 
     Source:
         Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970.
@@ -60,11 +66,18 @@ class TrActCallback(TrainerCallback):
         every: int = 1,
         ema: float = 0.0,
         scratch_mib: int = 128,
+        whiten_init: bool = False,
     ) -> None:
+        self.whiten_init = whiten_init
         self.layers = layers  # which may hold modules, and those are no settings
         self.config = TrActConfig(lam=lam, scope=scope, every=every, ema=ema, scratch_mib=scratch_mib)
         self.handle: TrActHandle | None = None
         self.used: TrActHandle | None = None  # of the last training, also after it
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What a card tells beside the settings of `TrActConfig`."""
+        return {"whiten_init": True} if self.whiten_init else {}
 
     def on_push_begin(
         self,
@@ -83,6 +96,7 @@ class TrActCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Applies TrAct: here, because `model_init` makes a new model for each `train()`."""
@@ -100,6 +114,8 @@ class TrActCallback(TrainerCallback):
             self.used = self.handle
             if isinstance(model, PreTrainedModel):
                 model.add_model_tags(list(TAGS))  # which Trainer puts into its own card
+            if self.whiten_init and not state.global_step:
+                self._whiten(args, model, train_dataloader)
         folder = _checkpoint(args, state) if state.global_step else None
         if folder is not None and self.config.keeps_moment and (folder / STATE_NAME).exists():
             self.handle.load_state_dict(torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True))
@@ -148,10 +164,25 @@ class TrActCallback(TrainerCallback):
             if kept := self.handle.state_dict():
                 torch.save(kept, folder / STATE_NAME)
 
+    def _whiten(self, args: TrainingArguments, model: nn.Module, loader: Any) -> None:
+        assert self.used is not None
+        layers = [layer.module for layer in self.used.layers]
+        if all(map(is_whitened, layers)):  # `train()` again, or by `auto_find_batch_size`
+            logger.info("TrAct: the first layer was whitened before and goes on from there.")
+            return
+        batches = send_to_device(first_batches(loader, FOR_WHITENING), args.device)
+        try:
+            whiten_first_layer(model, batches, self.config.lam, layers)
+        except TrActError:
+            self._remove()
+            raise
+
     def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         if self.used is not None and model is not None and state.is_world_process_zero:
             layers = [layer.name for layer in self.used.layers]
-            save_trainer_card(args, state, model, self.used.config, layers, model_id=args.hub_model_id)
+            save_trainer_card(
+                args, state, model, self.used.config, layers, model_id=args.hub_model_id, more=self.hyperparameters
+            )
 
     def _remove(self) -> None:
         if self.handle is not None:

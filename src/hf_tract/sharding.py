@@ -39,7 +39,8 @@ def whole_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Non
 def read_weight(layer: nn.Module) -> Tensor:
     """The whole weight, detached; where FSDP2 has sharded it, gathered."""
     weight: Any = layer.weight
-    return weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole.detach()
 
 
 @torch.no_grad()

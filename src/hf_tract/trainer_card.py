@@ -37,12 +37,14 @@ def use_model_card(
         model = trainer.accelerator.unwrap_model(trainer.model)
         said = ModelCard.load(folder / "README.md").data
         callbacks = trainer.callback_handler.callbacks
-        used = next((each.used for each in callbacks if isinstance(each, TrActCallback)), None)
+        callback = next((each for each in callbacks if isinstance(each, TrActCallback) and each.used), None)
+        used = callback.used if callback else None
         save_trainer_card(
             trainer.args, trainer.state, model, used.config if used else None,
             [layer.name for layer in used.layers] if used else [],
             model_id=trainer.hub_model_id or trainer.args.hub_model_id, tags=said.tags or (),
             dataset=dataset, base_model=base_model, license=license or said.license, split=split,
+            more=callback.hyperparameters if callback else None,
         )  # fmt: skip
 
     trainer.create_model_card = create_model_card  # type: ignore[method-assign]

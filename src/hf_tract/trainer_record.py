@@ -31,6 +31,7 @@ def trainer_record(
     base_model: str | None = None,
     license: str | None = None,
     split: str = "test",
+    more: Mapping[str, Any] | None = None,
 ) -> TrainingRecord:
     """The record of a run of Trainer up to now.
 
@@ -44,6 +45,7 @@ def trainer_record(
         base_model: the checkpoint that training began with, by default what the model's config says.
         license: of the model.
         split: the data set's part that is evaluated on.
+        more: hyperparameters that Trainer's arguments do not have.
     """
     config = getattr(model, "config", None)
     rows = history(state.log_history)
@@ -58,7 +60,7 @@ def trainer_record(
         license=license,
         metrics={name: rows[-1][name] for name in dict.fromkeys(SCORES.values()) if rows and name in rows[-1]},
         history=rows,
-        hyperparameters={**_settings(args), **({"processes": args.world_size} if args.world_size > 1 else {})},
+        hyperparameters={**_settings(args), **({"processes": args.world_size} if args.world_size > 1 else {}), **(more or {})},
         split=split,
         seed=args.seed,
     )
@@ -73,7 +75,7 @@ def save_trainer_card(
     *,
     model_id: str | None = None,
     tags: Iterable[str] = (),
-    **about: str | None,
+    **about: Any,
 ) -> None:
     """Writes the card of a run, up to now, into its output folder; an adapter's card is peft's, and gets the settings alone.
 
@@ -85,11 +87,11 @@ def save_trainer_card(
         layers: the same.
         model_id: where the model will be on the Hub.
         tags: more of them.
-        about: `dataset`, `base_model`, `license` and `split`.
+        about: `dataset`, `base_model`, `license`, `split` and `more`.
     """
     folder = Path(args.output_dir or ".")
     if not hasattr(model, "peft_config"):
-        save_card(trainer_record(args, state, model, tract, layers, **about), folder, model_id, tags)  # type: ignore[arg-type]
+        save_card(trainer_record(args, state, model, tract, layers, **about), folder, model_id, tags)
     elif tract is not None:
         tract.to_json_file(folder / SETTINGS_NAME)
 

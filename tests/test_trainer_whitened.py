@@ -1,0 +1,127 @@
+"""`TrActCallback(whiten_init=True)`: Trainer's own first batches, once, and nothing else of the training differs."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from helpers import STEM, Images, small_vit, stem_of, trainer, weights
+from hf_tract import TrActCallback, TrActError
+from hf_tract.first_batches import first_batches
+from hf_tract.whiten import is_whitened, whiten_first_layer
+from oracle import assert_close
+from test_trainer import Watch, small_convnext
+
+WHITENED = {"lam": 0.1, "whiten_init": True}
+
+
+class Noisy(Dataset):
+    """Augmented by all three kinds of random numbers."""
+
+    def __init__(self) -> None:
+        self.images = Images()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pixels = self.images[index]["pixel_values"] * (1 + random.random())
+        drawn = torch.randn(1) + float(np.random.rand())  # noqa: NPY002 the global numbers are what it is about
+        return {"pixel_values": pixels + drawn, "labels": self.images[index]["labels"]}
+
+
+def whitened_by_hand(batches: list[dict[str, torch.Tensor]]) -> torch.nn.Module:
+    model = small_vit()
+    whiten_first_layer(model, batches)
+    return model
+
+
+def test_the_start_is_that_of_the_first_batches_and_the_training_that_of_a_model_whitened_before(tmp_path):
+    """One batch holds all images, so that their order in the loader does not matter."""
+    whole = {"per_device_train_batch_size": 64, "max_steps": 3}
+    run = trainer(tmp_path, small_vit(), [TrActCallback(**WHITENED)], **whole)
+    run.train()
+    other = trainer(tmp_path, whitened_by_hand([Images().batch()]), [TrActCallback(lam=0.1)], **whole)
+    other.train()
+    assert_close(weights(run.model), weights(other.model), 1e-5)
+    assert is_whitened(stem_of(run.model))
+    without = trainer(tmp_path, small_vit(), [TrActCallback(lam=0.1)], **whole)
+    without.train()
+    assert (weights(run.model) - weights(without.model)).norm() > 1e-2 * weights(without.model).norm()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_looking_at_the_first_batches_changes_nothing_of_the_training(tmp_path, workers, monkeypatch):
+    """With the whitening itself taken out, the run is bit for bit that of a callback without it."""
+    monkeypatch.setattr("hf_tract.callback.whiten_first_layer", lambda model, batches, *_: seen.append(len(batches)))
+    seen, ends = [], []
+    for settings in ({"whiten_init": True}, {}):
+        run = trainer(tmp_path, small_vit(hidden_dropout_prob=0.1), [TrActCallback(**settings)], dataloader_num_workers=workers)
+        run.train_dataset = Noisy()
+        run.train()
+        ends.append(weights(run.model))
+    assert seen == [4]
+    assert torch.equal(*ends)
+
+
+def test_a_loader_s_own_generators_stand_where_they_stood():
+    loader = DataLoader(Noisy(), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
+    first = first_batches(loader, 2)
+    again = first_batches(loader, 9)
+    assert [len(first), len(again)] == [2, 4]
+    assert torch.equal(first[0]["labels"], again[0]["labels"])
+    assert torch.equal(first[0]["pixel_values"], again[0]["pixel_values"])
+
+
+def test_once_also_when_training_begins_again(tmp_path, monkeypatch):
+    """An out-of-memory error, and a second `train()`."""
+    calls = []
+    real = whiten_first_layer
+    monkeypatch.setattr("hf_tract.callback.whiten_first_layer", lambda *args: calls.append(real(*args)))
+    watch = Watch(raise_at=1, error=RuntimeError)
+    run = trainer(tmp_path, callbacks=[TrActCallback(**WHITENED), watch], auto_find_batch_size=True)
+    for _ in range(2):
+        run.train()
+    assert len(watch.tapped) > 8
+    assert len(calls) == 1
+
+
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path):
+    callback = TrActCallback(**WHITENED)
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+    whole = trainer(tmp_path / "whole", small_convnext(), [callback], **settings)
+    whole.train()
+    first = trainer(tmp_path / "cut", small_convnext(), [callback, Watch(raise_at=6)], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = trainer(tmp_path / "cut", small_convnext(seed=1), [callback], **settings)
+    second.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(second.model), weights(whole.model))
+
+
+def test_each_model_of_model_init_is_whitened(tmp_path):
+    run = trainer(tmp_path, callbacks=[TrActCallback(**WHITENED)], model_init=lambda: small_vit(), learning_rate=0.0)
+    for _ in range(2):
+        run.train()
+        assert is_whitened(stem_of(run.model))
+        assert not torch.equal(stem_of(run.model).weight, stem_of(small_vit()).weight)
+
+
+def test_a_trained_model_is_refused_and_left_as_it_was(tmp_path):
+    small_vit().save_pretrained(tmp_path / "checkpoint")
+    model = type(small_vit()).from_pretrained(tmp_path / "checkpoint")
+    before = weights(model).clone()
+    run = trainer(tmp_path, model, [TrActCallback(**WHITENED)])
+    with pytest.raises(TrActError, match=re.escape(f"`model` has a first layer ({STEM}) that comes from {tmp_path}")):
+        run.train()
+    assert torch.equal(weights(model), before)
+    assert type(stem_of(model)).__name__ == "Conv2d"
+
+
+def test_the_card_tells_it(tmp_path):
+    run = trainer(tmp_path, callbacks=[TrActCallback(**WHITENED)], save_strategy="epoch")
+    run.train()
+    assert "whiten_init" in (tmp_path / "README.md").read_text()
