@@ -1,4 +1,4 @@
-"""Two arms of an experiment, vanilla and TrAct, side by side: records that survive a kill, a table and a plot."""
+"""Arms of an experiment, vanilla and TrAct, side by side: records that survive a kill, a table and a plot."""
 
 import dataclasses
 import json
@@ -17,6 +17,8 @@ from hf_tract import provenance
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
+
+COLORS = ("#7f7f7f", "#d62728", "#1f77b4", "#2ca02c")
 
 
 @dataclasses.dataclass
@@ -66,10 +68,14 @@ class Records:
                 file.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
 
+def two_arms(same: dict[str, Any], lam: float) -> dict[str, dict[str, Any]]:
+    """The settings without TrAct, in which there is no `lam`, and with it."""
+    return {"vanilla": same, "TrAct": {**same, "lam": lam}}
+
+
 def compare(
     folder: Path,
-    same: dict[str, Any],
-    lam: float,
+    arms: dict[str, dict[str, Any]],
     seeds: Sequence[int],
     train: Callable[[str, int, dict[str, Any]], Record],
     title: str,
@@ -79,14 +85,12 @@ def compare(
 
     Args:
         folder: where records.jsonl and comparison.png go.
-        same: the settings of both arms.
-        lam: TrAct's, of its arm alone.
+        arms: the settings of each; the first is what the others are compared with.
         seeds: of the runs of each arm.
-        train: one run of one arm, from its name, a seed and its settings, in which `lam` is not where TrAct is off.
+        train: one run of one arm, from its name, a seed and its settings.
         title: of table and plot.
         measure: what the scores are.
     """
-    arms = {"vanilla": same, "TrAct": {**same, "lam": lam}}
     records = Records(folder / "records.jsonl", arms)
     for seed in seeds:
         for arm, settings in arms.items():
@@ -116,29 +120,31 @@ def report(records: Records, seeds: Sequence[int], title: str, measure: str) -> 
     console = Console()
     over = f" (mean and standard deviation over {len(seeds)} seeds)" if len(seeds) > 1 else ""
     console.print(f"\n{title}: {measure} in per cent{over}", table, sep="\n")
-    base, other = (curves[arm].mean(0) for arm in arms)
-    reached = epochs_to_reach(other, base[-1])
-    when = f"after {reached} of {epochs} epochs" if reached else f"in none of the {epochs} epochs"
-    console.print(f"{arms[1]} reaches {arms[0]}'s final {measure} ({base[-1]:.1f} %) {when}.")
-    gains = curves[arms[1]][:, -1] - curves[arms[0]][:, -1]
-    console.print(f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+z.1f}' for gain in gains)}.")
+    base, *others = arms
+    final = curves[base].mean(0)[-1]
+    for arm in others:
+        reached = epochs_to_reach(curves[arm].mean(0), final)
+        when = f"after {reached} of {epochs} epochs" if reached else f"in none of the {epochs} epochs"
+        console.print(f"{arm} reaches {base}'s final {measure} ({final:.1f} %) {when}.")
+        gains = curves[arm][:, -1] - curves[base][:, -1]
+        console.print(f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+z.1f}' for gain in gains)}.")
     steps = {arm: 1000 * np.median([record.seconds_per_step for record in records.of(arm, seeds)]) for arm in arms}
-    times = ", ".join(f"{arm} {ms:.1f} ms" for arm, ms in steps.items())
-    console.print(f"Time per training step (median): {times}, ratio {steps[arms[1]] / steps[arms[0]]:.3f}.")
+    ratios = ", ".join(f"{arm} {ms:.1f} ms ({ms / steps[base]:.3f})" for arm, ms in steps.items())
+    console.print(f"Time per training step (median, and its ratio to the first): {ratios}.")
     console.print(f"Plot: {plot(curves, title, measure, records.path.with_name('comparison.png'))}")
 
 
 def plot(curves: dict[str, np.ndarray], title: str, measure: str, path: Path) -> Path:
     """Mean score over epochs of each arm, with a band of one standard deviation."""
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    for (arm, values), color in zip(curves.items(), ("#7f7f7f", "#d62728"), strict=False):
+    base = next(iter(curves.values())).mean(0)
+    axes.axhline(base[-1], color=COLORS[0], linewidth=0.8, linestyle=":")
+    for (arm, values), color in zip(curves.items(), COLORS, strict=False):
         epochs, mean, std = np.arange(1, values.shape[1] + 1), values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
         axes.plot(epochs, mean, "o-", color=color, label=f"{arm}: {mean[-1]:.1f} %", markersize=3)
         axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-    base, other = (values.mean(0) for values in curves.values())
-    axes.axhline(base[-1], color="#7f7f7f", linewidth=0.8, linestyle=":")
-    if reached := epochs_to_reach(other, base[-1]):
-        axes.axvline(reached, color="#d62728", linewidth=0.8, linestyle=":")
+        if color != COLORS[0] and (reached := epochs_to_reach(mean, base[-1])):
+            axes.axvline(reached, color=color, linewidth=0.8, linestyle=":")
     axes.set(xlabel="epoch", ylabel=f"{measure}, %", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.2)

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from comparison import Record, compare
+from comparison import Record, compare, two_arms
 from detection_data import DetectionArguments, Detections, Example
 from detection_metrics import MEASURES, Found, evaluate
 from hf_tract import TrActCallback, find_first_layers
@@ -82,7 +82,7 @@ def main() -> None:
     seeds = range(training.seed, training.seed + args.seeds)
     title = f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}"
     run_one = partial(train, data=data, args=args, training=training)
-    compare(Path(training.output_dir), same, args.lam, seeds, run_one, title, MEASURES["map_50"])
+    compare(Path(training.output_dir), two_arms(same, args.lam), seeds, run_one, title, MEASURES["map_50"])
 
 
 def train(

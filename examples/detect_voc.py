@@ -29,7 +29,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.v2 import functional as transforms
 from transformers import get_scheduler
 
-from comparison import Record, compare
+from comparison import Record, compare, two_arms
 from detection_data import DetectionArguments, Detections, Examples
 from detection_metrics import MEASURES, Found, evaluate
 from hf_tract import apply_tract
@@ -87,7 +87,7 @@ def main() -> None:
     seeds = range(run.first_seed, run.first_seed + run.seeds)
     title = f"{Path(recipe.dataset).name}, Faster R-CNN, lam {recipe.lam:g}"
     run_one = partial(train, data=recipe.load(), recipe=recipe, run=run)
-    compare(Path(run.output_dir), same, recipe.lam, seeds, run_one, title, MEASURES["map_50"])
+    compare(Path(run.output_dir), two_arms(same, recipe.lam), seeds, run_one, title, MEASURES["map_50"])
 
 
 def train(arm: str, seed: int, settings: dict[str, Any], data: Detections, recipe: Recipe, run: Run) -> Record:

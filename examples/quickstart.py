@@ -1,4 +1,4 @@
-"""Trains the same small vision model twice from the same seed with Trainer, vanilla and with TrAct, and compares.
+"""Trains the same small vision model from the same seed with Trainer: vanilla, with TrAct, with TrAct from a whitened start.
 
     python examples/quickstart.py                       # photo crops, no download, a few minutes on two cores
     python examples/quickstart.py --seeds 5             # mean and spread
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 from transformers import (
+    CONFIG_MAPPING,
     EvalPrediction,
     HfArgumentParser,
     Trainer,
@@ -26,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from comparison import Record, compare
+from comparison import Record, compare, two_arms
 from hf_tract import TrActCallback, find_first_layers
 from image_data import DATASET_HELP, load_splits, normalization, to_tensor
 from modeling import make_transformers_model
@@ -34,7 +35,7 @@ from step_clock import StepClock
 
 SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
 
-
+WHITENED = "TrAct, whitened start"
 NO_SETTINGS = ("lam", "seeds", "first_seed", "output_dir", "report_to")  # what a run without TrAct does not depend on
 
 
@@ -77,7 +78,10 @@ def main() -> None:
     data = load_images(args)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     title = f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}"
-    compare(Path(args.output_dir), same, args.lam, seeds, partial(train, data=data, args=args), title)
+    arms = two_arms(same, args.lam)
+    if args.model in CONFIG_MAPPING:  # whose weights are random
+        arms[WHITENED] = {**arms["TrAct"], "whiten_init": True}
+    compare(Path(args.output_dir), arms, seeds, partial(train, data=data, args=args), title)
 
 
 def train(arm: str, seed: int, settings: dict[str, Any], data: Data, args: Arguments) -> Record:
@@ -87,6 +91,7 @@ def train(arm: str, seed: int, settings: dict[str, Any], data: Data, args: Argum
     stem = find_first_layers(model)[0]
     print(f"\n{arm}, seed {seed}: {model.num_parameters():,} parameters, first layer {stem.name} {stem.module}")
     clock = StepClock()
+    tract = {name: settings[name] for name in ("lam", "whiten_init") if name in settings}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -108,7 +113,7 @@ def train(arm: str, seed: int, settings: dict[str, Any], data: Data, args: Argum
         train_dataset=data.train,
         eval_dataset=data.test,
         compute_metrics=accuracy,
-        callbacks=[clock, *([TrActCallback(lam=settings["lam"])] if "lam" in settings else [])],
+        callbacks=[clock, *([TrActCallback(**tract)] if tract else [])],
     )
     trainer.train()
     curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]

@@ -1,4 +1,4 @@
-"""The main job, small: two arms, a table, a plot, and runs that are not run twice."""
+"""The main job, small: its arms, a table, a plot, and runs that are not run twice."""
 
 import json
 import sys
@@ -29,17 +29,25 @@ def records(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
-def test_both_arms_a_table_and_a_plot_once(tmp_path, monkeypatch, capsys):
+def test_all_arms_a_table_and_a_plot_once(tmp_path, monkeypatch, capsys):
     arguments = [*FAST, TINY_VIT, "--train_samples", "128", "--output_dir", tmp_path]
     out = run(monkeypatch, capsys, *arguments)
     assert "first layer vit.embeddings.patch_embeddings.projection" in out
-    for said in ("vanilla's final test accuracy", "Final gain", "Time per training step (median): vanilla", "Plot: "):
+    for said in (
+        "vanilla's final test accuracy",
+        "Final gain",
+        "Time per training step",
+        "TrAct, whitened start reaches",
+        "Plot: ",
+    ):
         assert said in out
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.width > 400
     first = records(tmp_path)
-    assert [(r["arm"], r["seed"], len(r["scores"])) for r in first] == [("vanilla", 0, 2), ("TrAct", 0, 2)]
-    assert out.count("tract/condition") == 2  # the logs of two epochs, in one arm of two
+    arms = ["vanilla", "TrAct", "TrAct, whitened start"]
+    assert [(r["arm"], r["seed"], len(r["scores"])) for r in first] == [(arm, 0, 2) for arm in arms]
+    assert ["whiten_init" in r["settings"] for r in first] == [False, False, True]
+    assert out.count("tract/condition") == 4  # the logs of two epochs, in two arms of three
     assert set(first[0]["versions"]) >= {"torch", "transformers", "hf-tract"}
     again = run(monkeypatch, capsys, *arguments)
     assert records(tmp_path) == first
@@ -57,7 +65,7 @@ def test_another_model_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     data = ["--dataset", tmp_path / "images", "--model", "convnext", "--image_size", "16"]
     run(monkeypatch, capsys, *FAST, TINY_CONVNEXT, *data, "--output_dir", tmp_path / "out")
-    assert len(records(tmp_path / "out")) == 2
+    assert len(records(tmp_path / "out")) == 3
 
 
 def test_photo_crops_are_the_same_for_a_seed_and_apart_in_train_and_test():

@@ -39,20 +39,56 @@ TOGETHER = {
 }
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
+SGD = {"optimizer": "momentum"}
+BEST = {name: TOGETHER[name] for name in ("start, TrAct 0.1", "matched start, TrAct 0.1")}
+
+
+def rates(name: str, rates: tuple[float, ...], changes: Changes) -> dict[str, Changes]:
+    """A setting of each learning rate."""
+    return {f"{name}, lr {rate:g}; 6 epochs": {**changes, "learning_rate": rate} for rate in rates}
+
 
 BEYOND = {
+    "beyond_crops_rate": Experiment(
+        "Photo crops, ViT: the learning rate of the baseline", "photo_crops.yaml",
+        rates("AdamW", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), {}) | rates("SGD", (1e-2, 3e-2, 6e-2, 0.12, 0.24), SGD),
+        VANILLA, CROPS, CROPS_SMOKE, full_seeds=1,
+    ),
     "beyond_crops": Experiment(
         "Photo crops, ViT: a whitened start and other rules", "photo_crops.yaml",
-        {"AdamW; 6 epochs": {}, "SGD; 6 epochs": {"optimizer": "momentum", "learning_rate": 3e-2}},
+        rates("AdamW", (1e-3,), {}) | rates("SGD", (0.12,), SGD),
         VANILLA | tract(0.1) | ALONE | TOGETHER, CROPS, CROPS_SMOKE,
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
         VANILLA | tract(0.1) | ALONE | TOGETHER, VIT_SMALL, VIT_SMOKE,
+        one_seed=("relative", "power 1/2", "start alone", "relative, center", "start, power 1/2"),
     ),
     "beyond_resnet": Experiment(
-        "CIFAR-10, ResNet-18, SGD: a whitened start and other rules", "cifar10_resnet18.yaml", epochs(e100=0.08),
-        VANILLA | tract(0.1) | {name: TOGETHER[name] for name in ("start, TrAct 0.1",)}, RESNET_SMALL, RESNET_SMOKE,
+        "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),
+        VANILLA | tract(0.1) | {name: BEST[name] for name in ("matched start, TrAct 0.1",)}, RESNET_SMALL, RESNET_SMOKE,
+    ),
+    "beyond_rates": Experiment(
+        "Photo crops, ViT: each arm at three learning rates", "photo_crops.yaml",
+        rates("AdamW", (5e-4, 1e-3, 2e-3), {}) | rates("SGD", (0.06, 0.12, 0.24), SGD),
+        VANILLA | tract(0.1) | {name: BEST[name] for name in ("matched start, TrAct 0.1",)}, CROPS, CROPS_SMOKE,
+    ),
+    "beyond_range": Experiment(
+        "Photo crops, ViT: pixels that are not standardised", "photo_crops.yaml",
+        {
+            f"{label}; 6 epochs": {"mean": [0.0] * 3, "std": [std] * 3}
+            for label, std in {"[0, 1]": 1.0, "[0, 255]": 1 / 255}.items()
+        },
+        VANILLA | tract(0.1) | {
+            "relative": rule("relative"),
+            "relative, center": rule("relative_center"),
+            "matched start, TrAct 0.1": MATCHED,
+            "matched start, relative, center": rule("relative_center") | MATCHED,
+            "whitening stem": NO_TRACT | {"variant": "whitening"},
+            "PatchNorm": NO_TRACT | {"variant": "patch_norm"},
+            "DualPatchNorm": NO_TRACT | {"variant": "dual_patch_norm"},
+        },
+        CROPS, CROPS_SMOKE,
     ),
 }  # fmt: skip
 ALL = EXPERIMENTS | BEYOND
