@@ -14,6 +14,7 @@ import runner
 import torch
 import yaml
 from arms import first_layer
+from beyond import ALL, BEYOND
 from cifar_models import cifar_model
 from experiments import CIFAR100, EXPERIMENTS, HERE, Job
 from results import Result
@@ -110,9 +111,21 @@ def test_a_run_that_two_experiments_ask_for_is_one():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Every experiment at the smoke scale, by the command itself."""
+    """Every experiment of the paper and each arm beyond it at the smoke scale, by the command itself."""
     folder = tmp_path_factory.mktemp("paper")
-    command = [sys.executable, str(HERE), "run", "all", "--scale", "smoke", "--jobs", "2", "--output-dir", str(folder)]
+    command = [
+        sys.executable,
+        str(HERE),
+        "run",
+        "all",
+        "beyond_vit",
+        "--scale",
+        "smoke",
+        "--jobs",
+        "2",
+        "--output-dir",
+        str(folder),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder
@@ -120,13 +133,13 @@ def smoke(tmp_path_factory):
 
 def test_every_arm_of_every_experiment_runs(smoke):
     have = results.read(smoke / "smoke.jsonl")
-    wanted = {job.key for experiment in EXPERIMENTS.values() for job in experiment.jobs("smoke")}
+    wanted = {job.key for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]] for job in experiment.jobs("smoke")}
     assert have.keys() == wanted
     for result in have.values():
         assert len(result.top1) == len(result.top5) == len(result.seconds) == result.config["epochs"]
         assert all(np.isfinite(result.loss))
         assert result.versions["torch"] == torch.__version__.split("+")[0]
-        assert result.command.startswith("python benchmarks/paper run all --scale smoke")
+        assert result.command.startswith("python benchmarks/paper run all beyond_vit --scale smoke")
     assert not [path for path in (smoke / "smoke").iterdir() if path.is_dir()]
 
 
@@ -206,7 +219,7 @@ def test_the_stored_results_are_what_the_stored_report_says(tmp_path):
     stored = ROOT / "docs" / "results"
     text = report.write("small", stored / "small.jsonl", tmp_path).read_text()
     assert text == (stored / "small.md").read_text()
-    wanted = {job.key for experiment in EXPERIMENTS.values() for job in experiment.jobs("small", seeds=10)}
+    wanted = {job.key for experiment in ALL.values() for job in experiment.jobs("small", seeds=10)}
     assert results.read(stored / "small.jsonl").keys() <= wanted
 
 

@@ -57,21 +57,23 @@ BEYOND = {
     "beyond_crops": Experiment(
         "Photo crops, ViT: a whitened start and other rules", "photo_crops.yaml",
         rates("AdamW", (1e-3,), {}) | rates("SGD", (0.12,), SGD),
-        VANILLA | tract(0.1) | ALONE | TOGETHER, CROPS, CROPS_SMOKE,
+        VANILLA | tract(0.1) | ALONE | TOGETHER, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
-        VANILLA | tract(0.1) | ALONE | TOGETHER, VIT_SMALL, VIT_SMOKE,
+        VANILLA | tract(0.1) | ALONE | TOGETHER, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
         one_seed=("relative", "power 1/2", "start alone", "relative, center", "start, power 1/2"),
     ),
     "beyond_resnet": Experiment(
         "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),
         VANILLA | tract(0.1) | {name: BEST[name] for name in ("matched start, TrAct 0.1",)}, RESNET_SMALL, RESNET_SMOKE,
+        reference="TrAct 0.1",
     ),
     "beyond_rates": Experiment(
         "Photo crops, ViT: each arm at three learning rates", "photo_crops.yaml",
         rates("AdamW", (5e-4, 1e-3, 2e-3), {}) | rates("SGD", (0.06, 0.12, 0.24), SGD),
         VANILLA | tract(0.1) | {name: BEST[name] for name in ("matched start, TrAct 0.1",)}, CROPS, CROPS_SMOKE,
+        reference="TrAct 0.1",
     ),
     "beyond_range": Experiment(
         "Photo crops, ViT: pixels that are not standardised", "photo_crops.yaml",
@@ -88,7 +90,7 @@ BEYOND = {
             "PatchNorm": NO_TRACT | {"variant": "patch_norm"},
             "DualPatchNorm": NO_TRACT | {"variant": "dual_patch_norm"},
         },
-        CROPS, CROPS_SMOKE,
+        CROPS, CROPS_SMOKE, reference="TrAct 0.1",
     ),
 }  # fmt: skip
 ALL = EXPERIMENTS | BEYOND

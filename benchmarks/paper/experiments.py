@@ -43,6 +43,7 @@ class Experiment:
     one_seed: tuple[str, ...] = ()  # arms that are there to be looked at
     few: tuple[str, ...] = ()  # the settings of smaller scales, where they are not all
     left_out: tuple[str, ...] = ()  # arms of the full scale alone
+    reference: str = ""  # another arm that gains are told from, beside the first
     then: str | None = None  # the recipe of a second stage, which goes on from the first one's model
 
     def jobs(self, scale: str, seeds: int | None = None) -> Iterator[Job]:

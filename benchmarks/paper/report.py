@@ -14,7 +14,8 @@ from summary import Arm, collect, gain, speed_up
 from comparison import spread
 
 HOW = """Top-1 on the test set after the last epoch, per cent, mean ± standard deviation over seeds. *Gain* is the mean
-difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired t-test.
+difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired t-test;
+*from* another arm the same.
 *Speed-up* is the number of epochs of the first arm over the epoch in which the arm's mean curve first reaches the first arm's
 final accuracy. Time is of training alone: of the clock on an accelerator, of the process on a CPU.
 """
@@ -49,7 +50,7 @@ def _section(name: str, experiment: Experiment, settings: dict[str, dict[str, Ar
     lines = [f"## {experiment.title}", "", f"`benchmarks/paper run {name}`", ""]
     for setting, arms in settings.items():
         lines += [f"**{setting}**", ""] if setting else []
-        lines += [*_table(arms), ""]
+        lines += [*_table(arms, experiment.reference), ""]
     plots.curves(experiment.title, settings, folder / f"{stem}.png")
     lines += [f"![{experiment.title}: test accuracy against epochs and against time]({stem}.png)", ""]
     if name == "lambda_sweep":
@@ -59,20 +60,37 @@ def _section(name: str, experiment: Experiment, settings: dict[str, dict[str, Ar
     return lines
 
 
-def _table(arms: dict[str, Arm]) -> list[str]:
+def _table(arms: dict[str, Arm], reference: str) -> list[str]:
     first, base = next(iter(arms.items()))
-    lines = ["| arm | epochs | seeds | top-1 | gain | p | speed-up | minutes |", "|---|---|---|---|---|---|---|---|"]
+    other = arms.get(reference)
+    names = [
+        "arm",
+        "epochs",
+        "seeds",
+        "top-1",
+        "gain",
+        "p",
+        *([f"from {reference}", "p"] if other else []),
+        "speed-up",
+        "minutes",
+    ]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, arm in arms.items():
-        cells = ["", "", ""]
-        if name != first:
-            difference, factor = gain(arm, base), speed_up(arm, base)
-            wide = f" ± {difference.half_width:.1f}" if difference.half_width is not None else ""
-            p = f"{difference.p:.3f}" if difference.p is not None else ""
-            cells = [f"{difference.mean:+z.1f}{wide}", p, f"{factor:.2f}" if factor else "not reached"]
+        gains = _gain(arm, base) if name != first else ["", ""]
+        if other:
+            gains += _gain(arm, other) if name not in (first, reference) else ["", ""]
+        factor = speed_up(arm, base)
+        faster = "" if name == first else f"{factor:.2f}" if factor else "not reached"
         epochs, minutes = arm.curves.shape[1], np.mean(arm.seconds[:, -1]) / 60
-        row = [name, str(epochs), str(len(arm.runs)), spread(arm.final), *cells, f"{minutes:.1f}"]
+        row = [name, str(epochs), str(len(arm.runs)), spread(arm.final), *gains, faster, f"{minutes:.1f}"]
         lines.append(f"| {' | '.join(row)} |")
     return lines
+
+
+def _gain(arm: Arm, base: Arm) -> list[str]:
+    difference = gain(arm, base)
+    wide = f" ± {difference.half_width:.1f}" if difference.half_width is not None else ""
+    return [f"{difference.mean:+z.1f}{wide}", f"{difference.p:.3f}" if difference.p is not None else ""]
 
 
 def _provenance(runs: Iterable[Result]) -> list[str]:
