@@ -113,19 +113,8 @@ def test_a_run_that_two_experiments_ask_for_is_one():
 def smoke(tmp_path_factory):
     """Every experiment of the paper and each arm beyond it at the smoke scale, by the command itself."""
     folder = tmp_path_factory.mktemp("paper")
-    command = [
-        sys.executable,
-        str(HERE),
-        "run",
-        "all",
-        "beyond_vit",
-        "--scale",
-        "smoke",
-        "--jobs",
-        "2",
-        "--output-dir",
-        str(folder),
-    ]
+    options = ["--scale", "smoke", "--jobs", "2", "--output-dir", str(folder)]
+    command = [sys.executable, str(HERE), "run", "all", "beyond_vit", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder

@@ -1,4 +1,4 @@
-"""The other rules that benchmarks compare with the paper's: dense formulas of another form, and what scaling the pixels does."""
+"""The other rules that benchmarks compare with the paper's: dense formulas of another form, and scaled pixels."""
 
 import copy
 

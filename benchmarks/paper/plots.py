@@ -13,18 +13,8 @@ from matplotlib.figure import Figure
 
 BASE = "#7f7f7f"
 COLORS = [
-    "#d62728",
-    "#1f77b4",
-    "#2ca02c",
-    "#ff7f0e",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#bcbd22",
-    "#17becf",
-    "#000080",
-    "#808000",
-]
+    "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#000080", "#808000",
+]  # fmt: skip
 
 
 def curves(title: str, settings: dict[str, dict[str, Arm]], path: Path) -> None:

@@ -63,17 +63,8 @@ def _section(name: str, experiment: Experiment, settings: dict[str, dict[str, Ar
 def _table(arms: dict[str, Arm], reference: str) -> list[str]:
     first, base = next(iter(arms.items()))
     other = arms.get(reference)
-    names = [
-        "arm",
-        "epochs",
-        "seeds",
-        "top-1",
-        "gain",
-        "p",
-        *([f"from {reference}", "p"] if other else []),
-        "speed-up",
-        "minutes",
-    ]
+    more = [f"from {reference}", "p"] if other else []
+    names = ["arm", "epochs", "seeds", "top-1", "gain", "p", *more, "speed-up", "minutes"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, arm in arms.items():
         gains = _gain(arm, base) if name != first else ["", ""]
