@@ -37,6 +37,7 @@ TOGETHER = {
     "start, relative, center": rule("relative_center") | START,
     "matched start, TrAct 0.1": MATCHED,
 }
+LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2, 0.8)}
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
 SGD = {"optimizer": "momentum"}
@@ -61,8 +62,8 @@ BEYOND = {
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
-        VANILLA | tract(0.1) | ALONE | TOGETHER, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
-        one_seed=("relative", "power 1/2", "start alone", "relative, center", "start, power 1/2"),
+        VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
+        at_most=dict.fromkeys(ALONE | TOGETHER, 1) | {"center": 3, "start, relative, center": 2} | dict.fromkeys(BEST | LAMS, 99),
     ),
     "beyond_resnet": Experiment(
         "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),
