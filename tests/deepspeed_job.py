@@ -8,8 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from hf_tract import apply_tract
-from hf_tract.whiten import whiten_first_layer
+from hf_tract import apply_tract, whiten_first_layer
 from ranks import COLUMNS, STEPS, Net, images, leave, loss_sum
 from test_deepspeed import SCENARIOS, STAGES
 

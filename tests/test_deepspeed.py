@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_tract.whiten import whiten_first_layer
+from hf_tract import whiten_first_layer
 from oracle import assert_close
 from ranks import STEPS, Net, flat, images, loss_sum, one_process
 

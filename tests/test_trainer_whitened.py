@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import STEM, Images, small_vit, stem_of, trainer, weights
-from hf_tract import TrActCallback, TrActError
+from hf_tract import TrActCallback, TrActError, whiten_first_layer
 from hf_tract.first_batches import first_batches
-from hf_tract.whiten import is_whitened, whiten_first_layer
+from hf_tract.whiten import is_whitened
 from oracle import assert_close
 from test_trainer import Watch, small_convnext
 

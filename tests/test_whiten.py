@@ -14,10 +14,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations
 
 from helpers import STEM, small_vit, stem_of
-from hf_tract import TrActError
+from hf_tract import TrActError, whiten_first_layer
 from hf_tract.layers import unwrap
 from hf_tract.sharding import read_weight, whole_weights
-from hf_tract.whiten import whiten_first_layer
 from oracle import assert_close, moment, says
 from ranks import on_two_ranks
 from strategies import cases

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hf_tract.apply import TrActHandle, apply_tract, remove_tract
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.layers import FirstLayer, find_first_layers
+from hf_tract.whiten import whiten_first_layer
 
 if TYPE_CHECKING:
     from hf_tract.callback import TrActCallback, TrActTrainerCallback
@@ -22,6 +23,7 @@ __all__ = [
     "apply_tract",
     "find_first_layers",
     "remove_tract",
+    "whiten_first_layer",
 ]
 
 # transformers and accelerate take seconds to import: only who asks for these pays.
