@@ -37,7 +37,7 @@ TOGETHER = {
     "start, relative, center": rule("relative_center") | START,
     "matched start, TrAct 0.1": MATCHED,
 }
-LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2, 0.8)}
+LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2, 0.8)} | tract(0.8)
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
 SGD = {"optimizer": "momentum"}
@@ -58,12 +58,15 @@ BEYOND = {
     "beyond_crops": Experiment(
         "Photo crops, ViT: a whitened start and other rules", "photo_crops.yaml",
         rates("AdamW", (1e-3,), {}) | rates("SGD", (0.12,), SGD),
-        VANILLA | tract(0.1) | ALONE | TOGETHER, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
+        VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
+        at_most=dict.fromkeys(("relative, center", "start, power 1/2", "start, relative, center"), 3)
+        | {"matched start, TrAct 0.2": 1},
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
         VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
-        at_most=dict.fromkeys((ALONE | TOGETHER).keys() - BEST.keys(), 1) | {"center": 3, "start, relative, center": 2},
+        at_most=dict.fromkeys((ALONE | TOGETHER).keys() - BEST.keys(), 1) | {"center": 3, "start, relative, center": 2}
+        | {"matched start, TrAct 0.2": 1},
     ),
     "beyond_resnet": Experiment(
         "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),
