@@ -94,7 +94,7 @@ BEYOND = {
             "PatchNorm": NO_TRACT | {"variant": "patch_norm"},
             "DualPatchNorm": NO_TRACT | {"variant": "dual_patch_norm"},
         },
-        CROPS, CROPS_SMOKE, reference="TrAct 0.1",
+        CROPS, CROPS_SMOKE, few=("[0, 255]; 6 epochs",), reference="TrAct 0.1",
     ),
 }  # fmt: skip
 ALL = EXPERIMENTS | BEYOND
