@@ -23,6 +23,7 @@ MODES = {
     "bf16": ({"bf16": True}, 2e-4),
     "torch_compile": ({"torch_compile": True}, 1e-5),
     "vanilla": ({"lam": 0}, 1e-5),
+    "whitened": ({"whiten_init": True}, 1e-5),  # of four batches of each rank, which here are all images
 }
 
 

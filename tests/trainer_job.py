@@ -17,8 +17,9 @@ def main(folder: Path, jobs: dict[str, dict]) -> None:
     torch.set_num_threads(1)
     results = {}
     for name, settings in jobs.items():
-        lam = settings.pop("lam", 0.1)
-        run = trainer(folder / name, small_vit(), [TrActCallback(lam=lam)] if lam else [], num_train_epochs=5, **settings)
+        lam, whiten_init = settings.pop("lam", 0.1), settings.pop("whiten_init", False)
+        callbacks = [TrActCallback(lam=lam, whiten_init=whiten_init)] if lam else []
+        run = trainer(folder / name, small_vit(), callbacks, num_train_epochs=5, **settings)
         run.train()
         results[name] = weights(run.model), run.state.global_step
     if run.args.should_save:
