@@ -65,8 +65,13 @@ BEYOND = {
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
         VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
-        at_most=dict.fromkeys((ALONE | TOGETHER).keys() - BEST.keys(), 1) | {"center": 3, "start, relative, center": 2}
-        | {"matched start, TrAct 0.2": 1},
+        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 1) | dict.fromkeys(("center", "start, TrAct 0.1", "TrAct 0.8"), 3)
+        | {"start, relative, center": 2, "matched start, TrAct 0.8": 3, "matched start, TrAct 0.1": 99},
+    ),
+    "beyond_short": Experiment(
+        "CIFAR-10, ViT in 6 epochs: a whitened start", "cifar10_vit.yaml", epochs(e100=1e-3),
+        VANILLA | tract(0.1, 0.8) | {name: TOGETHER[name] for name in ("matched start, TrAct 0.1",)}, VIT_SMALL | {"epochs": 6},
+        VIT_SMOKE, reference="TrAct 0.1",
     ),
     "beyond_resnet": Experiment(
         "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),

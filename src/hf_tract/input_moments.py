@@ -35,7 +35,7 @@ def input_moments(
         whole_forward: run each forward to its end, as a sharded model needs it; else only until the layers have been met.
 
     Returns:
-        (g, n, n) of each layer, float64.
+        (g, n, n) of each layer, float64, on the CPU.
 
     Raises:
         TrActError: if nothing reaches a layer, or something that is not finite.
@@ -57,7 +57,7 @@ def input_moments(
         if not payload[-1] > 0 or not payload.isfinite().all():
             what = "pixels that are not finite" if payload[-1] > 0 else f"nothing that reaches {layer.name}"
             raise TrActError(f"`batches` has {what}: give it batches as training does, as tensors or keyword arguments.")
-        moments.append((payload[:-1] / payload[-1]).view_as(collector.sums))
+        moments.append((payload[:-1] / payload[-1]).view_as(collector.sums).cpu().double())
     return moments
 
 
@@ -96,7 +96,8 @@ class _Collector(TorchFunctionMode):
         super().__init__()
         n, groups = columns(layer), getattr(layer, "groups", 1)
         weight: Any = layer.weight
-        self.sums = torch.zeros(groups, n, n, dtype=torch.float64, device=weight.device)
+        dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # which mps does not have
+        self.sums = torch.zeros(groups, n, n, dtype=dtype, device=weight.device)
         self.count, self.met = 0, False
 
     @contextlib.contextmanager
@@ -117,7 +118,7 @@ class _Collector(TorchFunctionMode):
             read = args[0] if args else kwargs["input"]
             new = torch.zeros_like(self.sums)
             with torch.autocast(read.device.type, enabled=False):
-                self.count += patch_moments(read.detach().double(), WINDOWS[func](*args, **kwargs), new)
+                self.count += patch_moments(read.detach().to(self.sums.dtype), WINDOWS[func](*args, **kwargs), new)
             self.sums += new
             self.met = True
         return func(*args, **kwargs)
