@@ -59,8 +59,7 @@ BEYOND = {
         "Photo crops, ViT: a whitened start and other rules", "photo_crops.yaml",
         rates("AdamW", (1e-3,), {}) | rates("SGD", (0.12,), SGD),
         VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
-        at_most=dict.fromkeys(("relative, center", "start, power 1/2", "start, relative, center"), 3)
-        | {"matched start, TrAct 0.2": 1},
+        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 3) | dict.fromkeys(BEST, 99) | {"matched start, TrAct 0.2": 1},
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
@@ -80,7 +79,7 @@ BEYOND = {
     ),
     "beyond_rates": Experiment(
         "Photo crops, ViT: each arm at three learning rates", "photo_crops.yaml",
-        rates("AdamW", (5e-4, 1e-3, 2e-3), {}) | rates("SGD", (0.06, 0.12, 0.24), SGD),
+        rates("AdamW", (5e-4, 1e-3, 2e-3), {}) | rates("SGD", (0.03, 0.06, 0.12), SGD),
         VANILLA | tract(0.1) | {name: BEST[name] for name in ("matched start, TrAct 0.1",)}, CROPS, CROPS_SMOKE,
         reference="TrAct 0.1",
     ),
