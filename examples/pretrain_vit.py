@@ -116,7 +116,7 @@ def train(
         model = model.to(memory_format=torch.channels_last)
     if recipe.whiten_init:
         some = [pixels for pixels, _ in first_batches(train_loader, FOR_WHITENING)]
-        whiten_first_layer(model, some, recipe.lam, match_scale=recipe.whiten_match_scale)
+        whiten_first_layer(model, some, recipe.lam, match_scale=not recipe.whiten_unscaled)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = make_optimizer(recipe, model)
     handle = None

@@ -58,7 +58,7 @@ class Recipe(DataArguments):
     whiten_init: bool = field(
         default=False, metadata={"help": "start the first layer as W0 (C + lam I)^-1/2: see hf_tract.whiten"}
     )
-    whiten_match_scale: bool = field(default=False, metadata={"help": "scale that start as if W0 met white input"})
+    whiten_unscaled: bool = field(default=False, metadata={"help": "leave that start as small as it comes out"})
     seed: int = 0
 
 

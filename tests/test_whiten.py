@@ -32,9 +32,11 @@ def inverse_root(c: torch.Tensor, lam: float) -> torch.Tensor:
     return z / scale.sqrt()
 
 
-def wanted(weight: torch.Tensor, c: torch.Tensor, lam: float) -> torch.Tensor:
-    rows = weight.double().reshape(len(c), -1, c.shape[-1])
-    return (rows @ inverse_root(c, lam)).reshape(weight.shape)
+def wanted(weight: torch.Tensor, c: torch.Tensor, lam: float, match_scale: bool = True) -> torch.Tensor:
+    rows, root = weight.double().reshape(len(c), -1, c.shape[-1]), inverse_root(c, lam)
+    if match_scale:
+        root /= ((root @ c @ root).diagonal(dim1=1, dim2=2).mean(1)).sqrt().view(-1, 1, 1)
+    return (rows @ root).reshape(weight.shape)
 
 
 def images(count: int = 32) -> torch.Tensor:
@@ -42,14 +44,14 @@ def images(count: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16).cumsum(-1).cumsum(-2) / 8
 
 
-@given(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]).flatmap(cases))
-def test_the_weight_is_the_formula_s_for_any_layer(case):
+@given(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]).flatmap(cases), st.booleans())
+def test_the_weight_is_the_formula_s_for_any_layer(case, match_scale):
     layer, x, lam = case
     before = layer.weight.detach().clone()
-    (found,) = whiten_first_layer(nn.Sequential(layer), x, lam, layer, force=True)
+    (found,) = whiten_first_layer(nn.Sequential(layer), x, lam, layer, match_scale=match_scale, force=True)
     assert found.module is layer
     assert layer.weight.dtype == before.dtype
-    assert_close(layer.weight, wanted(before, moment(x, layer), lam), {torch.bfloat16: 1e-2}.get(x.dtype, 1e-5))
+    assert_close(layer.weight, wanted(before, moment(x, layer), lam, match_scale), {torch.bfloat16: 1e-2}.get(x.dtype, 1e-5))
 
 
 def test_a_transformers_model_by_several_batches_and_all_else_as_it_was():
@@ -70,7 +72,7 @@ def test_a_transformers_model_by_several_batches_and_all_else_as_it_was():
 def test_outputs_start_nearly_uncorrelated_and_of_the_wanted_scale():
     x, layer = images(256), nn.Conv2d(3, 512, 4, 4, bias=False)
     model, fresh = nn.Sequential(layer), layer.weight.detach().clone()
-    whiten_first_layer(model, x, lam=1e-6, match_scale=True)
+    whiten_first_layer(model, x, lam=1e-6)
     effective = layer.weight.detach().double().flatten(1)
     c = moment(x, layer)[0]
     white = fresh.double().flatten(1).square().sum()
@@ -100,6 +102,7 @@ def trained(layer: nn.Conv2d) -> None:
         (lambda model: None, 0.0, images(), ("`lam` (=0.0) must be a positive number",)),
         (lambda model: None, 0.1, [], ("`batches` has nothing that reaches",)),
         (lambda model: None, 0.1, images() * float("nan"), ("`batches` has pixels that are not finite",)),
+        (lambda model: None, 0.1, images() * 0, ("`batches` has nothing but zeros where it reaches",)),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_the_model_left_as_it_was(change, lam, batches, said):

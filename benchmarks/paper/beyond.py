@@ -22,8 +22,8 @@ def rule(variant: str) -> Changes:
     return NO_TRACT | {"variant": variant, "lam": 0.1}
 
 
-START = {"whiten_init": True, "lam": 0.1}
-MATCHED = START | {"whiten_match_scale": True}
+MATCHED = {"whiten_init": True, "lam": 0.1}
+START = MATCHED | {"whiten_unscaled": True}
 ALONE = {
     "relative": rule("relative"),
     "power 1/2": rule("power"),

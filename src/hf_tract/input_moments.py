@@ -38,7 +38,7 @@ def input_moments(
         (g, n, n) of each layer, float64, on the CPU.
 
     Raises:
-        TrActError: if nothing reaches a layer, or something that is not finite.
+        TrActError: if nothing reaches a layer, or what is not finite, or nothing but zeros.
     """
     collectors = [_Collector(layer.module) for layer in layers]
     with torch.no_grad(), _as_it_was(model), contextlib.ExitStack() as stack:
@@ -54,11 +54,18 @@ def input_moments(
         payload = torch.cat([collector.sums.flatten(), collector.sums.new_tensor([collector.count])])
         if dist.is_available() and dist.is_initialized():
             payload = _all_reduced(payload, group)
-        if not payload[-1] > 0 or not payload.isfinite().all():
-            what = "pixels that are not finite" if payload[-1] > 0 else f"nothing that reaches {layer.name}"
-            raise TrActError(f"`batches` has {what}: give it batches as training does, as tensors or keyword arguments.")
+        if wrong := _wrong(payload, layer.name):
+            raise TrActError(f"`batches` has {wrong}: give it batches as training does, as tensors or keyword arguments.")
         moments.append((payload[:-1] / payload[-1]).view_as(collector.sums).cpu().double())
     return moments
+
+
+def _wrong(payload: Tensor, name: str) -> str:
+    if not payload[-1] > 0:
+        return f"nothing that reaches {name}"
+    if not payload.isfinite().all():
+        return "pixels that are not finite"
+    return "" if payload[:-1].any() else f"nothing but zeros where it reaches {name}"
 
 
 def _all_reduced(payload: Tensor, group: Any) -> Tensor:
