@@ -41,7 +41,7 @@ LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2,
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
 SGD = {"optimizer": "momentum"}
-BEST = {name: TOGETHER[name] for name in ("start, TrAct 0.1", "matched start, TrAct 0.1")}
+WINNER = {"matched start, TrAct 0.1": MATCHED}
 
 
 def rates(name: str, rates: tuple[float, ...], changes: Changes) -> dict[str, Changes]:
@@ -59,28 +59,29 @@ BEYOND = {
         "Photo crops, ViT: a whitened start and other rules", "photo_crops.yaml",
         rates("AdamW", (1e-3,), {}) | rates("SGD", (0.12,), SGD),
         VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
-        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 3) | dict.fromkeys(BEST, 99) | {"matched start, TrAct 0.2": 1},
+        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 3) | dict.fromkeys(("start, TrAct 0.1", *WINNER), 99)
+        | {"matched start, TrAct 0.2": 1},
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
         VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
         at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 1) | dict.fromkeys(("center", "start, TrAct 0.1", "TrAct 0.8"), 3)
-        | {"start, relative, center": 2, "matched start, TrAct 0.8": 3, "matched start, TrAct 0.1": 99},
+        | {"start, relative, center": 2, "matched start, TrAct 0.8": 3} | dict.fromkeys(WINNER, 99),
     ),
     "beyond_short": Experiment(
         "CIFAR-10, ViT in 6 epochs: a whitened start", "cifar10_vit.yaml", epochs(e100=1e-3),
-        VANILLA | tract(0.1, 0.8) | {name: TOGETHER[name] for name in ("matched start, TrAct 0.1",)}, VIT_SMALL | {"epochs": 6},
+        VANILLA | tract(0.1) | WINNER, VIT_SMALL | {"epochs": 6},
         VIT_SMOKE, reference="TrAct 0.1",
     ),
     "beyond_resnet": Experiment(
         "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),
-        VANILLA | tract(0.1) | {name: BEST[name] for name in ("matched start, TrAct 0.1",)}, RESNET_SMALL, RESNET_SMOKE,
+        VANILLA | tract(0.1) | WINNER, RESNET_SMALL, RESNET_SMOKE,
         reference="TrAct 0.1",
     ),
     "beyond_rates": Experiment(
         "Photo crops, ViT: each arm at three learning rates", "photo_crops.yaml",
         rates("AdamW", (5e-4, 1e-3, 2e-3), {}) | rates("SGD", (0.03, 0.06, 0.12), SGD),
-        VANILLA | tract(0.1) | {name: BEST[name] for name in ("matched start, TrAct 0.1",)}, CROPS, CROPS_SMOKE,
+        VANILLA | tract(0.1) | WINNER, CROPS, CROPS_SMOKE,
         reference="TrAct 0.1",
     ),
     "beyond_range": Experiment(
