@@ -41,12 +41,13 @@ LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2,
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
 SGD = {"optimizer": "momentum"}
+VIT_SMALL_ANY_RATE = {name: value for name, value in VIT_SMALL.items() if name != "learning_rate"}
 WINNER = {"matched start, TrAct 0.1": MATCHED}
 
 
-def rates(name: str, rates: tuple[float, ...], changes: Changes) -> dict[str, Changes]:
+def rates(name: str, rates: tuple[float, ...], changes: Changes, epochs: int = 6) -> dict[str, Changes]:
     """A setting of each learning rate."""
-    return {f"{name}, lr {rate:g}; 6 epochs": {**changes, "learning_rate": rate} for rate in rates}
+    return {f"{name}, lr {rate:g}; {epochs} epochs": {**changes, "learning_rate": rate} for rate in rates}
 
 
 BEYOND = {
@@ -68,10 +69,9 @@ BEYOND = {
         at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 1) | dict.fromkeys(("center", "start, TrAct 0.1", "TrAct 0.8"), 3)
         | {"start, relative, center": 2, "matched start, TrAct 0.8": 3} | dict.fromkeys(WINNER, 99),
     ),
-    "beyond_short": Experiment(
-        "CIFAR-10, ViT in 6 epochs: a whitened start", "cifar10_vit.yaml", epochs(e100=1e-3),
-        VANILLA | tract(0.1) | WINNER, VIT_SMALL | {"epochs": 6},
-        VIT_SMOKE, reference="TrAct 0.1",
+    "beyond_vit_rates": Experiment(
+        "CIFAR-10, ViT: each arm at other learning rates", "cifar10_vit.yaml", rates("Adam", (2e-3, 4e-3), {}, 100),
+        VANILLA | tract(0.1) | WINNER, VIT_SMALL_ANY_RATE, VIT_SMOKE, reference="TrAct 0.1",
     ),
     "beyond_resnet": Experiment(
         "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),
