@@ -189,6 +189,8 @@ def test_the_gain_is_paired_and_the_speed_up_is_of_the_mean_curves():
     assert difference.p == pytest.approx(stats.ttest_rel([60, 62, 64], [50, 51, 52]).pvalue)
     assert speed_up(found["TrAct 0.1"], found["vanilla"]) == 3 / 2
     assert speed_up(found["vanilla"], found["TrAct 0.1"]) is None
+    later = {seed: run for seed, run in found["TrAct 0.1"].runs.items() if seed == 2}  # better than the other seeds
+    assert speed_up(Arm(later), found["vanilla"]) == speed_up(Arm(later), Arm({2: found["vanilla"].runs[2]})) == 3 / 2
     one = {seed: run for seed, run in found["vanilla"].runs.items() if seed == 0}
     assert gain(Arm(one), Arm(one)) == dataclasses.replace(difference, mean=0.0, half_width=None, p=None)
 

@@ -17,7 +17,8 @@ HOW = """Top-1 on the test set after the last epoch, per cent, mean ± standard 
 difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired t-test;
 *from* another arm the same.
 *Speed-up* is the number of epochs of the first arm over the epoch in which the arm's mean curve first reaches the first arm's
-final accuracy. Time is of training alone: of the clock on an accelerator, of the process on a CPU.
+final accuracy, over the seeds that both have. Time is of training alone: of the clock on an accelerator, of the process on a
+CPU.
 """
 
 

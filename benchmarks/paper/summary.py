@@ -66,6 +66,10 @@ def gain(arm: Arm, base: Arm) -> Gain:
 
 
 def speed_up(arm: Arm, base: Arm) -> float | None:
-    """Epochs of the baseline over the epoch in which the arm's mean curve first reaches its final accuracy; None: never."""
-    reached = epochs_to_reach(arm.curves.mean(0), float(base.final.mean()))
-    return base.curves.shape[1] / reached if reached else None
+    """Epochs of the baseline over the epoch in which the arm's mean curve first reaches its final accuracy; None: never.
+
+    Of the seeds that both have.
+    """
+    mine, theirs = (Arm({seed: each.runs[seed] for seed in arm.runs.keys() & base.runs.keys()}) for each in (arm, base))
+    reached = epochs_to_reach(mine.curves.mean(0), float(theirs.final.mean()))
+    return theirs.curves.shape[1] / reached if reached else None
