@@ -10,6 +10,7 @@ from transformers import Trainer
 
 import hf_tract
 from helpers import STEM, Images, small_vit, trainer
+from hf_tract.whiten import is_whitened
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,11 +21,13 @@ def test_its_code_runs(tmp_path):
     names = {"model": model, "args": trainer(tmp_path, model).args, "data": Images(), "Trainer": Trainer}
     data = [(x["pixel_values"][None], x["labels"][None]) for x in [Images()[index] for index in range(4)]]
     names |= {"micro_batches": data, "criterion": lambda out, labels: nn.functional.cross_entropy(out.logits, labels)}
+    names |= {"batches": [pixels for pixels, _ in data]}
     names |= {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "contextlib": contextlib}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for block in blocks:
         exec(block, names)
+    assert is_whitened(model.get_submodule(STEM))
     names["trainer"].train()
     assert [layer.name for layer in names["handle"].layers] == [STEM]
 
