@@ -37,6 +37,7 @@ TOGETHER = {
     "start, relative, center": rule("relative_center") | START,
     "matched start, TrAct 0.1": MATCHED,
 }
+STEM = {"whitening stem": NO_TRACT | {"variant": "whitening"}}
 LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2, 0.8)} | tract(0.8)
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
@@ -59,13 +60,13 @@ BEYOND = {
     "beyond_crops": Experiment(
         "Photo crops, ViT: a whitened start and other rules", "photo_crops.yaml",
         rates("AdamW", (1e-3,), {}) | rates("SGD", (0.12,), SGD),
-        VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
-        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 3) | dict.fromkeys(("start, TrAct 0.1", *WINNER), 99)
+        VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS | STEM, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
+        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS | STEM, 3) | dict.fromkeys(("start, TrAct 0.1", *WINNER), 99)
         | {"matched start, TrAct 0.2": 1},
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
-        VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
+        VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS | STEM, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
         at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 1) | dict.fromkeys(("center", "start, TrAct 0.1", "TrAct 0.8"), 3)
         | {"start, relative, center": 2, "matched start, TrAct 0.8": 3} | dict.fromkeys(WINNER, 99),
     ),
@@ -95,7 +96,7 @@ BEYOND = {
             "relative, center": rule("relative_center"),
             "matched start, TrAct 0.1": MATCHED,
             "matched start, relative, center": rule("relative_center") | MATCHED,
-            "whitening stem": NO_TRACT | {"variant": "whitening"},
+            **STEM,
             "PatchNorm": NO_TRACT | {"variant": "patch_norm"},
             "DualPatchNorm": NO_TRACT | {"variant": "dual_patch_norm"},
         },
