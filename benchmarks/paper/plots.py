@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 BASE = "#7f7f7f"
 COLORS = [
     "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#000080", "#808000",
+    "#ff1493", "#000000", "#4b0082", "#b8860b",
 ]  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def curves(title: str, settings: dict[str, dict[str, Arm]], path: Path) -> None:
             axis.set(xlabel=label, ylabel="test top-1, %", title=setting)
             axis.grid(alpha=0.2)
             _to_what_matters(axis, arms)
-        left.legend(loc="lower right", fontsize=8)
+        left.legend(loc="lower right", fontsize=8 if len(arms) < 8 else 5.5)
     figure.suptitle(title)
     _save(figure, path)
 
