@@ -34,7 +34,6 @@ from hf_tract.hub import TrainingRecord, public_name, save_card
 from hf_tract.metrics import TopK
 from hf_tract.provenance import command
 from hf_tract.upload import check_token, push_folder
-from hf_tract.whiten import FOR_WHITENING
 from image_data import Splits, normalization
 from loaders import make_loaders
 from modeling import Preprocessing, logits_of, make_model, save_model
@@ -115,7 +114,7 @@ def train(
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.whiten_init:
-        some = [pixels for pixels, _ in first_batches(train_loader, FOR_WHITENING)]
+        some = [pixels for pixels, _ in first_batches(train_loader)]
         whiten_first_layer(model, some, recipe.lam, match_scale=not recipe.whiten_unscaled)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = make_optimizer(recipe, model)

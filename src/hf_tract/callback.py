@@ -19,7 +19,7 @@ from hf_tract.hub import SETTINGS_NAME, TAGS
 from hf_tract.layers import Layers
 from hf_tract.tap import is_frozen
 from hf_tract.trainer_record import save_trainer_card
-from hf_tract.whiten import FOR_WHITENING, is_whitened, whiten_first_layer
+from hf_tract.whiten import is_whitened, whiten_first_layer
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class TrActCallback(TrainerCallback):
         if all(map(is_whitened, layers)):  # `train()` again, or by `auto_find_batch_size`
             logger.info("TrAct: the first layer was whitened before and goes on from there.")
             return
-        batches = send_to_device(first_batches(loader, FOR_WHITENING), args.device)
+        batches = send_to_device(first_batches(loader), args.device)
         try:
             whiten_first_layer(model, batches, self.config.lam, layers)
         except TrActError:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-def first_batches(loader: Iterable[Any], count: int) -> list[Any]:
+def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
     """`count` batches of this rank, or as many as there are.
 
     The random numbers of torch, NumPy and Python, and those of the loader and its samplers, are as before afterwards, so

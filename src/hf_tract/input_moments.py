@@ -6,7 +6,7 @@ Shape letters as in `moments`: g groups, n columns of `weight.flatten(1)`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from hf_tract.config import TrActError
 from hf_tract.layers import FirstLayer
 from hf_tract.moments import patch_moments
+from hf_tract.probe import call
 from hf_tract.tap import WINDOWS, columns
 
 
@@ -48,7 +49,7 @@ def input_moments(
             for collector in collectors:
                 collector.met = False
             with contextlib.nullcontext() if whole_forward else _until_met(layers, collectors):
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
+                call(model, batch)
     moments = []
     for layer, collector in zip(layers, collectors, strict=True):
         payload = torch.cat([collector.sums.flatten(), collector.sums.new_tensor([collector.count])])
@@ -133,7 +134,7 @@ class _Collector(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside, as before outside."""
+    """In evaluation mode inside, as before outside; batches that are drawn inside cost no random numbers either."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -14,25 +14,19 @@ from torch.nn.utils.parametrize import is_parametrized
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward gathers weights, so that every rank must run all of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
-    kinds = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule) if fsdp else ()
-    return any(isinstance(module, kinds) for module in model.modules()) or any(map(_by_zero, model.parameters()))
+    return bool(_by_fsdp1(model) or _by_fsdp2(model)) or any(map(_by_zero, model.parameters()))
 
 
 @contextlib.contextmanager
 def whole_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, on every rank at once, `read_weight` and `write_weight` work on these layers of `model`."""
-    fsdp, deepspeed = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("deepspeed")
-    partitioned = [parameter for layer in layers for parameter in layer.parameters() if _by_zero(parameter)]
-    if fsdp:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()  # a forward leaves the root unsharded, and what is written then is lost
+    for unit in _by_fsdp2(model):
+        unit.reshard()  # a forward leaves the root unsharded, and what is written then is lost
     with contextlib.ExitStack() as stack:
-        if fsdp and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
-            stack.enter_context(fsdp.FullyShardedDataParallel.summon_full_params(model))
-        if deepspeed and partitioned:
-            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0))
+        if units := _by_fsdp1(model):
+            stack.enter_context(type(units[0]).summon_full_params(model))
+        if partitioned := [parameter for layer in layers for parameter in layer.parameters() if _by_zero(parameter)]:
+            stack.enter_context(sys.modules["deepspeed"].zero.GatheredParameters(partitioned, modifier_rank=0))
         yield
 
 
@@ -56,6 +50,19 @@ def write_weight(layer: nn.Module, value: Tensor) -> None:
     if deepspeed := sys.modules.get("deepspeed"):
         for parameter in layer.parameters():
             deepspeed.utils.safe_set_full_fp32_param(parameter, parameter.detach().float())
+
+
+def _by_fsdp1(model: nn.Module) -> list[Any]:
+    return _fsdp_units(model, "FullyShardedDataParallel")
+
+
+def _by_fsdp2(model: nn.Module) -> list[Any]:
+    return _fsdp_units(model, "FSDPModule")
+
+
+def _fsdp_units(model: nn.Module, kind: str) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
+    return [module for module in model.modules() if isinstance(module, getattr(fsdp, kind))] if fsdp else []
 
 
 def _by_zero(parameter: Tensor) -> bool:

@@ -18,7 +18,6 @@ from hf_tract.layers import FirstLayer, Layers, find_first_layers, unwrap
 from hf_tract.sharding import is_sharded, read_weight, whole_weights, write_weight
 from hf_tract.tap import columns, rows
 
-FOR_WHITENING = 4  # batches, which give C to a few per cent
 ROUND = 2.0  # how far the spectrum of fresh weights may be from that of independent entries
 _done: WeakSet[nn.Module] = WeakSet()
 
@@ -91,9 +90,8 @@ def is_whitened(layer: nn.Module) -> bool:
 
 def _check(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool) -> None:
     source = getattr(unwrap(model), "name_or_path", "")
-    why = (
-        "was whitened before" if layer.module in _done else f"comes from {source}" if source else _trained(layer.module, weight)
-    )
+    known = "was whitened before" if is_whitened(layer.module) else f"comes from {source}" if source else ""
+    why = known or _trained(layer.module, weight)
     if why and not force:
         raise TrActError(
             f"`model` has a first layer ({layer.name}) that {why}: a whitened start is for training from scratch. "
