@@ -137,13 +137,14 @@ def report(records: Records, seeds: Sequence[int], title: str, measure: str) -> 
 def plot(curves: dict[str, np.ndarray], title: str, measure: str, path: Path) -> Path:
     """Mean score over epochs of each arm, with a band of one standard deviation."""
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    base = next(iter(curves.values())).mean(0)
-    axes.axhline(base[-1], color=COLORS[0], linewidth=0.8, linestyle=":")
+    first, *_ = curves
+    final = curves[first].mean(0)[-1]
+    axes.axhline(final, color=COLORS[0], linewidth=0.8, linestyle=":")
     for (arm, values), color in zip(curves.items(), COLORS, strict=False):
         epochs, mean, std = np.arange(1, values.shape[1] + 1), values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
         axes.plot(epochs, mean, "o-", color=color, label=f"{arm}: {mean[-1]:.1f} %", markersize=3)
         axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-        if color != COLORS[0] and (reached := epochs_to_reach(mean, base[-1])):
+        if arm != first and (reached := epochs_to_reach(mean, final)):
             axes.axvline(reached, color=color, linewidth=0.8, linestyle=":")
     axes.set(xlabel="epoch", ylabel=f"{measure}, %", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

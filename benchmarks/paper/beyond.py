@@ -5,8 +5,10 @@ from __future__ import annotations
 from experiments import (
     EXPERIMENTS,
     NO_TRACT,
+    NORMS,
     RESNET_SMALL,
     RESNET_SMOKE,
+    STEM,
     VANILLA,
     VIT_SMALL,
     VIT_SMOKE,
@@ -23,6 +25,7 @@ def rule(variant: str) -> Changes:
 
 
 MATCHED = {"whiten_init": True, "lam": 0.1}
+WINNER = {"matched start, TrAct 0.1": MATCHED}
 START = MATCHED | {"whiten_unscaled": True}
 ALONE = {
     "relative": rule("relative"),
@@ -35,15 +38,13 @@ TOGETHER = {
     "start, TrAct 0.1": START,
     "start, power 1/2": rule("power") | START,
     "start, relative, center": rule("relative_center") | START,
-    "matched start, TrAct 0.1": MATCHED,
+    **WINNER,
 }
-STEM = {"whitening stem": NO_TRACT | {"variant": "whitening"}}
 LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2, 0.8)} | tract(0.8)
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
 SGD = {"optimizer": "momentum"}
 VIT_SMALL_ANY_RATE = {name: value for name, value in VIT_SMALL.items() if name != "learning_rate"}
-WINNER = {"matched start, TrAct 0.1": MATCHED}
 
 
 def rates(name: str, rates: tuple[float, ...], changes: Changes, epochs: int = 6) -> dict[str, Changes]:
@@ -61,14 +62,14 @@ BEYOND = {
         "Photo crops, ViT: a whitened start and other rules", "photo_crops.yaml",
         rates("AdamW", (1e-3,), {}) | rates("SGD", (0.12,), SGD),
         VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS | STEM, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
-        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS | STEM, 3) | dict.fromkeys(("start, TrAct 0.1", *WINNER), 99)
+        at_most=dict.fromkeys((ALONE | TOGETHER | LAMS | STEM).keys() - {"start, TrAct 0.1", *WINNER}, 3)
         | {"matched start, TrAct 0.2": 1},
     ),
     "beyond_vit": Experiment(
         "CIFAR-10, ViT: a whitened start and other rules", "cifar10_vit.yaml", epochs(e100=1e-3),
         VANILLA | tract(0.1) | ALONE | TOGETHER | LAMS | STEM, VIT_SMALL, VIT_SMOKE, reference="TrAct 0.1",
-        at_most=dict.fromkeys(ALONE | TOGETHER | LAMS, 1) | dict.fromkeys(("center", "start, TrAct 0.1", "TrAct 0.8"), 3)
-        | {"start, relative, center": 2, "matched start, TrAct 0.8": 3} | dict.fromkeys(WINNER, 99),
+        at_most=dict.fromkeys((ALONE | TOGETHER | LAMS).keys() - WINNER.keys(), 1) | {"start, relative, center": 2}
+        | dict.fromkeys(("center", "start, TrAct 0.1", "TrAct 0.8", "matched start, TrAct 0.8"), 3),
     ),
     "beyond_vit_rates": Experiment(
         "CIFAR-10, ViT: each arm at other learning rates", "cifar10_vit.yaml", rates("Adam", (2e-3, 4e-3), {}, 100),
@@ -92,14 +93,10 @@ BEYOND = {
             for label, std in {"[0, 1]": 1.0, "[0, 255]": 1 / 255}.items()
         },
         VANILLA | tract(0.1) | {
-            "relative": rule("relative"),
-            "relative, center": rule("relative_center"),
-            "matched start, TrAct 0.1": MATCHED,
+            **{name: (ALONE | TOGETHER)[name] for name in ("relative", "relative, center")},
+            **WINNER,
             "matched start, relative, center": rule("relative_center") | MATCHED,
-            **STEM,
-            "PatchNorm": NO_TRACT | {"variant": "patch_norm"},
-            "DualPatchNorm": NO_TRACT | {"variant": "dual_patch_norm"},
-        },
+        } | STEM | NORMS,
         CROPS, CROPS_SMOKE, few=("[0, 255]; 6 epochs",), reference="TrAct 0.1",
     ),
 }  # fmt: skip

@@ -22,6 +22,11 @@ Changes = dict[str, Any]
 
 VANILLA: dict[str, Changes] = {"vanilla": {"no_tract": True}}
 NO_TRACT = {"no_tract": True}
+NORMS = {
+    "PatchNorm": NO_TRACT | {"variant": "patch_norm"},
+    "DualPatchNorm": NO_TRACT | {"variant": "dual_patch_norm"},
+}
+STEM = {"whitening stem": NO_TRACT | {"variant": "whitening"}}
 
 
 def tract(*lams: float) -> dict[str, Changes]:
@@ -55,7 +60,7 @@ class Experiment:
             for setting, arm in itertools.product(settings, self._arms(scale)):
                 label = setting if scale == "full" else setting.split("; ")[0] if "; " in setting or self.few else ""
                 job = Job(self, scale, label, arm, seed, self.config(scale, setting, arm))
-                if job.key not in seen and seed < self.at_most.get(arm, seed + 1):
+                if job.key not in seen and (arm not in self.at_most or seed < self.at_most[arm]):
                     seen.add(job.key)
                     yield job
 
@@ -211,11 +216,7 @@ EXPERIMENTS = {
     ),
     "patch_norm": Experiment(
         "CIFAR-10, ViT: PatchNorm and DualPatchNorm (figure 7)", "cifar10_vit.yaml", VIT_EPOCHS,
-        VANILLA | tract(0.1) | {
-            "PatchNorm": NO_TRACT | {"variant": "patch_norm"},
-            "DualPatchNorm": NO_TRACT | {"variant": "dual_patch_norm"},
-        },
-        VIT_SMALL, VIT_SMOKE,
+        VANILLA | tract(0.1) | NORMS, VIT_SMALL, VIT_SMOKE,
     ),
     "input_range": Experiment(
         "CIFAR-10, ViT: pixels that are not standardised (figure 8)", "cifar10_vit.yaml",
@@ -242,10 +243,7 @@ EXPERIMENTS = {
     ),
     "baselines": Experiment(
         "CIFAR-10, ViT: a frozen whitening stem, and the paper's package", "cifar10_vit.yaml", VIT_EPOCHS,
-        VANILLA | tract(0.1) | {
-            "whitening stem": NO_TRACT | {"variant": "whitening"},
-            "torch_tract 0.1": NO_TRACT | {"variant": "torch_tract", "lam": 0.1},
-        },
+        VANILLA | tract(0.1) | STEM | {"torch_tract 0.1": NO_TRACT | {"variant": "torch_tract", "lam": 0.1}},
         VIT_SMALL, VIT_SMOKE, at_most={"torch_tract 0.1": 1},
     ),
     "cifar100": Experiment(
