@@ -28,6 +28,7 @@ class Repo:
     private: bool = False
     branches: dict[str, list[str]] = field(default_factory=lambda: {"main": []})
     trees: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)  # paths that came by LFS
 
     def __post_init__(self) -> None:
@@ -38,6 +39,7 @@ class Repo:
         sha = hashlib.sha1(f"{branch}{len(self.trees)}{message}".encode()).hexdigest()
         self.trees[sha] = {path: data for path, data in {**before, **added}.items() if path not in deleted}
         self.branches[branch].append(sha)
+        self.messages[sha] = message
         return sha
 
     def sha(self, revision: str) -> str | None:

@@ -88,7 +88,10 @@ def test_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
 
     pushed = hub.repos["tester/vit-flowers"]
     assert pushed.private
-    assert len(pushed.branches["main"]) > 1  # a push in training that comes late has all, and Trainer's last one nothing to do
+    said = [pushed.messages[commit] for commit in pushed.branches["main"]]
+    assert said[0] == "initial commit"
+    assert said[1].startswith("Training in progress, epoch 1")
+    assert said[2:] in (["End of training"], [])  # a push in training that comes late has all, and the last one nothing to add
     files = pushed.files("main")
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "tract_config.json", "README.md"} <= set(files)
     card = ModelCard(files["README.md"].decode())
