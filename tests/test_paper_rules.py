@@ -80,6 +80,28 @@ def test_relative_damping_moves_the_outputs_alike_whatever_the_pixels_scale(pixe
     assert_close(scaled_bias, bias_step, 1e-5)
 
 
+def test_a_schedule_goes_from_lam_to_its_end_by_equal_factors_and_into_checkpoints(pixels):
+    plain = layer_of()
+    g, _ = gradients(plain, pixels)
+    layer = ruled(copy.deepcopy(plain), Rule(0.8, lam_end=0.1), 4)
+    eye = torch.eye(27, dtype=torch.float64)
+
+    def is_at(lam: float) -> None:
+        got, _ = gradients(layer, pixels)
+        assert_close(got, torch.linalg.solve(moment(pixels, plain)[0] + lam * eye, g, left=False), 1e-4)
+
+    is_at(0.8)
+    is_at(0.4)
+    saved = layer.state_dict()
+    with torch.no_grad():
+        layer(pixels)  # a test is no step
+    layer = ruled(copy.deepcopy(plain), Rule(0.8, lam_end=0.1), 4)
+    layer.load_state_dict(saved)
+    is_at(0.2)
+    is_at(0.1)
+    is_at(0.1)
+
+
 def test_what_it_cannot_unfold_is_refused():
     with pytest.raises(ValueError, match=says("`layer` (=Conv2d(4, 4", "must be an ungrouped convolution")):
         ruled(nn.Conv2d(4, 4, 3, groups=2), Rule())

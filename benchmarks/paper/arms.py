@@ -24,6 +24,8 @@ RULES: dict[str, dict[str, Any]] = {
     "relative": {"relative": True},
     "center": {"center": True},
     "relative_center": {"relative": True, "center": True},
+    "schedule_down": {"lam_end": 0.1},
+    "schedule_up": {"lam_end": 0.8},
 }
 VARIANTS = ("none", "patch_norm", "dual_patch_norm", "whitening", "torch_tract", "sgd_first", *RULES)
 
@@ -110,7 +112,8 @@ def changed(layer: Any, variant: str, recipe: Recipe, splits: Splits, look: Prep
         theirs: nn.Module = torch_tract.TrAct(copy.deepcopy(layer), l=recipe.lam)
         return theirs
     if variant in RULES:
-        return ruled(layer, Rule(recipe.lam, **RULES[variant]))
+        steps = recipe.epochs * (len(splits.train) // recipe.batch_size)
+        return ruled(layer, Rule(recipe.lam, **RULES[variant]), steps)
     patch = layer.kernel_size[0]
     if layer.kernel_size != layer.stride:
         raise ValueError(f"`variant` (={variant!r}) is of patches that do not overlap, and {layer} has others.")

@@ -6,9 +6,12 @@ Each multiplies the weight's gradient g, flattened to (m, n), by a power of a da
     relative    g (C + lam tr(C) / n I)^-1
     center      the ridge solution for weight and bias together: with mu = mean p and S = C - mu mu^T,
                 dW = (g - g_b mu^T) (S + lam I)^-1 and db = g_b - dW mu; without a bias g_b = 0
+    schedule    g (C + lam_t I)^-1, lam_t from lam at the first step to lam_end at the last, by equal factors
 
 What is measured in docs/beyond.md; one process, no accumulation.
 """
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -24,6 +27,11 @@ class Rule(NamedTuple):
     power: float = 1.0
     relative: bool = False
     center: bool = False
+    lam_end: float | None = None  # where None, lam stays
+
+    def at(self, progress: float) -> Rule:
+        """The rule at that part of the training, 0 to 1."""
+        return self if self.lam_end is None else self._replace(lam=self.lam ** (1 - progress) * self.lam_end**progress)
 
     def apply(self, grad: Tensor, bias_grad: Tensor | None, moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients to hand on, of `grad` (m, n) and `bias_grad` (m,) by C (n, n) and mu (n,), in float64."""
@@ -60,21 +68,26 @@ class RuledConv2d(nn.Conv2d):
     """A convolution whose gradients follow `rule`."""
 
     rule: Rule
+    last: int
+    step: Tensor
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
             with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
                 unfolded = F.unfold(input.float(), self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
                 patches = unfolded.movedim(1, -1).flatten(0, 1)
-            weight, bias = _Identity.apply(weight, bias, patches, self.rule)
+            rule = self.rule.at(min(1.0, float(self.step) / max(1, self.last)))
+            weight, bias = _Identity.apply(weight, bias, patches, rule)
+            self.step += 1
         result: Tensor = super()._conv_forward(input, weight, bias)
         return result
 
 
-def ruled(layer: nn.Conv2d, rule: Rule) -> nn.Conv2d:
-    """The layer itself, from now on by that rule."""
+def ruled(layer: nn.Conv2d, rule: Rule, steps: int = 1) -> nn.Conv2d:
+    """The layer itself, from now on by that rule, whose schedule ends at the last of `steps`."""
     if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise ValueError(f"`layer` (={layer}) must be an ungrouped convolution with padding of zeros in numbers.")
     layer.__class__ = RuledConv2d
-    layer.__dict__["rule"] = rule
+    layer.__dict__ |= {"rule": rule, "last": steps - 1}
+    layer.register_buffer("step", torch.zeros(()))  # in checkpoints, for runs that are resumed
     return layer
