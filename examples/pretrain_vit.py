@@ -29,7 +29,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract, whiten_first_layer
-from hf_tract.first_batches import first_batches
 from hf_tract.hub import TrainingRecord, public_name, save_card
 from hf_tract.metrics import TopK
 from hf_tract.provenance import command
@@ -114,8 +113,7 @@ def train(
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.whiten_init:
-        some = [pixels for pixels, _ in first_batches(train_loader)]
-        whiten_first_layer(model, some, recipe.lam, match_scale=not recipe.whiten_unscaled)
+        whiten_first_layer(model, train_loader, recipe.lam, match_scale=not recipe.whiten_unscaled)
     set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
     optimizer = make_optimizer(recipe, model)
     handle = None

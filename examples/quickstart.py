@@ -56,7 +56,8 @@ class Arguments:
         default="vit", metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"}
     )
     model_config: str = field(
-        default=SMALL_VIT, metadata={"help": "JSON: settings of a model of random weights; {} for its defaults"}
+        default="",
+        metadata={"help": "JSON: settings of a model of random weights; by default a small ViT's, or the model type's own"},
     )
     image_size: int = field(default=32, metadata={"help": "side of the images that the model gets"})
     train_samples: int = field(default=0, metadata={"help": "use that many training images, the same for each run; 0 for all"})
@@ -74,6 +75,7 @@ class Arguments:
 def main() -> None:
     args: Arguments
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    args.model_config = args.model_config or (SMALL_VIT if args.model == "vit" else "{}")
     same = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
     data = load_images(args)
     seeds = range(args.first_seed, args.first_seed + args.seeds)

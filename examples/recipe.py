@@ -18,7 +18,9 @@ class Recipe(DataArguments):
     """What is trained and how: the fields of a recipe file."""
 
     model: str = field(default="vit", metadata={"help": "a transformers model type, a timm name, or a checkpoint"})
-    model_config: str = field(default="{}", metadata={"help": "JSON: settings of a model of random weights"})
+    model_config: str = field(
+        default="{}", metadata={"help": "JSON: settings of a model of random weights; a recipe's are for its own model"}
+    )
     image_size: int = 32
     mean: list[float] = field(default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"})
     std: list[float] = field(default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"})
@@ -92,13 +94,17 @@ def parse_with_recipe(usual: str, recipe: type, *more: type) -> tuple[Any, ...]:
         recipe: what a recipe file may set.
         more: what else may stand on the command line.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    file = first.parse_known_args()[0].recipe or Path(__file__).with_name("recipes") / usual
+    first.add_argument("--model")
+    given = first.parse_known_args()[0]
+    file = given.recipe or Path(__file__).with_name("recipes") / usual
     values: dict[str, Any] = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     known = [each.name for each in dataclasses.fields(recipe)]
     if unknown := sorted(set(values) - set(known)):
         raise SystemExit(f"{file} sets {', '.join(unknown)}, which a recipe does not have; it has {', '.join(known)}.")
+    if given.model not in (None, values.get("model")):
+        values.pop("model_config", None)  # which is of the recipe's own model
     parser = HfArgumentParser([recipe, *more])  # type: ignore[list-item]
     parser.set_defaults(**{key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()})
     return parser.parse_args_into_dataclasses()

@@ -7,6 +7,7 @@ import torch
 from rules import Rule, ruled
 from torch import nn
 
+from hf_tract import find_first_layers
 from oracle import assert_close, moment, says
 
 LAM = 0.1
@@ -91,6 +92,7 @@ def test_a_schedule_goes_from_lam_to_its_end_by_equal_factors_and_into_checkpoin
         assert_close(got, torch.linalg.solve(moment(pixels, plain)[0] + lam * eye, g, left=False), 1e-4)
 
     is_at(0.8)
+    assert find_first_layers(nn.Sequential(layer))  # which runs a copy
     is_at(0.4)
     saved = layer.state_dict()
     with torch.no_grad():

@@ -212,9 +212,18 @@ def test_the_command_line_wins_over_the_recipe_and_a_typo_is_named(tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", "--recipe", str(file), "--epochs", "7"])
     recipe, _ = pretrain_vit.parse()
     assert (recipe.epochs, recipe.lam, recipe.batch_size) == (7, 0.2, Recipe.batch_size)
+    settings = {model: model_config(file, monkeypatch, model) for model in ("vit", "resnet")}
+    assert settings == {"vit": {"patch_size": 4}, "resnet": {}}  # which are of the recipe's own model
     file.write_text("epoch: 5\n")
     with pytest.raises(SystemExit, match=r"sets epoch, which a recipe does not have; it has dataset, "):
         pretrain_vit.parse()
+
+
+def model_config(file: Path, monkeypatch, model: str) -> dict[str, int]:
+    """Of that model in a recipe for a ViT."""
+    file.write_text("model: vit\nmodel_config: {patch_size: 4}\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", "--recipe", str(file), "--model", model])
+    return json.loads(pretrain_vit.parse()[0].model_config)
 
 
 def test_top_1_and_top_5():

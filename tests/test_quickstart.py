@@ -68,6 +68,16 @@ def test_another_model_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
     assert len(records(tmp_path / "out")) == 3
 
 
+def test_other_models_have_their_own_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--model", "convnext", "--output_dir", str(tmp_path)])
+    seen = []
+    monkeypatch.setattr(quickstart, "compare", lambda *args: seen.append(args))
+    monkeypatch.setattr(quickstart, "load_images", lambda args: quickstart.Data(None, None, []))
+    quickstart.main()
+    ((_, arms, *_),) = seen
+    assert {arm["model_config"] for arm in arms.values()} == {"{}"}
+
+
 def test_photo_crops_are_the_same_for_a_seed_and_apart_in_train_and_test():
     data = photo_crops.photo_crops(train_per_photo=4, test_per_photo=2)
     assert {name: len(split) for name, split in data.items()} == {"train": 80, "test": 40}

@@ -1,5 +1,7 @@
 """`TrActCallback(whiten_init=True)`: Trainer's own first batches, once, and nothing else of the training differs."""
 
+import contextlib
+import copy
 import random
 import re
 
@@ -7,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers import ViTConfig
 
 from helpers import STEM, Images, small_vit, stem_of, trainer, weights
 from hf_tract import TrActCallback, TrActError, whiten_first_layer
 from hf_tract.first_batches import first_batches
-from hf_tract.whiten import is_whitened
+from hf_tract.whiten import were_whitened
 from oracle import assert_close
 from test_trainer import Watch, small_convnext
 
@@ -47,19 +50,20 @@ def test_the_start_is_that_of_the_first_batches_and_the_training_that_of_a_model
     other = trainer(tmp_path, whitened_by_hand([Images().batch()]), [TrActCallback(lam=0.1)], **whole)
     other.train()
     assert_close(weights(run.model), weights(other.model), 1e-5)
-    assert is_whitened(stem_of(run.model))
+    assert were_whitened(run.model, [stem_of(run.model)])
     without = trainer(tmp_path, small_vit(), [TrActCallback(lam=0.1)], **whole)
     without.train()
     assert (weights(run.model) - weights(without.model)).norm() > 1e-2 * weights(without.model).norm()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_looking_at_the_first_batches_changes_nothing_of_the_training(tmp_path, workers, monkeypatch):
+@pytest.mark.parametrize("workers, persistent", [(0, False), (2, False), (1, True)])
+def test_looking_at_the_first_batches_changes_nothing_of_the_training(tmp_path, workers, persistent, monkeypatch):
     """With the whitening itself taken out, the run is bit for bit that of a callback without it."""
     monkeypatch.setattr("hf_tract.callback.whiten_first_layer", lambda model, batches, *_: seen.append(len(batches)))
     seen, ends = [], []
     for settings in ({"whiten_init": True}, {}):
-        run = trainer(tmp_path, small_vit(hidden_dropout_prob=0.1), [TrActCallback(**settings)], dataloader_num_workers=workers)
+        loading = {"dataloader_num_workers": workers, "dataloader_persistent_workers": persistent}
+        run = trainer(tmp_path, small_vit(hidden_dropout_prob=0.1), [TrActCallback(**settings)], **loading)
         run.train_dataset = Noisy()
         run.train()
         ends.append(weights(run.model))
@@ -89,7 +93,7 @@ def test_once_also_when_training_begins_again(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_resumed_run_ends_in_the_same_weights(tmp_path):
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
     callback = TrActCallback(**WHITENED)
     settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
     whole = trainer(tmp_path / "whole", small_convnext(), [callback], **settings)
@@ -100,13 +104,52 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path):
     second = trainer(tmp_path / "cut", small_convnext(seed=1), [callback], **settings)
     second.train(resume_from_checkpoint=True)
     assert torch.equal(weights(second.model), weights(whole.model))
+    monkeypatch.setattr("hf_tract.callback.whiten_first_layer", None)
+    second.train()  # and goes on from there
+
+
+def test_a_fold_that_begins_from_the_same_fresh_weights_is_whitened_again(tmp_path):
+    model = small_vit()
+    fresh, ends = copy.deepcopy(model.state_dict()), []
+    for _ in range(2):
+        model.load_state_dict(fresh)
+        run = trainer(tmp_path, model, [TrActCallback(**WHITENED)])
+        run.train()
+        ends.append(weights(run.model).clone())
+    assert torch.equal(*ends)
+
+
+class WithoutLabels(torch.nn.Module):
+    """Its loss is computed outside of it."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.stem, self.broken = torch.nn.Conv2d(3, 4, 16), broken
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.broken:
+            raise RuntimeError("the model's own")
+        return {"logits": self.stem(pixel_values).flatten(1)}
+
+
+def outside(outputs: dict[str, torch.Tensor], labels: torch.Tensor, **_) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+
+def test_labels_that_the_model_does_not_take_and_its_own_errors(tmp_path):
+    for broken in (False, True):
+        run = trainer(tmp_path, WithoutLabels(broken), [TrActCallback(**WHITENED)], remove_unused_columns=False)
+        run.compute_loss_func = outside
+        with pytest.raises(RuntimeError, match="the model's own") if broken else contextlib.nullcontext():
+            run.train()
+        assert type(run.model.stem) is torch.nn.Conv2d
 
 
 def test_each_model_of_model_init_is_whitened(tmp_path):
     run = trainer(tmp_path, callbacks=[TrActCallback(**WHITENED)], model_init=lambda: small_vit(), learning_rate=0.0)
     for _ in range(2):
         run.train()
-        assert is_whitened(stem_of(run.model))
+        assert were_whitened(run.model, [stem_of(run.model)])
         assert not torch.equal(stem_of(run.model).weight, stem_of(small_vit()).weight)
 
 
@@ -121,7 +164,11 @@ def test_a_trained_model_is_refused_and_left_as_it_was(tmp_path):
     assert type(stem_of(model)).__name__ == "Conv2d"
 
 
-def test_the_card_tells_it(tmp_path):
-    run = trainer(tmp_path, callbacks=[TrActCallback(**WHITENED)], save_strategy="epoch")
+def test_the_card_tells_it_and_no_base_model_where_a_checkpoint_gave_its_config_alone(tmp_path):
+    small_vit().save_pretrained(tmp_path / "checkpoint")
+    model = type(small_vit())(ViTConfig.from_pretrained(tmp_path / "checkpoint"))
+    run = trainer(tmp_path / "out", model, [TrActCallback(**WHITENED)], save_strategy="epoch")
     run.train()
-    assert "whiten_init" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "whiten_init" in card
+    assert "base_model" not in card

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from helpers import STEM, small_vit, stem_of
 from hf_tract import TrActError, whiten_first_layer
+from hf_tract.first_batches import sent
 from hf_tract.layers import unwrap
 from hf_tract.sharding import read_weight, whole_weights
 from oracle import assert_close, moment, says
@@ -98,8 +101,17 @@ def trained(layer: nn.Conv2d) -> None:
     "change, lam, batches, said",
     [
         (lambda model: trained(stem_of(model)), 0.1, images(), ("looks trained (the spread of its spectrum is", "force=True")),
-        (lambda model: setattr(model, "name_or_path", "me/vit"), 0.1, images(), ("comes from me/vit", "force=True")),
-        (lambda model: None, 0.0, images(), ("`lam` (=0.0) must be a positive number",)),
+        (lambda model: nn.init.zeros_(stem_of(model).weight), 0.1, images(), ("is all zeros",)),
+        (lambda model: prune.l1_unstructured(stem_of(model), "weight", 0.3), 0.1, images(), ("computes from `weight_orig`",)),
+        (lambda model: None, 0.0, images(), ("`lam` (=0.0) must be a positive finite number",)),
+        (lambda model: None, float("inf"), images(), ("`lam` (=inf) must be a positive finite number",)),
+        (
+            lambda model: None,
+            0.1,
+            (images(), torch.arange(32)),
+            ("`batches` has a tensor of torch.int64", "[(pixels, labels)]"),
+        ),
+        (lambda model: None, 0.1, ["a.png"], ("`batches` has a str: give tensors of pixels",)),
         (lambda model: None, 0.1, [], ("`batches` has nothing that reaches",)),
         (lambda model: None, 0.1, images() * float("nan"), ("`batches` has pixels that are not finite",)),
         (lambda model: None, 0.1, images() * 0, ("`batches` has nothing but zeros where it reaches",)),
@@ -114,11 +126,69 @@ def test_what_cannot_be_meant_is_refused_and_the_model_left_as_it_was(change, la
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_twice_is_refused_and_forced_weights_are_whitened():
+def test_weights_of_a_checkpoint_are_refused_and_those_of_its_config_alone_are_not(tmp_path):
+    small_vit().save_pretrained(tmp_path)
+    with pytest.raises(TrActError, match=says(f"that comes from {tmp_path}", "force=True")):
+        whiten_first_layer(AutoModelForImageClassification.from_pretrained(tmp_path), images())
+    assert whiten_first_layer(AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(tmp_path)), images())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_may_be_a_loader_s_have_labels_and_keys_that_the_model_does_not_take(dtype):
+    x, labels = images(32), torch.arange(32)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.head, self.stem = nn.Linear(8, 4), nn.Conv2d(3, 8, 4, 4)  # not in the order in which they run
+            self.to(dtype)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stem(pixel_values).mean((2, 3)).relu())
+
+    weights = []
+    forms = x, [(x, labels)], {"pixel_values": x, "labels": labels}, DataLoader(TensorDataset(x, labels), 8)
+    for batches in forms:
+        model = Model()
+        (layer,) = whiten_first_layer(model, batches)
+        assert layer.name == "stem"
+        weights.append(model.stem.weight)
+    for weight in weights[1:]:
+        assert_close(weight, weights[0], {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype])
+
+
+def test_batches_go_where_the_weight_is_with_labels_and_boxes_inside():
+    batch = {
+        "pixel_values": torch.ones(2),
+        "labels": [{"boxes": torch.ones(2, 4), "class_labels": torch.ones(2).long()}],
+        "n": 3,
+    }
+    there = sent(batch, torch.device("meta"), torch.bfloat16)
+    boxes = there["labels"][0]["boxes"]
+    assert (there["pixel_values"].device.type, boxes.device.type, boxes.dtype) == ("meta", "meta", torch.bfloat16)
+    assert (there["labels"][0]["class_labels"].dtype, there["n"]) == (torch.int64, 3)
+    assert sent(batch, None, torch.float32)["labels"][0]["boxes"].dtype == torch.float32
+
+
+def test_a_group_that_reads_nothing_but_zeros_stays_as_it_was():
+    x, layer = torch.randn(16, 2, 9, 9).cumsum(-1), nn.Conv2d(2, 8, 3, groups=2)
+    x[:, 1] = 0
+    before = layer.weight.detach().clone()
+    whiten_first_layer(nn.Sequential(layer), x)
+    assert torch.equal(layer.weight[4:], before[4:])
+    assert_close(layer.weight[:4], wanted(before[:4], moment(x, layer)[:1], 0.1), 1e-5)
+
+
+def test_twice_is_refused_also_of_a_copy_until_the_weights_are_reset_and_forced_weights_are_whitened():
     model = small_vit()
+    fresh = copy.deepcopy(model.state_dict())
     whiten_first_layer(model, images())
-    with pytest.raises(TrActError, match="that was whitened before"):
-        whiten_first_layer(model, images())
+    for again in (model, copy.deepcopy(model)):
+        with pytest.raises(TrActError, match="that was whitened before"):
+            whiten_first_layer(again, images())
+    model.load_state_dict(fresh)
+    whiten_first_layer(model, images())
     before = stem_of(model).weight.detach().clone()
     whiten_first_layer(model, images(), force=True)
     assert not torch.equal(stem_of(model).weight, before)

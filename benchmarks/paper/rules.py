@@ -76,9 +76,11 @@ class RuledConv2d(nn.Conv2d):
             with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
                 unfolded = F.unfold(input.float(), self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
                 patches = unfolded.movedim(1, -1).flatten(0, 1)
-            rule = self.rule.at(min(1.0, float(self.step) / max(1, self.last)))
+            rule = self.rule
+            if rule.lam_end is not None:
+                rule = rule.at(min(1.0, float(self.step) / max(1, self.last)))
+                self.step = self.step + 1  # not in place: copies that find the first layer share it
             weight, bias = _Identity.apply(weight, bias, patches, rule)
-            self.step += 1
         result: Tensor = super()._conv_forward(input, weight, bias)
         return result
 

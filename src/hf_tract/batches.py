@@ -87,6 +87,13 @@ def pixel_argument(model: nn.Module) -> str | None:
     return next((name for name in (*PIXELS, getattr(model, "main_input_name", "")) if name in parameters), None)
 
 
+def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that a forward takes: losses that are computed outside of the model have batches with more."""
+    parameters = _parameters(model)
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in batch.items() if anything or name in parameters}
+
+
 def _parameters(model: nn.Module) -> Mapping[str, Any]:
     """Of a forward; peft's own says nothing."""
     base: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]

@@ -19,7 +19,7 @@ from hf_tract.hub import SETTINGS_NAME, TAGS
 from hf_tract.layers import Layers
 from hf_tract.tap import is_frozen
 from hf_tract.trainer_record import save_trainer_card
-from hf_tract.whiten import is_whitened, whiten_first_layer
+from hf_tract.whiten import mark_as_whitened, were_whitened, whiten_first_layer
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,8 @@ class TrActCallback(TrainerCallback):
             self.used = self.handle
             if isinstance(model, PreTrainedModel):
                 model.add_model_tags(list(TAGS))  # which Trainer puts into its own card
-            if self.whiten_init and not state.global_step:
-                self._whiten(args, model, train_dataloader)
+            if self.whiten_init:
+                self._whiten(args, state, model, train_dataloader)
         folder = _checkpoint(args, state) if state.global_step else None
         if folder is not None and self.config.keeps_moment and (folder / STATE_NAME).exists():
             self.handle.load_state_dict(torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True))
@@ -164,16 +164,19 @@ class TrActCallback(TrainerCallback):
             if kept := self.handle.state_dict():
                 torch.save(kept, folder / STATE_NAME)
 
-    def _whiten(self, args: TrainingArguments, model: nn.Module, loader: Any) -> None:
+    def _whiten(self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any) -> None:
         assert self.used is not None
         layers = [layer.module for layer in self.used.layers]
-        if all(map(is_whitened, layers)):  # `train()` again, or by `auto_find_batch_size`
+        if state.global_step:  # the checkpoint that is resumed has whitened weights
+            mark_as_whitened(layers)
+            return
+        if were_whitened(model, layers):  # `train()` again, or by `auto_find_batch_size`
             logger.info("TrAct: the first layer was whitened before and goes on from there.")
             return
-        batches = send_to_device(first_batches(loader), args.device)
         try:
+            batches = send_to_device(first_batches(loader), args.device)
             whiten_first_layer(model, batches, self.config.lam, layers)
-        except TrActError:
+        except BaseException:  # also an error of the model's own
             self._remove()
             raise
 

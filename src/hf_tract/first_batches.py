@@ -1,4 +1,4 @@
-"""The first batches of a loader, which afterwards gives what it would have given."""
+"""Batches as a model takes them, whatever they come as; the first ones of a loader, which is as before afterwards."""
 
 from __future__ import annotations
 
@@ -6,14 +6,46 @@ import contextlib
 import itertools
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hf_tract.batches import accepted
+from hf_tract.config import TrActError
+
+
+def as_batches(batches: Any, model: nn.Module) -> list[Any]:
+    """Each batch as pixels or as the keyword arguments that `model` takes.
+
+    Args:
+        batches: one tensor or mapping; several, or tuples such as (pixels, labels); or a `DataLoader`, whose first are taken.
+        model: whose forward decides which keys are dropped.
+
+    Raises:
+        TrActError: for what is none of these.
+    """
+    if isinstance(batches, DataLoader):
+        batches = first_batches(batches)
+    each = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+    each = [batch[0] if isinstance(batch, (list, tuple)) and batch else batch for batch in each]
+    for batch in each:
+        if isinstance(batch, Tensor) and not batch.is_floating_point():
+            raise TrActError(
+                f"`batches` has a tensor of {batch.dtype}, and pixels are floats: give one batch with its labels as "
+                f"[(pixels, labels)], and images normalised as in training."
+            )
+        if not isinstance(batch, (Tensor, Mapping)):
+            raise TrActError(
+                f"`batches` has a {type(batch).__name__}: give tensors of pixels, mappings of arguments or a DataLoader."
+            )
+    return [accepted(model, batch) if isinstance(batch, Mapping) else batch for batch in each]
 
 
 def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
-    """`count` batches of this rank, or as many as there are.
+    """`count` batches of this rank, or as many as there are; where accelerate dispatches batches, the same on every rank.
 
     The random numbers of torch, NumPy and Python, and those of the loader and its samplers, are as before afterwards, so
     that training does not depend on whether anybody looked.
@@ -24,8 +56,26 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
     """
     # accelerate's own iteration tells the whole process that a loader has begun, and an end never comes here.
     loader = getattr(loader, "base_dataloader", loader)
-    with _random_state_kept(), _generators_kept(loader):
+    with _random_state_kept(), _generators_kept(loader), _workers_kept(loader):
         return list(itertools.islice(loader, count))
+
+
+def sent(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
+    """The batch on `device`, and its floats in `dtype` if that is a half one, which float32 does not meet without autocast.
+
+    Args:
+        batch: tensors in mappings, lists and tuples.
+        device: where None, it stays where it is.
+        dtype: of the weight that reads it.
+    """
+    if isinstance(batch, Mapping):
+        return {name: sent(value, device, dtype) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [sent(value, device, dtype) for value in batch]
+    if not isinstance(batch, Tensor):
+        return batch
+    half = batch.is_floating_point() and dtype in (torch.float16, torch.bfloat16)
+    return batch.to(device or batch.device, dtype if half else batch.dtype)
 
 
 @contextlib.contextmanager
@@ -60,3 +110,16 @@ def _generators_kept(loader: Any) -> Iterator[None]:
     finally:
         for generator, state in states.items():
             generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _workers_kept(loader: Any) -> Iterator[None]:
+    """Persistent workers that began inside end there: training begins with its own, and their random numbers."""
+    none_yet = getattr(loader, "_iterator", None) is None
+    try:
+        yield
+    finally:
+        started = getattr(loader, "_iterator", None)
+        if none_yet and started is not None:
+            started._shutdown_workers()
+            loader._iterator = None

@@ -8,11 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets", "timm")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
@@ -70,3 +71,12 @@ def _cpu() -> str:
         return platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name")]
     return f"{platform.machine()} {names[0]}" if names else platform.machine()
+
+
+def checkpoint_of(model: nn.Module, parameters: Iterable[Tensor]) -> str:
+    """The checkpoint from which transformers loaded any of these parameters of `model`, or "".
+
+    A name in the config alone says nothing: `from_config` with the config of a checkpoint draws random weights.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    return name if any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters) else ""

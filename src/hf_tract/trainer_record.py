@@ -11,6 +11,8 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_tract.config import TrActConfig
 from hf_tract.hub import SETTINGS_NAME, TrainingRecord, public_name, save_card
+from hf_tract.provenance import checkpoint_of
+from hf_tract.sharding import is_sharded
 
 HYPERPARAMETERS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "label_smoothing_factor"),
@@ -42,14 +44,15 @@ def trainer_record(
         tract: the settings, None without TrAct.
         layers: the layers that TrAct took.
         dataset: a Hub id, or words.
-        base_model: the checkpoint that training began with, by default what the model's config says.
+        base_model: the checkpoint that training began with, by default the one that the model was loaded from.
         license: of the model.
         split: the data set's part that is evaluated on.
         more: hyperparameters that Trainer's arguments do not have.
     """
     config = getattr(model, "config", None)
     rows = history(state.log_history)
-    base_model = base_model or getattr(config, "_name_or_path", "") or None
+    name = getattr(config, "_name_or_path", "") if is_sharded(model) else checkpoint_of(model, model.parameters())
+    base_model = base_model or name or None
     return TrainingRecord(
         name=(args.hub_model_id or Path(args.output_dir or "model").absolute().name).split("/")[-1],
         library="timm" if getattr(config, "model_type", None) == "timm_wrapper" else "transformers",
