@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import hf_tract
 from helpers import STEM, Images, small_vit, trainer
-from hf_tract.whiten import is_whitened
+from hf_tract.whiten import were_whitened
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,13 +22,13 @@ def test_its_code_runs(tmp_path):
     names = {"model": model, "args": trainer(tmp_path, model).args, "data": Images(), "Trainer": Trainer}
     data = [(x["pixel_values"][None], x["labels"][None]) for x in [Images()[index] for index in range(4)]]
     names |= {"micro_batches": data, "criterion": lambda out, labels: nn.functional.cross_entropy(out.logits, labels)}
-    names |= {"batches": [pixels for pixels, _ in data]}
+    names |= {"train_loader": DataLoader([(pixels[0], labels[0]) for pixels, labels in data], batch_size=2)}
     names |= {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "contextlib": contextlib}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 5
     for block in blocks:
         exec(block, names)
-    assert is_whitened(model.get_submodule(STEM))
+    assert were_whitened(model, [model.get_submodule(STEM)])
     names["trainer"].train()
     assert [layer.name for layer in names["handle"].layers] == [STEM]
 
