@@ -158,6 +158,29 @@ def test_batches_may_be_a_loader_s_have_labels_and_keys_that_the_model_does_not_
         assert_close(weight, weights[0], {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype])
 
 
+@pytest.mark.parametrize("form", [lambda x: [x], lambda x: [tuple(x)], lambda x: [(x, [{"boxes": None}] * len(x))]])
+def test_images_of_different_sizes_as_detectors_take_them(form):
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.head, self.stem = nn.Linear(8, 4), nn.Conv2d(3, 8, 4, 4)
+
+        def forward(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+            return self.head(self.stem(padded(pixels)).mean((2, 3)))
+
+    x, model = [image[:, :size] for image, size in zip(images(4), (8, 16, 8, 12), strict=True)], Detector()
+    before = model.stem.weight.detach().clone()
+    (layer,) = whiten_first_layer(model, form(x))
+    assert layer.name == "stem"
+    assert_close(model.stem.weight, wanted(before, moment(padded(x), model.stem), 0.1), 1e-5)
+
+
+def padded(pixels: list[torch.Tensor]) -> torch.Tensor:
+    """As one batch of squares."""
+    return torch.stack([nn.functional.pad(image, (0, 0, 0, 16 - image.shape[1])) for image in pixels])
+
+
 def test_batches_go_where_the_weight_is_with_labels_and_boxes_inside():
     batch = {
         "pixel_values": torch.ones(2),

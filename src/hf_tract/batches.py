@@ -87,6 +87,15 @@ def pixel_argument(model: nn.Module) -> str | None:
     return next((name for name in (*PIXELS, getattr(model, "main_input_name", "")) if name in parameters), None)
 
 
+def each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with `change` done to each tensor in its mappings, lists and tuples."""
+    if isinstance(batch, Mapping):
+        return {name: each_tensor(value, change) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [each_tensor(value, change) for value in batch]
+    return change(batch) if isinstance(batch, Tensor) else batch
+
+
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that a forward takes: losses that are computed outside of the model have batches with more."""
     parameters = _parameters(model)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_tract.batches import accepted
+from hf_tract.batches import accepted, each_tensor
 from hf_tract.config import TrActError
 
 
@@ -21,7 +21,8 @@ def as_batches(batches: Any, model: nn.Module) -> list[Any]:
     """Each batch as pixels or as the keyword arguments that `model` takes.
 
     Args:
-        batches: one tensor or mapping; several, or tuples such as (pixels, labels); or a `DataLoader`, whose first are taken.
+        batches: one tensor or mapping; several, or lists of images, or tuples such as (pixels, labels); or a `DataLoader`,
+            whose first are taken.
         model: whose forward decides which keys are dropped.
 
     Raises:
@@ -30,18 +31,26 @@ def as_batches(batches: Any, model: nn.Module) -> list[Any]:
     if isinstance(batches, DataLoader):
         batches = first_batches(batches)
     each = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
-    each = [batch[0] if isinstance(batch, (list, tuple)) and batch else batch for batch in each]
+    each = [batch[0] if isinstance(batch, (list, tuple)) and batch and not _are_images(batch) else batch for batch in each]
     for batch in each:
-        if isinstance(batch, Tensor) and not batch.is_floating_point():
-            raise TrActError(
-                f"`batches` has a tensor of {batch.dtype}, and pixels are floats: give one batch with its labels as "
-                f"[(pixels, labels)], and images normalised as in training."
-            )
-        if not isinstance(batch, (Tensor, Mapping)):
+        if not (isinstance(batch, (Tensor, Mapping)) or _are_images(batch)):
             raise TrActError(
                 f"`batches` has a {type(batch).__name__}: give tensors of pixels, mappings of arguments or a DataLoader."
             )
+        pixels = batch[0] if _are_images(batch) else batch
+        if isinstance(pixels, Tensor) and not pixels.is_floating_point():
+            raise TrActError(
+                f"`batches` has a tensor of {pixels.dtype}, and pixels are floats: give one batch with its labels as "
+                f"[(pixels, labels)], and images normalised as in training."
+            )
     return [accepted(model, batch) if isinstance(batch, Mapping) else batch for batch in each]
+
+
+def _are_images(batch: Any) -> bool:
+    """Whether it is a list of images of any sizes, as torchvision's detectors take them."""
+    if not isinstance(batch, (list, tuple)):
+        return False
+    return bool(batch) and all(isinstance(image, Tensor) and image.ndim == 3 for image in batch)
 
 
 def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
@@ -68,14 +77,8 @@ def sent(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
         device: where None, it stays where it is.
         dtype: of the weight that reads it.
     """
-    if isinstance(batch, Mapping):
-        return {name: sent(value, device, dtype) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [sent(value, device, dtype) for value in batch]
-    if not isinstance(batch, Tensor):
-        return batch
-    half = batch.is_floating_point() and dtype in (torch.float16, torch.bfloat16)
-    return batch.to(device or batch.device, dtype if half else batch.dtype)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return each_tensor(batch, lambda t: t.to(device or t.device, dtype if half and t.is_floating_point() else t.dtype))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from hf_tract.batches import batches, pixel_argument
+from hf_tract.batches import batches, each_tensor, pixel_argument
 from hf_tract.config import TrActError
 from hf_tract.probe import probe, twin
 from hf_tract.tap import can_tap
@@ -38,8 +38,8 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", inputs: Any = N
     Args:
         model: any model, wrapped or not (DDP, FSDP, `torch.compile`).
         layers: "auto" to find them; or what to take: names, glob patterns, the modules themselves, or several of these.
-        inputs: for "auto" with a model that nothing is known about: a batch, as a tensor or as a mapping of keyword
-            arguments. Only its shapes and dtypes are used.
+        inputs: for "auto" with a model that nothing is known about: a batch, as a tensor, a list of images or a mapping of
+            keyword arguments. Only its shapes and dtypes are used.
 
     Returns:
         Name, module and source of each.
@@ -174,8 +174,4 @@ def _affordable(model: nn.Module) -> list[str]:
 
 def _moved(inputs: Any, device: str) -> Any:
     """The caller's batch; on the meta device, only its shapes and its integers."""
-    if isinstance(inputs, Mapping):
-        return {name: _moved(value, device) for name, value in inputs.items()}
-    if not isinstance(inputs, Tensor):
-        return inputs
-    return inputs.to("cpu" if device == "meta" and not inputs.is_floating_point() else device)
+    return each_tensor(inputs, lambda t: t.to("cpu" if device == "meta" and not t.is_floating_point() else device))

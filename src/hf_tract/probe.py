@@ -9,10 +9,10 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hf_tract.batches import pixel_argument
+from hf_tract.batches import each_tensor, pixel_argument
 from hf_tract.moments import Window
 from hf_tract.tap import WINDOWS, can_tap
 
@@ -94,7 +94,7 @@ def _enter(running: list[str], name: str) -> Callable[..., None]:
 
 
 def _tainted(value: Any) -> Any:
-    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return each_tensor(value, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
 
 
 class Recorder(TorchFunctionMode):

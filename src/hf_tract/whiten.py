@@ -45,8 +45,8 @@ def whiten_first_layer(
     Args:
         model: any model whose first layer has not been trained.
         batches: what training feeds it, augmented and normalised: one batch (pixels as a tensor, or a mapping of keyword
-            arguments) or a few; or a `DataLoader`, of which the first four are taken. Of a tuple such as (pixels, labels) the
-            first entry counts, of a layer that one forward calls twice the first call.
+            arguments) or a few, which may be lists of images too; or a `DataLoader`, of which the first four are taken. Of a
+            tuple such as (pixels, labels) the first entry counts, of a layer that one forward calls twice the first call.
         lam: damping, in the units of C's eigenvalues; TrAct's own is a good one.
         layers: as in `apply_tract`.
         match_scale: also scale the weight so that its outputs have the mean square that W0's would have on white input;
@@ -109,7 +109,7 @@ def _is_whitened(layer: nn.Module, weight: Tensor) -> bool:
 
 
 def _digest(weight: Tensor) -> str:
-    return hashlib.sha256(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(weight.cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _check(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool) -> None:
