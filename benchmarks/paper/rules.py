@@ -11,8 +11,6 @@ Each multiplies the weight's gradient g, flattened to (m, n), by a power of a da
 What is measured in docs/beyond.md; one process, no accumulation.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +26,6 @@ class Rule(NamedTuple):
     relative: bool = False
     center: bool = False
     lam_end: float | None = None  # where None, lam stays
-
-    def at(self, progress: float) -> Rule:
-        """The rule at that part of the training, 0 to 1."""
-        return self if self.lam_end is None else self._replace(lam=self.lam ** (1 - progress) * self.lam_end**progress)
 
     def apply(self, grad: Tensor, bias_grad: Tensor | None, moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients to hand on, of `grad` (m, n) and `bias_grad` (m,) by C (n, n) and mu (n,), in float64."""
@@ -78,7 +72,8 @@ class RuledConv2d(nn.Conv2d):
                 patches = unfolded.movedim(1, -1).flatten(0, 1)
             rule = self.rule
             if rule.lam_end is not None:
-                rule = rule.at(min(1.0, float(self.step) / max(1, self.last)))
+                progress = min(1.0, float(self.step) / max(1, self.last))
+                rule = rule._replace(lam=rule.lam ** (1 - progress) * rule.lam_end**progress)
                 self.step = self.step + 1  # not in place: copies that find the first layer share it
             weight, bias = _Identity.apply(weight, bias, patches, rule)
         result: Tensor = super()._conv_forward(input, weight, bias)
