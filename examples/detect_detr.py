@@ -55,7 +55,10 @@ class Arguments(DetectionArguments):
     """What is trained, and the arms."""
 
     model: str = field(default="rt_detr", metadata={"help": "a model type for random weights, or a checkpoint"})
-    model_config: str = field(default=json.dumps(SMALL_RT_DETR), metadata={"help": "JSON: of a model of random weights"})
+    model_config: str = field(
+        default="",
+        metadata={"help": "JSON: settings of a model of random weights; by default a small RT-DETR's, or the model type's own"},
+    )
     image_size: int = field(
         default=128, metadata={"help": "of the square to which images are resized; 0: as the processor says"}
     )
@@ -75,6 +78,7 @@ def main() -> None:
     parser = HfArgumentParser([Arguments, TrainingArguments])  # type: ignore[list-item]
     parser.set_defaults(**USUAL)
     args, training = parser.parse_args_into_dataclasses()
+    args.model_config = args.model_config or (json.dumps(SMALL_RT_DETR) if args.model == "rt_detr" else "{}")
     data = args.load()
     told = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm")
     same = {key: value for key, value in vars(args).items() if key not in ("lam", "seeds")}
