@@ -4,7 +4,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,10 +60,18 @@ def flat(model: nn.Module) -> torch.Tensor:
 
 
 @contextmanager
-def fsdp2_no_sync(model: Any) -> Iterator[None]:
-    """FSDP2's own way to hold a micro-step's gradients back."""
+def fsdp1_no_sync(model: Any, handle: TrActHandle) -> Iterator[None]:
+    """FSDP1's own way to hold a micro-step's gradients back, and the word for TrAct."""
+    with model.no_sync(), handle.no_sync():
+        yield
+
+
+@contextmanager
+def fsdp2_no_sync(model: Any, handle: TrActHandle) -> Iterator[None]:
+    """FSDP2's own way to hold a micro-step's gradients back, and the word for TrAct."""
     model.set_requires_gradient_sync(False)
-    yield
+    with handle.no_sync():
+        yield
     model.set_requires_gradient_sync(True)
 
 
@@ -85,7 +93,6 @@ def one_process(total: int, net: type[Net] = Net) -> torch.Tensor:
 
 def train(
     model: nn.Module,
-    handle: TrActHandle,
     rank: int,
     sizes: Sizes,
     held: Callable[[], AbstractContextManager[Any]],
@@ -96,10 +103,9 @@ def train(
 
     Args:
         model: wrapped or sharded.
-        handle: TrAct's on it.
         rank: of this process.
         sizes: which part is whose.
-        held: opens the wrapper's own `no_sync` for a micro-step that is not the last.
+        held: opens what a micro-step that is not the last needs.
         dropped: forwards a NaN batch first whose graph is still alive at the next forward.
         mean: whether the wrapper averages gradients over the two ranks, and does not sum them.
     """
@@ -118,9 +124,7 @@ def train(
             optimizer.zero_grad()
             *first, last = images(step, total).split([count for counts in sizes for count in counts])[mine]
             for x in first:
-                with ExitStack() as stack:
-                    stack.enter_context(held())
-                    stack.enter_context(handle.no_sync())
+                with held():
                     (loss_sum(model, x) * (2 if mean else 1) / total).backward()
             if dropped:
                 loss = loss_sum(model, last * torch.nan)

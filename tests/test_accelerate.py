@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from helpers import Images, small_vit, stem_of, weights
 from hf_tract import TrActHook, apply_tract
-from hf_tract.tap import Tapped
+from hf_tract.attach import TrActLayer
 from oracle import assert_close, expected
 
 
@@ -110,7 +110,7 @@ def test_the_hook_comes_and_goes_with_accelerates_own_tools(on):
     wanted = expected(stem_of(plain).weight.grad, batch["pixel_values"], stem_of(plain), 0.2)
     assert_close(stem_of(model).weight.grad, wanted, 1e-5)
     remove_hook_from_module(carrier)
-    assert not any(isinstance(module, Tapped) for module in model.modules())
+    assert not any(isinstance(module, TrActLayer) for module in model.modules())
     model.zero_grad()
     model(**batch).loss.backward()
     assert torch.equal(stem_of(model).weight.grad, stem_of(plain).weight.grad)
@@ -132,6 +132,6 @@ def test_a_second_hook_is_chained(accelerator_of):
     add_hook_to_module(model, TrActHook(), append=True)
     model(**Images().batch()).loss.backward()
     assert counter.calls == 1
-    assert isinstance(stem_of(model), Tapped)
+    assert isinstance(stem_of(model), TrActLayer)
     remove_hook_from_module(model)
-    assert not isinstance(stem_of(model), Tapped)
+    assert not isinstance(stem_of(model), TrActLayer)

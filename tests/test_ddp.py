@@ -17,6 +17,7 @@ SCENARIOS = {
     "one batch": ([[6], [6]], {}),
     "after DDP": ([[6], [6]], {"before": False}),
     "accumulated": ([[3, 3], [4, 2]], {}),
+    "accumulated without no_sync": ([[3, 3], [4, 2]], {"held": False}),
     "uneven": ([[5, 3], [2, 2]], {}),
     "an empty batch": ([[4, 0], [4, 4]], {}),
     "a dropped forward": ([[3, 3], [4, 2]], {"dropped": True}),
@@ -33,16 +34,17 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int]]:
     sizes, settings = SCENARIOS[name]
     settings = dict(settings)
     net, hook = settings.pop("net", Net), settings.pop("hook", False)
+    held = settings.pop("held", True)
     before, scope, dropped = settings.pop("before", True), settings.pop("scope", "global"), settings.pop("dropped", False)
     model = net()
     if before:
-        handle = apply_tract(model, lam=0.1, scope=scope)
+        apply_tract(model, lam=0.1, scope=scope)
     ddp = DistributedDataParallel(model, **settings)
     if hook:
         ddp.register_comm_hook(None, bf16_compress_hook)
     if not before:
-        handle = apply_tract(ddp, lam=0.1, scope=scope)
-    collectives = train(ddp, handle, rank, sizes, ddp.no_sync, dropped)
+        apply_tract(ddp, lam=0.1, scope=scope)
+    collectives = train(ddp, rank, sizes, ddp.no_sync if held else contextlib.nullcontext, dropped)
     return flat(ddp), collectives
 
 
@@ -52,40 +54,20 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "local"])
-def test_equals_one_process_with_one_collective_a_step(results, name):
+def test_equals_one_process_with_one_collective_for_each_backward(results, name):
     (weights, collectives), (others, _) = (rank[name] for rank in results)
     sizes, settings = SCENARIOS[name]
     assert torch.equal(weights, others)
     tolerance = 1e-3 if "hook" in settings else 1e-10  # which rounds every gradient to bfloat16
     assert_close(weights, one_process(sum(map(sum, sizes)), settings.get("net", Net)), tolerance)
-    # A dropped forward has one of its own, and what it was to carry needs another.
-    each = {"a dropped forward": 3, "two calls": 2}.get(name, 1)
-    assert collectives == [COLUMNS**2 + 1] * STEPS * each
+    calls = 2 if name == "two calls" else 1
+    assert collectives == [COLUMNS**2 + 1] * STEPS * len(sizes[0]) * calls
 
 
 def test_local_scope_communicates_nothing_and_differs(results):
     (weights, collectives), alone = results[0]["local"], one_process(12)
     assert collectives == []
     assert (weights - alone).norm() > 1e-4 * alone.norm()
-
-
-def every_job(rank: int, name: str) -> dict[str, Any]:
-    """Four steps on two moments, of which each rank sees half."""
-    ddp = DistributedDataParallel(Net())
-    handle = apply_tract(ddp, lam=0.1, every=2, ema=0.5)
-    collectives = train(ddp, handle, rank, [[3, 3], [4, 2]], ddp.no_sync)
-    return {"weights": flat(ddp), "collectives": collectives, "kept": handle.state_dict()["embed.0"]["kept"]}
-
-
-def test_a_kept_moment_is_one_process_and_costs_a_collective_when_it_is_taken(tmp_path):
-    first, second = (rank["every"] for rank in on_two_ranks(tmp_path, every_job, ["every"]))
-    assert first["collectives"] == [COLUMNS**2 + 1] * (STEPS // 2)
-    assert torch.equal(first["kept"], second["kept"])
-    model = Net()
-    handle = apply_tract(model, lam=0.1, every=2, ema=0.5)
-    train(model, handle, 0, [[12]], contextlib.nullcontext, mean=False)
-    assert_close(first["kept"], handle.state_dict()["embed.0"]["kept"], 1e-10)
-    assert_close(first["weights"], flat(model), 1e-10)
 
 
 def nan_job(rank: int, name: str) -> dict[str, bool]:

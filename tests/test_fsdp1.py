@@ -11,7 +11,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from hf_tract import apply_tract
 from oracle import assert_close
-from ranks import COLUMNS, STEPS, Net, on_two_ranks, one_process, train
+from ranks import COLUMNS, STEPS, Net, fsdp1_no_sync, on_two_ranks, one_process, train
 
 SIZES = [[5, 3], [2, 2]]
 SCENARIOS = {
@@ -40,7 +40,7 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], list[str]]:
     if when == "after":
         handle = apply_tract(sharded, lam=0.1)
     logging.getLogger("hf_tract").removeHandler(log)
-    collectives = train(sharded, handle, rank, SIZES, sharded.no_sync)
+    collectives = train(sharded, rank, SIZES, lambda: fsdp1_no_sync(sharded, handle))
     with FullyShardedDataParallel.summon_full_params(sharded):
         weights = torch.cat([p.detach().flatten() for p in sharded.parameters()]).clone()
     return weights, collectives, said
@@ -52,11 +52,11 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_equals_one_process_with_one_collective_a_step(results, name):
+def test_equals_one_process_with_one_collective_for_each_backward(results, name):
     (weights, collectives, said), (others, *_) = (rank[name] for rank in results)
     assert torch.equal(weights, others)
     want = one_process(sum(map(sum, SIZES)))
     # Without the original parameters there is one flat one a unit, and another order of all of them.
     assert_close(weights.sort().values, want.sort().values, 1e-10)
-    assert collectives == [COLUMNS**2 + 1] * STEPS
+    assert collectives == [COLUMNS**2 + 1] * STEPS * 2
     assert said == []

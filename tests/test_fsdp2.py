@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_tract import apply_tract
-from hf_tract.tap import Tapped
+from hf_tract.attach import TrActLayer
 from oracle import assert_close
 from ranks import COLUMNS, STEPS, Net, flat, fsdp2_no_sync, on_two_ranks, one_process, train
 
@@ -30,12 +30,12 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], str, str]:
     if when == "after":
         handle = apply_tract(model, lam=0.1)
 
-    collectives = train(model, handle, rank, SIZES, lambda: fsdp2_no_sync(model))
+    collectives = train(model, rank, SIZES, lambda: fsdp2_no_sync(model, handle))
     stem = model.embed[0]
     tapped, weights = type(stem).__name__, flat(model)
-    assert isinstance(stem, Tapped)
+    assert isinstance(stem, TrActLayer)
     handle.remove()
-    assert not isinstance(stem, Tapped)
+    assert not isinstance(stem, TrActLayer)
     model(torch.zeros(1, 3, 8, 8).double()).sum().backward()  # what is left is FSDP2's own
     return weights, collectives, tapped, type(stem).__name__
 
@@ -46,10 +46,10 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_equals_one_process_with_one_collective_a_step(results, name):
+def test_equals_one_process_with_one_collective_for_each_backward(results, name):
     (weights, collectives, tapped, untapped), (others, *_) = (rank[name] for rank in results)
     assert torch.equal(weights, others)
     assert_close(weights, one_process(sum(map(sum, SIZES))), 1e-10)
-    assert collectives == [COLUMNS**2 + 1] * STEPS
+    assert collectives == [COLUMNS**2 + 1] * STEPS * 2
     assert "TrAct" in tapped
     assert untapped == ("FSDPConv2d" if SCENARIOS[name][0] == "a unit of its own" else "Conv2d")

@@ -7,7 +7,7 @@ from torch import nn
 
 import oracle
 from hf_tract.moments import SCRATCH_BYTES, Window, patch_moments
-from hf_tract.tap import WINDOWS
+from hf_tract.patches import PATCH_OPS
 from strategies import cases
 
 
@@ -16,7 +16,7 @@ def window_of(layer: nn.Module, x: torch.Tensor) -> Window:
     if isinstance(layer, nn.Linear):
         return Window()
     arguments = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return WINDOWS[oracle.CONVS[len(layer.kernel_size)][1]](x, layer.weight, *arguments)
+    return PATCH_OPS[oracle.CONVS[len(layer.kernel_size)][1]](x, layer.weight, *arguments)
 
 
 def moments(

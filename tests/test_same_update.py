@@ -54,16 +54,11 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, torch.randint(0, 4, (IMAGES,), generator=generator)
 
 
-def train(
-    model: nn.Module, handle, optimizer: torch.optim.Optimizer, micros: int, rank=0, ranks=1, held=contextlib.nullcontext
-):
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, micros: int, rank=0, ranks=1, held=contextlib.nullcontext):
     for step in range(STEPS):
         pixels, labels = (part.chunk(ranks)[rank].chunk(micros) for part in batch(step))
         for micro in range(micros):
-            with contextlib.ExitStack() as stack:
-                if micro < micros - 1:
-                    stack.enter_context(held())
-                    stack.enter_context(handle.no_sync())
+            with held() if micro < micros - 1 else contextlib.nullcontext():
                 (model(pixel_values=pixels[micro], labels=labels[micro]).loss / micros).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -73,7 +68,8 @@ def train(
 def alone(family: str, optimizer: str, micros: int) -> torch.Tensor:
     torch.manual_seed(0)
     model = MODELS[family]()
-    return train(model, apply_tract(model, lam=0.1), OPTIMIZERS[optimizer](model.parameters()), micros)
+    apply_tract(model, lam=0.1)
+    return train(model, OPTIMIZERS[optimizer](model.parameters()), micros)
 
 
 def job(rank: int, name: str) -> torch.Tensor:
@@ -84,9 +80,9 @@ def job(rank: int, name: str) -> torch.Tensor:
     handle = apply_tract(model, lam=0.1)
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
-        return train(wrapped, handle, OPTIMIZERS[optimizer](wrapped.parameters()), micros, rank, 2, wrapped.no_sync)
+        return train(wrapped, OPTIMIZERS[optimizer](wrapped.parameters()), micros, rank, 2, wrapped.no_sync)
     sharded = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    return train(sharded, handle, OPTIMIZERS[optimizer](sharded.parameters()), micros, rank, 2, lambda: fsdp2_no_sync(sharded))
+    return train(sharded, OPTIMIZERS[optimizer](sharded.parameters()), micros, rank, 2, lambda: fsdp2_no_sync(sharded, handle))
 
 
 NAMES = [f"{family}/{optimizer}" for family in MODELS for optimizer in OPTIMIZERS]

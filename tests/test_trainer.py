@@ -14,14 +14,14 @@ from transformers.trainer_callback import ExportableState
 
 from helpers import STEM, Images, small_vit, stem_of, trainer, weights
 from hf_tract import TrActCallback, TrActConfig, TrActError, TrActTrainerCallback, apply_tract
-from hf_tract.tap import Tapped
+from hf_tract.attach import TrActLayer
 from oracle import assert_close, expected, says
 
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 
 def is_tapped(model: nn.Module) -> bool:
-    return any(isinstance(module, Tapped) for module in model.modules())
+    return any(isinstance(module, TrActLayer) for module in model.modules())
 
 
 class Watch(TrainerCallback):

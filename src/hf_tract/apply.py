@@ -5,16 +5,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
+from weakref import ref
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from hf_tract.attach import (
+    TrActLayer,
+    attach,
+    detach,
+    foreign_forward,
+    is_frozen,
+    original_class,
+    patch_size,
+    preconditioner_of,
+)
 from hf_tract.config import Scope, TrActConfig, TrActError
+from hf_tract.first_step import FirstStepWatch
 from hf_tract.layers import FirstLayer, Layers, find_first_layers
-from hf_tract.step import LayerStep
-from hf_tract.tap import Tapped, columns, is_frozen, tap, untap, untapped_class
+from hf_tract.preconditioner import LayerPreconditioner
 
 logger = logging.getLogger(__name__)
 
@@ -25,65 +36,60 @@ class TrActHandle:
     As a context manager it removes TrAct on leaving.
     """
 
-    def __init__(self, layers: list[FirstLayer], config: TrActConfig) -> None:
+    def __init__(self, model: nn.Module, layers: list[FirstLayer], config: TrActConfig) -> None:
         """Made by `apply_tract`."""
         self.layers, self.config = layers, config
+        self.first_step: FirstStepWatch | None = None
+        self._model = ref(model)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that `apply_tract` was given, as long as somebody else keeps it."""
+        return self._model()
 
     def remove(self) -> None:
-        """Leaves each layer as it was before; a second call does nothing."""
+        """Leaves each layer of the model as it was before; a second call does nothing."""
+        if self.first_step is not None:
+            self.first_step.stop()
         for layer in self.layers:
-            untap(layer.module)
+            detach(layer.module)
+        if self.model is not None:
+            remove_tract(self.model)  # also copies that a library put in a layer's place
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """For every micro-step of a plain accumulation loop but the last: forward and backward go inside.
+        """Says that the backward inside is not the step's last, for engines that keep gradients outside of `.grad`.
 
-        The first layer's gradient is held back until a backward outside of it hands on one gradient, preconditioned
-        with the second moment of all of them. accelerate and Trainer need no such call. Under DDP it goes with DDP's own.
+        Under FSDP and ZeRO without accelerate, every micro-step but the last goes inside, forward and backward. Everywhere
+        else `.grad` itself tells when a step begins, and this does nothing.
         """
         with contextlib.ExitStack() as stack:
-            for step in self._steps().values():
-                stack.enter_context(step.no_sync())
+            for preconditioner in self._preconditioners().values():
+                stack.enter_context(preconditioner.no_sync())
             yield
 
-    def reset(self) -> None:
-        """Forgets the micro-steps gathered so far: for a loop that drops an accumulation half-way."""
-        for step in self._steps().values():
-            step.reset()
-
     def stats(self) -> dict[str, dict[str, float]]:
-        """Figures of the last optimizer step, by layer, as this process sees them; computed when asked for.
+        """Returns figures of the optimizer step so far, by layer, as this process sees them; computed when asked for.
 
         `grad_norm_raw` and `grad_norm` are the norm of the weight's gradient before and after the preconditioning (before
         clipping and before ranks are averaged, in the loss's scale); `condition` estimates the condition number of
         C + lam I. A layer that has had no backward yet is left out.
         """
-        return {name: stats for name, step in self._steps().items() if (stats := step.stats())}
+        return {name: stats for name, layer in self._preconditioners().items() if (stats := layer.stats())}
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """What goes from one optimizer step to the next, by layer: nothing, unless `every` or `ema` is set.
+    def summary(self) -> str:
+        """Returns the settings and the layers in one line."""
+        return " ".join(repr(self).split())
 
-        accelerate saves and loads it in `save_state` after `accelerator.register_for_checkpointing(handle)`.
-        """
-        return {name: state for name, step in self._steps().items() if (state := step.state_dict())}
-
-    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Any]]) -> None:
-        """Goes on from what `state_dict` gave.
-
-        Raises:
-            TrActError: for a state of other layers, or of layers of another size. Nothing is loaded then.
-        """
-        sizes = {layer.name: getattr(layer.module, "groups", 1) * columns(layer.module) ** 2 + 1 for layer in self.layers}
-        for name, state in state_dict.items():
-            if len(state["kept"]) != sizes.get(name):
-                raise TrActError(
-                    f"`state_dict` has {len(state['kept'])} numbers for layer {name!r}; this model's layers need {sizes}."
-                )
-        for name, step in self._steps().items():
-            step.load_state_dict(state_dict.get(name))
-
-    def _steps(self) -> dict[str, LayerStep]:
-        return {layer.name: layer.module._tract_step for layer in self.layers if isinstance(layer.module, Tapped)}
+    def _preconditioners(self) -> dict[str, LayerPreconditioner]:
+        """Returns those of the layers taken, and of copies of them that the model now has."""
+        modules = {layer.name: layer.module for layer in self.layers}
+        known = {id(module) for module in modules.values()}
+        for name, module in () if self.model is None else self.model.named_modules():
+            if isinstance(module, TrActLayer) and id(module) not in known:
+                modules[name] = module
+        found = {name: preconditioner_of(module) for name, module in modules.items()}
+        return {name: preconditioner for name, preconditioner in found.items() if preconditioner is not None}
 
     def __enter__(self) -> TrActHandle:
         """The handle itself."""
@@ -96,15 +102,10 @@ class TrActHandle:
     def __repr__(self) -> str:
         """Settings and layers, a line each."""
         lines = [
-            f"  {layer.name}: {untapped_class(type(layer.module)).__name__}, n={columns(layer.module)} ({layer.source})"
+            f"  {layer.name}: {original_class(type(layer.module)).__name__}, n={patch_size(layer.module)} ({layer.source})"
             for layer in self.layers
         ]
-        more = "".join(f", {name}={value:g}" for name, value in self._options().items())
-        return "\n".join([f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r}{more})", *lines])
-
-    def _options(self) -> dict[str, float]:
-        """What differs from the method as published."""
-        return {name: value for name in ("every", "ema") if (value := getattr(self.config, name)) != getattr(TrActConfig, name)}
+        return "\n".join([f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r})", *lines])
 
 
 def apply_tract(
@@ -113,18 +114,16 @@ def apply_tract(
     layers: Layers = "auto",
     scope: Scope = "global",
     *,
-    every: int = 1,
-    ema: float = 0.0,
-    scratch_mib: int = 128,
     inputs: Any = None,
     process_group: Any = None,
 ) -> TrActHandle:
     """Lets the first layer of `model` learn by TrAct, whatever the optimizer and the training loop.
 
     From now on the gradient of the layer's weight W, flattened to m x n, is `grad_W @ inv(C + lam I)`, where
-    C = (1/b) sum of p p^T over all b patches p that the layer saw since the last optimizer step. Forward values, other
-    gradients, names and the state dict stay as they are. On a model that has TrAct already the new settings replace the
-    old ones. Before or after `prepare`, `torch.compile` and DDP makes no difference.
+    C = (1/b) sum of p p^T over all b patches p whose gradient is in grad_W: since `.grad` was last empty, over accumulated
+    micro-steps and all ranks. Forward values, other gradients, names and the state dict stay as they are. On a model that
+    has TrAct already the new settings replace all old ones. Before or after `prepare`, `torch.compile` and DDP makes no
+    difference. If the first optimizer step ends without a preconditioned gradient, a warning says so.
 
     Args:
         model: any model.
@@ -132,17 +131,16 @@ def apply_tract(
         layers: "auto", or names, glob patterns or modules: see `find_first_layers`.
         scope: "global" for one C per optimizer step, over accumulated micro-steps and all ranks; "local" for one per
             forward call of each process, as in the paper's code.
-        every: optimizer steps that one factor serves; 1 is the method.
-        ema: decay of a running average of C; 0 is the method. With `every` or `ema` the handle has a state to save.
-        scratch_mib: bound on the memory that computing C takes, in MiB.
         inputs: a batch, for "auto" with a model that nothing is known about: see `find_first_layers`.
-        process_group: the data-parallel ranks that share C, the default group where None.
+        process_group: the data-parallel ranks that share C, the default group where None. Each of them must run the layer's
+            backward equally often.
 
     Returns:
-        A handle: `remove()`, `no_sync()`, `stats()`; also a context manager.
+        A handle: `remove()`, `stats()`, `no_sync()`; also a context manager.
 
     Raises:
-        TrActError: for a setting that is none, layers that match nothing or are frozen, and a model without a layer.
+        TrActError: for a setting that is none, layers that match nothing, are frozen or have a forward that another library
+            replaced, and a model without a layer. The model is left as it was.
 
     Source:
         Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970, section 3.
@@ -154,35 +152,56 @@ def apply_tract(
         TrAct(lam=0.1, scope='global')
           0: Conv2d, n=48 (reached first by the pixels)
     """
-    config = TrActConfig(lam=lam, scope=scope, every=every, ema=ema, scratch_mib=scratch_mib)  # checked before the search
+    config = TrActConfig(lam=lam, scope=scope)  # checked before the search
     found = find_first_layers(model, layers, inputs)
     by_name = not (isinstance(layers, str) and layers == "auto")
     names: str | tuple[str, ...] = tuple(layer.name for layer in found) if by_name else "auto"
     config = dataclasses.replace(config, layers=names)
-    if frozen := [layer.name for layer in found if is_frozen(layer.module)]:
-        if by_name:
-            raise TrActError(
-                f"`layers` (={layers!r}) names {', '.join(frozen)}, which is frozen; TrAct acts on a weight's gradient: "
-                f"set `requires_grad=True` on it or name another layer."
-            )
-        trainable = [layer for layer in found if layer.name not in frozen]  # such as LoRA's beside its base layer
-        if not trainable:
-            logger.warning(FROZEN, ", ".join(frozen), frozen[0])
-        found = trainable or found
-    # An accumulation that was interrupted leaves accelerate's flag behind, and a plain loop would then hold back forever.
-    if (state := sys.modules.get("accelerate.state")) is not None:
-        state.GradientState().sync_gradients = True
+    frozen = [layer.name for layer in found if is_frozen(layer.module)]
+    if frozen and by_name:
+        raise TrActError(
+            f"`layers` (={layers!r}) names {', '.join(frozen)}, which is frozen; TrAct acts on a weight's gradient: "
+            f"set `requires_grad=True` on it or name another layer."
+        )
+    if len(frozen) < len(found):  # such as LoRA's layer beside its frozen base
+        found = [layer for layer in found if layer.name not in frozen]
+    else:
+        logger.warning(FROZEN, ", ".join(frozen), frozen[0])
     for layer in found:
-        tap(layer.module, config, process_group)
-    return TrActHandle(found, config)
+        if foreign := foreign_forward(layer.module):
+            raise TrActError(
+                f"`model` has a first layer ({layer.name}) whose forward was replaced by {foreign}, under which TrAct cannot "
+                f"act: call `apply_tract` before that is done."
+            )
+    taken = {id(layer.module) for layer in found}
+    for module in model.modules():
+        if id(module) not in taken:
+            detach(module)
+    for layer in found:
+        attach(layer.module, config, process_group)
+    handle = TrActHandle(model, found, config)
+    if len(frozen) < len(found) or not frozen:
+        handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in found])
+        logger.info("%s", handle.summary())
+    _warn_of_unused_parameters(model)
+    return handle
 
 
 def remove_tract(model: nn.Module) -> None:
     """Takes TrAct off every layer of `model`; a model without it stays as it is."""
     for module in model.modules():
-        untap(module)
+        detach(module)
 
 
+def _warn_of_unused_parameters(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
+        logger.warning(UNUSED_PARAMETERS)
+
+
+UNUSED_PARAMETERS = (
+    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first layer's backward "
+    "equally often, since they add up their second moments there; where one may skip the layer, use `scope='local'`."
+)
 FROZEN = (
     "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
     "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors freeze it unless "

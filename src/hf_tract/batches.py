@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_tract.tap import can_tap, columns
+from hf_tract.attach import is_supported, patch_size
 
 # What grows with the ecosystem is data: names that configs and forwards use.
 CHANNELS = ("num_channels", "in_channels", "in_chans")
@@ -112,7 +112,7 @@ def _parameters(model: nn.Module) -> Mapping[str, Any]:
 def _shapes(
     model: nn.Module, config: Any, device: str, parameters: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], _Guess]]:
-    layers = [m for m in model.modules() if can_tap(m)]
+    layers = [m for m in model.modules() if is_supported(m)]
     first = next((m for m in layers if not isinstance(m, nn.Linear)), None)
     dims = len(first.kernel_size) if isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 2
     channels = [c for c in (_entry(config, CHANNELS), getattr(first, "in_channels", None), 3, 1) if isinstance(c, int)]
@@ -144,7 +144,7 @@ def _shapes(
 
 def _rows(layers: Sequence[nn.Module], parameters: Mapping[str, Any]) -> list[int]:
     """Lengths of a patch as a row: what the first convolution reads, and the first linear layer."""
-    convolution = next((columns(m) for m in layers if not isinstance(m, nn.Linear)), None)
+    convolution = next((patch_size(m) for m in layers if not isinstance(m, nn.Linear)), None)
     linear = next((m.in_features for m in layers if isinstance(m, nn.Linear)), None)
     before = 2 if "flattened_patches" in parameters else 0  # the patch's row and column
     return list(dict.fromkeys(n + before for n in (convolution, linear) if n is not None))

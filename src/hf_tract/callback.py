@@ -6,24 +6,22 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from hf_tract.apply import TrActHandle, apply_tract
+from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.first_batches import first_batches
 from hf_tract.hub import SETTINGS_NAME, TAGS
 from hf_tract.layers import Layers
-from hf_tract.tap import is_frozen
+from hf_tract.attach import is_frozen
 from hf_tract.trainer_record import save_trainer_card
 from hf_tract.whiten import mark_as_whitened, were_whitened, whiten_first_layer
 
 logger = logging.getLogger(__name__)
-
-STATE_NAME = "tract_state.pt"
 
 
 class TrActCallback(TrainerCallback):
@@ -33,8 +31,7 @@ class TrActCallback(TrainerCallback):
     Trainer's logs get `tract/grad_norm_raw`, `tract/grad_norm` and `tract/condition` (see `TrActHandle.stats`), and each
     checkpoint folder the settings as `tract_config.json`. What Trainer saves and pushes is tagged `tract` and has these
     settings and a card beside it; `use_model_card` lets the card that Trainer writes last be this one too. There is no training
-    state, so nothing needs to be restored, unless `every` or `ema` is set: what they keep is in the checkpoint too, and a
-    resumed run goes on from it.
+    state, so nothing needs to be restored. One callback may serve several Trainers, also one that runs inside another.
 
     Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
 
@@ -43,9 +40,6 @@ class TrActCallback(TrainerCallback):
         layers: "auto", or names, glob patterns or modules.
         scope: "global" for one second moment per optimizer step, whatever the accumulation and the number of ranks;
             "local" for one per forward call.
-        every: optimizer steps that one factor serves; 1 is the method.
-        ema: decay of a running average of the second moments; 0 is the method.
-        scratch_mib: bound on the memory that computing a second moment takes, in MiB.
         whiten_init: for training from scratch: start the first layer as W0 (C + lam I)^-1/2, C from the first batches of
             Trainer's own loader (see `hf_tract.whiten_first_layer`). A resumed run has it already.
 
@@ -63,16 +57,16 @@ class TrActCallback(TrainerCallback):
         layers: Layers = "auto",
         scope: Scope = "global",
         *,
-        every: int = 1,
-        ema: float = 0.0,
-        scratch_mib: int = 128,
         whiten_init: bool = False,
     ) -> None:
         self.whiten_init = whiten_init
         self.layers = layers  # which may hold modules, and those are no settings
-        self.config = TrActConfig(lam=lam, scope=scope, every=every, ema=ema, scratch_mib=scratch_mib)
-        self.handle: TrActHandle | None = None
-        self.used: TrActHandle | None = None  # of the last training, also after it
+        self.config = TrActConfig(lam=lam, scope=scope)
+        self._handles: list[TrActHandle] = []  # one for each model, also after its training
+
+    def handle_of(self, model: nn.Module | None) -> TrActHandle | None:
+        """Returns the handle of the training of `model`, under way or ended; None where TrAct had nothing to act on."""
+        return next((handle for handle in self._handles if model is not None and handle.model is model), None)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -101,28 +95,42 @@ class TrActCallback(TrainerCallback):
     ) -> None:
         """Applies TrAct: here, because `model_init` makes a new model for each `train()`."""
         assert model is not None
-        self._remove()  # an exception in the last `train()` skips its end
-        self.used = None
+        self._forget(model)  # an exception in the last `train()` skips its end
         try:
-            self.handle = apply_tract(model, **{**self.config.to_dict(), "layers": self.layers})
+            handle = apply_tract(model, self.config.lam, self.layers, self.config.scope)
         except TrActError as error:
             if not (isinstance(self.layers, str) and self.layers == "auto"):
                 raise
             logger.warning("TrAct is off: %s", error)
             return
-        if not all(is_frozen(layer.module) for layer in self.handle.layers):
-            self.used = self.handle
-            if isinstance(model, PreTrainedModel):
-                model.add_model_tags(list(TAGS))  # which Trainer puts into its own card
-            if self.whiten_init:
-                self._whiten(args, state, model, train_dataloader)
-        folder = _checkpoint(args, state) if state.global_step else None
-        if folder is not None and self.config.keeps_moment and (folder / STATE_NAME).exists():
-            self.handle.load_state_dict(torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True))
+        if all(is_frozen(layer.module) for layer in handle.layers):
+            return
+        self._handles.append(handle)
+        if isinstance(model, PreTrainedModel):
+            model.add_model_tags(list(TAGS))  # which Trainer puts into its own card
+        if self.whiten_init:
+            self._whiten(args, state, model, train_dataloader)
+        if args.ddp_find_unused_parameters:
+            logger.warning(UNUSED_PARAMETERS)
         if state.is_world_process_zero:
-            logger.info("%s", self.handle)
+            if args.get_process_log_level() <= logging.WARNING:
+                tqdm.write(handle.summary())  # beside the progress bar, where Trainer's own logs are
+            folder = _checkpoint(args, state) if state.global_step else None
             if folder is not None:
-                self._compare(folder)
+                _compare(folder, handle.config)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks once whether the first step was preconditioned: DeepSpeed's optimizers hold none of the model's parameters."""
+        handle = self.handle_of(model)
+        if handle is not None and handle.first_step is not None:
+            handle.first_step.look()
 
     def on_train_end(
         self,
@@ -133,7 +141,10 @@ class TrActCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Removes TrAct; where something was saved, writes the settings and a card beside it."""
-        self._remove()
+        if model is not None:
+            remove_tract(model)
+        if handle := self.handle_of(model):
+            handle.remove()
         if args.save_strategy != SaveStrategy.NO:
             self._write_card(args, state, model)
 
@@ -142,31 +153,39 @@ class TrActCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Adds the figures of the last step to a training log and to the log history."""
-        if self.handle is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
+        handle = self.handle_of(model)
+        if handle is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
-        stats = self.handle.stats()
+        stats = handle.stats()
         for name, figures in stats.items():
             prefix = "tract" if len(stats) == 1 else f"tract/{name}"
             figures = {f"{prefix}/{figure}": value for figure, value in figures.items()}
             logs.update(figures)
             state.log_history[-1].update(figures)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the settings, and what `every` and `ema` keep, into the checkpoint folder."""
-        if self.handle is None or not args.should_save:
-            return
-        if folder := _checkpoint(args, state):
-            self.handle.config.to_json_file(folder / SETTINGS_NAME)
-            if kept := self.handle.state_dict():
-                torch.save(kept, folder / STATE_NAME)
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the settings into the checkpoint folder."""
+        handle = self.handle_of(model)
+        folder = _checkpoint(args, state) if handle is not None and args.should_save else None
+        if handle is not None and folder is not None:
+            handle.config.to_json_file(folder / SETTINGS_NAME)
 
     def _whiten(self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any) -> None:
-        assert self.used is not None
-        layers = [layer.module for layer in self.used.layers]
+        handle = self.handle_of(model)
+        assert handle is not None
+        layers = [layer.module for layer in handle.layers]
         if state.global_step:  # the checkpoint that is resumed has whitened weights
             mark_as_whitened(layers)
             return
@@ -177,28 +196,29 @@ class TrActCallback(TrainerCallback):
             batches = send_to_device(first_batches(loader), args.device)
             whiten_first_layer(model, batches, self.config.lam, layers)
         except BaseException:  # also an error of the model's own
-            self._remove()
+            self._forget(model)
             raise
 
     def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
-        if self.used is not None and model is not None and state.is_world_process_zero:
-            layers = [layer.name for layer in self.used.layers]
-            save_trainer_card(
-                args, state, model, self.used.config, layers, model_id=args.hub_model_id, more=self.hyperparameters
-            )
+        handle = self.handle_of(model)
+        if handle is not None and model is not None and state.is_world_process_zero:
+            layers = [layer.name for layer in handle.layers]
+            save_trainer_card(args, state, model, handle.config, layers, model_id=args.hub_model_id, more=self.hyperparameters)
 
-    def _remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+    def _forget(self, model: nn.Module) -> None:
+        """Takes TrAct off `model`, and its handle out of the list, with those of models that are gone."""
+        remove_tract(model)
+        if handle := self.handle_of(model):
+            handle.remove()
+        self._handles = [each for each in self._handles if each.model is not None and each.model is not model]
 
-    def _compare(self, folder: Path) -> None:
-        """Says so when a run is resumed under other settings than its checkpoint's."""
-        assert self.handle is not None
-        path, now = folder / SETTINGS_NAME, self.handle.config
-        then = TrActConfig.from_json_file(path) if path.exists() else None
-        if then != now:
-            logger.warning(RESUMED, folder, "no TrAct" if then is None else then.to_dict(), now.to_dict())
+
+def _compare(folder: Path, now: TrActConfig) -> None:
+    """Warns where a run is resumed under other settings than its checkpoint's."""
+    path = folder / SETTINGS_NAME
+    then = TrActConfig.from_json_file(path) if path.exists() else None
+    if then != now:
+        logger.warning(RESUMED, folder, "no TrAct" if then is None else then.to_dict(), now.to_dict())
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:

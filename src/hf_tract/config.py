@@ -28,26 +28,18 @@ class TrActConfig:
         layers: "auto" for the first layer, or names or glob patterns of layers.
         scope: "global" for one second moment per optimizer step, over accumulated micro-steps and data-parallel ranks;
             "local" for one per forward call of each process, as in the paper's code.
-        every: optimizer steps that one factor serves: 1 is the method; with k the moment of every k-th step is used for
-            itself and the k - 1 steps after it, which then cost a solve alone.
-        ema: decay of a running average of the second moments, as in Adam without its start's bias; 0 is the method, each
-            step by itself.
-        scratch_mib: bound on the memory that computing a moment takes, in MiB.
 
     Raises:
         TrActError: for a value outside of these.
 
     Example:
         >>> TrActConfig(lam=0.2).to_dict()
-        {'lam': 0.2, 'layers': 'auto', 'scope': 'global', 'every': 1, 'ema': 0.0, 'scratch_mib': 128}
+        {'lam': 0.2, 'layers': 'auto', 'scope': 'global'}
     """
 
     lam: float = 0.1
     layers: str | tuple[str, ...] = "auto"
     scope: Scope = "global"
-    every: int = 1
-    ema: float = 0.0
-    scratch_mib: int = 128
 
     def __post_init__(self) -> None:
         """Checks each value."""
@@ -60,20 +52,6 @@ class TrActConfig:
         if not layers or not all(isinstance(name, str) for name in layers):  # "" in a tuple names the model itself
             raise TrActError(f"`layers` (={self.layers!r}) must be 'auto', a layer's name or pattern, or several of these.")
         object.__setattr__(self, "layers", layers)
-        for name in ("every", "scratch_mib"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TrActError(f"`{name}` (={value!r}) must be an integer of at least 1.")
-        if not (_is_number(self.ema) and 0 <= self.ema < 1):
-            raise TrActError(f"`ema` (={self.ema!r}) must be a number from 0 (no average) to below 1, such as 0.95.")
-        object.__setattr__(self, "ema", float(self.ema))
-        if self.keeps_moment and self.scope == "local":
-            raise TrActError(f"`every` (={self.every}) and `ema` (={self.ema:g}) need `scope` 'global', not 'local'.")
-
-    @property
-    def keeps_moment(self) -> bool:
-        """Whether a moment outlives its step, so that there is a state to save."""
-        return self.every > 1 or self.ema > 0
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""

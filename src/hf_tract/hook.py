@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 from accelerate.hooks import ModelHook
@@ -20,7 +19,7 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         lam: as in `apply_tract`; so are the others.
         layers: which layers of the module that carries the hook.
         scope: "global" or "local".
-        options: `every`, `ema`, `scratch_mib` and the others of `apply_tract`.
+        options: `inputs` and `process_group` of `apply_tract`.
 
     Example:
         >>> from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -35,7 +34,6 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Applies TrAct to `module`, which is returned."""
         self.handle = apply_tract(module, self.lam, self.layers, self.scope, **self.options)
-        _refresh(module)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
@@ -43,11 +41,4 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
-        _refresh(module)
         return module
-
-
-def _refresh(module: nn.Module) -> None:
-    """accelerate keeps the forward that the module had before; one of its class must be that of the class of now."""
-    if getattr(vars(module).get("_old_forward"), "__self__", None) is module:
-        module._old_forward = MethodType(type(module).forward, module)

@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from hf_tract.config import TrActError
 from hf_tract.layers import FirstLayer
 from hf_tract.moments import patch_moments
+from hf_tract.patches import PATCH_OPS
 from hf_tract.probe import call
-from hf_tract.tap import WINDOWS, columns
+from hf_tract.attach import patch_size
 
 
 def input_moments(
@@ -102,7 +103,7 @@ class _Collector(TorchFunctionMode):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        n, groups = columns(layer), getattr(layer, "groups", 1)
+        n, groups = patch_size(layer), getattr(layer, "groups", 1)
         weight: Any = layer.weight
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # which mps does not have
         self.sums = torch.zeros(groups, n, n, dtype=dtype, device=weight.device)
@@ -122,11 +123,11 @@ class _Collector(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs `func`, and takes in its patches if it is a convolution or linear operation."""
         kwargs = kwargs or {}
-        if func in WINDOWS:
+        if func in PATCH_OPS:
             read = args[0] if args else kwargs["input"]
             new = torch.zeros_like(self.sums)
             with torch.autocast(read.device.type, enabled=False):
-                self.count += patch_moments(read.detach().to(self.sums.dtype), WINDOWS[func](*args, **kwargs), new)
+                self.count += patch_moments(read.detach().to(self.sums.dtype), PATCH_OPS[func](*args, **kwargs), new)
             self.sums += new
             self.met = True
         return func(*args, **kwargs)

@@ -14,7 +14,7 @@ from hf_tract.cost import Cost, moment_cost, patches, solve_cost
 from hf_tract.layers import FirstLayer, Layers, find_first_layers, plain, unwrap
 from hf_tract.moments import Window
 from hf_tract.probe import Reading, Recorder, call, twin, watched
-from hf_tract.tap import columns, is_frozen, rows
+from hf_tract.attach import is_frozen, out_features, patch_size
 
 ENOUGH = 3  # guesses of a batch that reach the layers, after which a forward that fails would fail with the next one too
 
@@ -120,7 +120,7 @@ def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Reading]],
 
 
 def _inspected(layer: FirstLayer, readings: list[Reading]) -> LayerInspection:
-    m, n, groups = rows(layer.module), columns(layer.module), getattr(layer.module, "groups", 1)
+    m, n, groups = out_features(layer.module), patch_size(layer.module), getattr(layer.module, "groups", 1)
     costs = [moment_cost(reading.shape, reading.window) for reading in readings]
     return LayerInspection(
         name=layer.name,

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from hf_tract.batches import batches, each_tensor, pixel_argument
 from hf_tract.config import TrActError
 from hf_tract.probe import probe, twin
-from hf_tract.tap import can_tap
+from hf_tract.attach import is_supported
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 
@@ -83,7 +83,7 @@ def plain(name: str) -> str:
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    return {plain(name): module for name, module in model.named_modules() if can_tap(module)}
+    return {plain(name): module for name, module in model.named_modules() if is_supported(module)}
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:

@@ -19,6 +19,9 @@ from torch import Tensor
 SCRATCH_BYTES = 128 * 2**20
 CACHED_BYTES = 8 * 2**20  # CPU: pieces that stay in the cache, and below the size that malloc maps and unmaps each time
 PANEL = 128  # CPU: columns of the triangle that one product fills
+MAX_ROUNDING = 1e-2  # float32's rounding of C's trace, in units of lam, above which sums are float64
+MAX_PRODUCT_LENGTH = 2**16  # patches that one product sums, so that float32 does not lose the last ones
+FEW_COLUMNS = 64
 WORTHWHILE = 0.75  # share of the operations below which row products pay for their sums
 
 
@@ -85,9 +88,45 @@ def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = S
     return count
 
 
+def patch_sums(x: Tensor, window: Window, lam: float) -> Tensor:
+    """Returns the sums of p p^T over all patches of `x` and, as their last entry, the number of patches.
+
+    They are float32 where that is precise enough to add `lam` to C's diagonal: rounding is in proportion to C's largest
+    eigenvalue, which its trace bounds. Elsewhere, as for pixels of 0 to 10 000, they are float64. Autocast must be off.
+
+    Args:
+        x: a convolution's input, (N, c, *size) or (c, *size), or a linear layer's, (..., n).
+        window: the patches to take.
+        lam: the damping that C is to get.
+
+    Returns:
+        (g * n * n + 1,), float32 or float64.
+    """
+    sums = _flat_sums(x, window, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if sums.dtype == torch.float32 and sums.is_cpu and _loses(sums, window, lam):
+        return _flat_sums(x, window, torch.float64)
+    return sums
+
+
+def _flat_sums(x: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
+    n = window.columns(x.shape)
+    sums = x.new_zeros((window.groups * n * n + 1,), dtype=dtype)
+    count = patch_moments(x, window, sums[:-1].view(window.groups, n, n))
+    sums[-1:].fill_(count)
+    return sums
+
+
+def _loses(sums: Tensor, window: Window, lam: float) -> bool:
+    """Says whether the rounding of float32 `sums` comes near `lam`."""
+    n = math.isqrt((len(sums) - 1) // window.groups)
+    squares = sums[:-1].view(window.groups, n, n).diagonal(dim1=1, dim2=2)
+    trace = float(squares.sum(1).max()) / max(1.0, float(sums[-1])) if squares.numel() else 0.0
+    return math.isfinite(trace) and torch.finfo(torch.float32).eps * trace > MAX_ROUNDING * lam
+
+
 def _linear(x: Tensor, out: Tensor, budget: int) -> int:
     rows = x.reshape(-1, x.shape[-1])
-    step = len(rows) if rows.dtype == _dtype(rows, out) else budget // max(1, rows.shape[1])
+    step = min(budget // max(1, rows.shape[1]), MAX_PRODUCT_LENGTH)
     panel = _panel(out)
     for piece in rows.split(max(1, step)):
         _add_gram(out, piece.to(_dtype(piece, out)).mT.unsqueeze(0), panel)
@@ -98,6 +137,7 @@ def _linear(x: Tensor, out: Tensor, budget: int) -> int:
 def _patch_products(x: Tensor, window: Window, positions: tuple[int, ...], out: Tensor, budget: int) -> None:
     """The patch matrix times its own transpose, in pieces: one permuted copy of the input where windows don't overlap."""
     line = x.shape[1] * math.prod(window.kernel) * math.prod(positions[1:])
+    budget = min(budget, out.shape[-1] * len(out) * MAX_PRODUCT_LENGTH)
     lines, images = _piece(positions[0], len(x), line, 0, budget, 1)
     panel = _panel(out)
     for start in range(0, positions[0], lines):
@@ -239,6 +279,8 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds batches of `left` @ `right`."""
     if left.dtype != out.dtype:
         out += torch.bmm(left, right, out_dtype=out.dtype)
+    elif out.is_cpu and out.shape[-1] <= FEW_COLUMNS:
+        out += torch.bmm(left, right)  # the CPU's product of few columns would add them to `out` one patch at a time
     else:
         out.baddbmm_(left, right)
 

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from hf_tract.batches import each_tensor, pixel_argument
 from hf_tract.moments import Window
-from hf_tract.tap import WINDOWS, can_tap
+from hf_tract.patches import PATCH_OPS
+from hf_tract.attach import is_supported
 
 
 class Reading(NamedTuple):
@@ -49,7 +50,7 @@ def probe(copied: nn.Module, batch: Any) -> list[Reading]:
         mixed = {reading.name for reading in _reached(copied, batch, pixels=False)}
         reached = [reading for reading in reached if reading.name not in mixed]
     modules = dict(copied.named_modules())
-    return [reading for reading in reached if can_tap(modules[reading.name])]
+    return [reading for reading in reached if is_supported(modules[reading.name])]
 
 
 def _reached(copied: nn.Module, batch: Any, pixels: bool) -> list[Reading]:
@@ -112,9 +113,9 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func not in WINDOWS or not self.running or id(args[1] if len(args) > 1 else kwargs["weight"]) in self.fixed:
+        if func not in PATCH_OPS or not self.running or id(args[1] if len(args) > 1 else kwargs["weight"]) in self.fixed:
             return out
         read = args[0] if args else kwargs["input"]
         if read.requires_grad if self.names is None else self.running[-1] in self.names:
-            self.readings.append(Reading(self.running[-1], tuple(read.shape), WINDOWS[func](*args, **kwargs)))
+            self.readings.append(Reading(self.running[-1], tuple(read.shape), PATCH_OPS[func](*args, **kwargs)))
         return out.detach().requires_grad_(self.taint)

@@ -37,8 +37,9 @@ def use_model_card(
         model = trainer.accelerator.unwrap_model(trainer.model)
         said = ModelCard.load(folder / "README.md").data
         callbacks = trainer.callback_handler.callbacks
-        callback = next((each for each in callbacks if isinstance(each, TrActCallback) and each.used), None)
-        used = callback.used if callback else None
+        mine = [each for each in callbacks if isinstance(each, TrActCallback) and each.handle_of(trainer.model)]
+        callback = mine[0] if mine else None
+        used = callback.handle_of(trainer.model) if callback else None
         save_trainer_card(
             trainer.args, trainer.state, model, used.config if used else None,
             [layer.name for layer in used.layers] if used else [],

@@ -18,7 +18,7 @@ from hf_tract.input_moments import input_moments
 from hf_tract.layers import FirstLayer, Layers, find_first_layers, unwrap
 from hf_tract.provenance import checkpoint_of
 from hf_tract.sharding import is_sharded, read_weight, whole_weights, write_weight
-from hf_tract.tap import columns, rows
+from hf_tract.attach import out_features, patch_size
 
 ROUND = 2.0  # how far the spectrum of fresh weights may be from that of independent entries
 _MARK = "_tract_whitened"  # in a layer's `__dict__`, so that copies have it: the digest of its fresh weight
@@ -131,7 +131,7 @@ def _check(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool) -> 
 
 def _trained(layer: nn.Module, weight: Tensor) -> str:
     """What speaks against fresh weights: the spread of the eigenvalues of W^T W is not that of independent entries."""
-    m, n, groups = rows(layer), columns(layer), getattr(layer, "groups", 1)
+    m, n, groups = out_features(layer), patch_size(layer), getattr(layer, "groups", 1)
     flat = weight.double().reshape(groups, m // groups, n)
     if not flat.any():
         return "is all zeros"

@@ -1,0 +1,80 @@
+"""Tells once when the first optimizer step ends and a layer has not handed on a preconditioned gradient."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+from weakref import ref
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_tract.attach import TrActLayer, preconditioner_of
+from hf_tract.sharding import weight_parameters
+
+logger = logging.getLogger(__name__)
+
+
+class FirstStepWatch:
+    """Waits for the first step of an optimizer that holds a parameter of the model, and then looks at the layers."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
+        """Begins to wait.
+
+        Args:
+            model: that TrAct was applied to. It is not kept alive.
+            layers: names and layers that were taken.
+        """
+        self._model = ref(model)
+        self._layers = [(name, ref(layer)) for name, layer in layers]
+        self._hook = register_optimizer_step_post_hook(self._after_step)
+        self.done = False
+
+    def stop(self) -> None:
+        """Waits no longer."""
+        self.done = True
+        self._hook.remove()
+
+    def look(self) -> None:
+        """Warns of each layer that has handed on nothing, unless that was done."""
+        if self.done:
+            return
+        self.stop()
+        model = self._model()
+        inside = {} if model is None else {id(module): name for name, module in model.named_modules()}
+        for name, reference in self._layers:
+            layer = reference()
+            if layer is None or id(layer) not in inside:
+                logger.warning(EXCHANGED, name)
+            elif (preconditioner := preconditioner_of(layer)) is not None and preconditioner.steps == 0:
+                logger.warning(NOTHING_HANDED_ON, name, _reason(layer))
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        model = self._model()
+        if model is None:
+            self.stop()
+            return
+        mine = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+            self.look()
+
+
+def _reason(layer: nn.Module) -> str:
+    if not isinstance(layer, TrActLayer):
+        return "TrAct was taken off again"
+    if any(parameter.grad is not None for parameter in weight_parameters(layer)):
+        return "its weight has a gradient that did not come through the layer"
+    return "its weight has no gradient"
+
+
+EXCHANGED = (
+    "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has its ordinary gradient. "
+    "Call `apply_tract` again after the model is changed. This is said once."
+)
+NOTHING_HANDED_ON = (
+    "TrAct: the first optimizer step has ended, and %s has handed on no preconditioned gradient (%s). Usually the forward did "
+    "not run the layer with gradients on (a batch without images, a frozen part), another library replaced its forward after "
+    "TrAct was applied (apply TrAct after it), or its weight is used outside of the layer. This is said once."
+)
