@@ -118,7 +118,7 @@ def train(
     optimizer = make_optimizer(recipe, model)
     handle = None
     if not run.no_tract:
-        handle = apply_tract(model, recipe.lam, scope=recipe.scope, every=recipe.every, ema=recipe.moment_ema)  # type: ignore[arg-type]
+        handle = apply_tract(model, recipe.lam, scope=recipe.scope)  # type: ignore[arg-type]
         accelerator.print(handle)
     model, optimizer, test_loader = accelerator.prepare(model, optimizer, test_loader)
     if not recipe.repeated_augmentation:
@@ -131,7 +131,7 @@ def train(
     )  # fmt: skip
     ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
     progress = Progress()
-    kept = [each for each in (ema, handle, progress) if each]
+    kept = [each for each in (ema, progress) if each]
     accelerator.register_for_checkpointing(*kept)
     history = Path(run.output_dir) / "history.jsonl"
     start(accelerator, run.resume_from_checkpoint, len(kept), history, progress)
@@ -220,7 +220,7 @@ def record(recipe: Recipe, hub_id: str, license: str | None, trained: Trained) -
     kept = {"epoch": "epoch", "loss": "loss", "accuracy": "top1", "top5": "top5"}
     rows = [{name: row[key] for name, key in kept.items()} for row in trained.history]
     handle = trained.handle
-    ours = ("lam", "scope", "every", "moment_ema")  # which the card tells by itself, where TrAct is on
+    ours = ("lam", "scope")  # which the card tells by itself, where TrAct is on
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value and key not in ours}
     fresh = recipe.model in CONFIG_MAPPING or timm.is_model(recipe.model)
     return TrainingRecord(

@@ -55,8 +55,6 @@ class Recipe(DataArguments):
     ema_decay: float = field(default=0.0, metadata={"help": "also average the weights, and test the average; 0 for not"})
     lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
     scope: str = field(default="global", metadata={"help": "global or local: see hf_tract.apply_tract"})
-    every: int = field(default=1, metadata={"help": "optimizer steps that one factor of TrAct serves"})
-    moment_ema: float = field(default=0.0, metadata={"help": "decay of a running average of TrAct's moments; 0 for none"})
     whiten_init: bool = field(
         default=False, metadata={"help": "start the first layer as W0 (C + lam I)^-1/2: see hf_tract.whiten"}
     )

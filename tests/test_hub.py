@@ -28,7 +28,7 @@ RECORD = TrainingRecord(
     name="vit-flowers",
     library="transformers",
     dataset="dpdl-benchmark/oxford_flowers102",
-    tract=TrActConfig(lam=0.2, every=4),
+    tract=TrActConfig(lam=0.2),
     layers=["vit.embeddings.patch_embeddings.projection"],
     base_model="google/vit-base-patch16-224-in21k",
     license="apache-2.0",
@@ -77,7 +77,6 @@ def test_the_card_tells_what_was_done_and_how(tmp_path):
     for said in (
         'pipeline("image-classification", model="me/vit-flowers")',
         "lam = 0.2",
-        "every = 4",
         "patch_embeddings.projection",
         "python transfer.py --lam 0.2",
         "Seed 3",

@@ -121,15 +121,6 @@ def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_pa
     assert 0 < times[0] < times[1]
 
 
-def test_a_kept_moment_is_resumed_too(whole, tmp_path, monkeypatch):
-    options = ["--every", "2", "--moment_ema", "0.5"]
-    straight, folder = run(monkeypatch, tmp_path / "straight", *options), tmp_path / "resumed"
-    run_until_killed(monkeypatch, folder, 1, *options)
-    run(monkeypatch, folder, *options, "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
-    assert not torch.equal(weights(straight), weights(whole))
-    assert torch.equal(weights(folder), weights(straight))
-
-
 def test_a_whitened_start_is_resumed_too(whole, tmp_path, monkeypatch):
     options = ["--whiten_init"]
     run(monkeypatch, tmp_path / "straight", *options)

@@ -13,6 +13,7 @@ from rules import Rule, ruled
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+import hf_tract.ops
 from hf_tract import apply_tract
 from image_data import Splits, to_tensor
 from modeling import Preprocessing
@@ -27,7 +28,7 @@ RULES: dict[str, dict[str, Any]] = {
     "schedule_down": {"lam_end": 0.1},
     "schedule_up": {"lam_end": 0.8},
 }
-VARIANTS = ("none", "patch_norm", "dual_patch_norm", "whitening", "torch_tract", "sgd_first", *RULES)
+VARIANTS = ("none", "patch_norm", "dual_patch_norm", "whitening", "torch_tract", "sgd_first", "rounded", *RULES)
 
 
 class Around(nn.Module):
@@ -96,7 +97,9 @@ def maker(variant: str) -> Callable[[Recipe, Splits, Preprocessing], nn.Module]:
             model = cifar_model(recipe.model, len(splits.names), json.loads(recipe.model_config))
         else:
             model = ready_made(recipe, splits, look)
-        if variant not in ("none", "sgd_first"):
+        if variant == "rounded":  # preconditions the weight gradient that a 16-bit operation rounded
+            hf_tract.ops.ForwardCall.keep_output_grad = lambda *_: None  # type: ignore[method-assign]
+        elif variant not in ("none", "sgd_first"):
             name = first_layer(model)
             parent, _, child = name.rpartition(".")
             layer = model.get_submodule(name)

@@ -46,6 +46,7 @@ LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2,
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
 SGD = {"optimizer": "momentum"}
+BF16 = {"mixed_precision": "bf16"}
 VIT_SMALL_ANY_RATE = {name: value for name, value in VIT_SMALL.items() if name != "learning_rate"}
 
 
@@ -81,6 +82,17 @@ BEYOND = {
         "CIFAR-10, ResNet-18, SGD: a whitened start", "cifar10_resnet18.yaml", epochs(e100=0.08),
         VANILLA | tract(0.1) | WINNER, RESNET_SMALL, RESNET_SMOKE,
         reference="TrAct 0.1",
+    ),
+    "bf16": Experiment(
+        "CIFAR-10, ViT: what 16-bit autocast costs", "cifar10_vit.yaml", epochs(e100=1e-3),
+        {
+            "float32": NO_TRACT,
+            "float32, TrAct 0.1": {"lam": 0.1},
+            "bf16": NO_TRACT | BF16,
+            "bf16, TrAct 0.1": BF16 | {"lam": 0.1},
+            "bf16, TrAct 0.1 of the rounded gradient": BF16 | {"lam": 0.1, "variant": "rounded"},
+        },
+        VIT_SMALL, VIT_SMOKE,
     ),
     "beyond_rates": Experiment(
         "Photo crops, ViT: each arm at three learning rates", "photo_crops.yaml",

@@ -38,7 +38,7 @@ def main() -> None:
         return
     ran_on = {"versions": provenance.versions(PACKAGES), "hardware": provenance.hardware()}
     Path(run.output_dir, RAN_ON).write_text(json.dumps(ran_on), encoding="utf-8")
-    loadable = arm.variant in ("none", "sgd_first") and not recipe.model.startswith("cifar_")
+    loadable = arm.variant in ("none", "sgd_first", "rounded") and not recipe.model.startswith("cifar_")
     if loadable:  # for what continues from it
         save_model(trained.model, Path(run.output_dir) / "model", trained.look, trained.splits.names)
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_tract.attach import (
     TrActLayer,
     attach,
+    attach_caller,
     detach,
     foreign_forward,
     is_frozen,
@@ -24,7 +25,7 @@ from hf_tract.attach import (
 )
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.first_step import FirstStepWatch
-from hf_tract.layers import FirstLayer, Layers, find_first_layers
+from hf_tract.layers import FirstLayer, Layers, find_first_layers, find_functional_callers
 from hf_tract.preconditioner import LayerPreconditioner
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,8 @@ def apply_tract(
             detach(module)
     for layer in found:
         attach(layer.module, config, process_group)
+    for caller, read in find_functional_callers(model, found, inputs):
+        attach_caller(caller, read)
     handle = TrActHandle(model, found, config)
     if len(frozen) < len(found) or not frozen:
         handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in found])

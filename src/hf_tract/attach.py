@@ -25,6 +25,7 @@ from hf_tract.patches import PATCH_OPS
 from hf_tract.preconditioner import LayerPreconditioner
 
 _PRECONDITIONER = "_tract_step"
+_CALLED_LAYERS = "_tract_layers"
 CONV_OPS: dict[type, Callable[..., Tensor]] = {
     nn.Conv1d: torch.conv1d,
     nn.Conv2d: torch.conv2d,
@@ -32,24 +33,13 @@ CONV_OPS: dict[type, Callable[..., Tensor]] = {
 }
 
 
-class TrActLayer:
-    """What a TrAct class adds to a layer's own."""
+class TrActClass:
+    """What a class of ours adds to the one it was made for, besides acting: copies, pickles and scripts without it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Makes an ordinary layer: libraries build layers like another by `type(layer)(...)`."""
         super().__init__(*args, **kwargs)
         self.__class__ = original_class(type(self))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Returns a copy with TrAct, which shares no step with this layer."""
-        preconditioner = preconditioner_of(self)
-        original = original_class(type(self))
-        copied = original.__new__(original)
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(_ordinary_state(self), memo))
-        if preconditioner is not None:
-            attach(copied, preconditioner.config, preconditioner.process_group)
-        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles the ordinary layer, which loads where this library is not installed."""
@@ -58,6 +48,58 @@ class TrActLayer:
     def __prepare_scriptable__(self) -> Any:
         """Gives `torch.jit.script` the ordinary layer."""
         return _ordinary(self)
+
+    def _deepcopy_ordinary(self, memo: dict[int, Any]) -> Any:
+        original = original_class(type(self))
+        copied = original.__new__(original)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(_ordinary_state(self), memo))
+        return copied
+
+
+class TrActLayer(TrActClass):
+    """A layer whose weight's gradient is preconditioned."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Returns a copy with TrAct, which shares no step with this layer."""
+        copied, preconditioner = self._deepcopy_ordinary(memo), preconditioner_of(self)
+        if preconditioner is not None:
+            attach(copied, preconditioner.config, preconditioner.process_group)
+        return copied
+
+
+class TrActCaller(TrActClass):
+    """A module whose own forward runs an operation with the weight of such a layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's own forward; operations that read a layer's weight are preconditioned."""
+        with _WeightMode(self.__dict__[_CALLED_LAYERS]):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Returns a copy that calls the copied layers."""
+        copied = self._deepcopy_ordinary(memo)
+        attach_caller(copied, copy.deepcopy(self.__dict__[_CALLED_LAYERS], memo))
+        return copied
+
+
+class _WeightMode(TorchFunctionMode):
+    """Preconditions every known operation inside that reads the weight of one of `layers`."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func`."""
+        kwargs = kwargs or {}
+        if func in PATCH_OPS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            for layer in self.layers:
+                preconditioner = preconditioner_of(layer)
+                if layer.weight is weight and preconditioner is not None:
+                    return _run_known(preconditioner, func, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 class _PreconditionMode(TorchFunctionMode):
@@ -163,16 +205,16 @@ def _tract_class(cls: type) -> type:
 
 def original_class(cls: type) -> type:
     """Returns `cls` without ours, which may lie under a class that FSDP2 put on top."""
-    if TrActLayer not in cls.__mro__:
+    if TrActClass not in cls.__mro__:
         return cls
-    if TrActLayer in cls.__bases__:
+    if TrActLayer in cls.__bases__ or TrActCaller in cls.__bases__:
         return cls.__bases__[1]
     members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls.__name__.replace("TrAct", "", 1), tuple(map(original_class, cls.__bases__)), members)
 
 
 def _ordinary_state(layer: Any) -> dict[str, Any]:
-    return {name: value for name, value in layer.__dict__.items() if name != _PRECONDITIONER}
+    return {name: value for name, value in layer.__dict__.items() if name not in (_PRECONDITIONER, _CALLED_LAYERS)}
 
 
 def _ordinary(layer: Any) -> Any:
@@ -248,6 +290,19 @@ def detach(layer: nn.Module) -> None:
         layer.__class__ = original_class(type(layer))
         layer.__dict__.pop(_PRECONDITIONER).active = False
         _rebind_captured_forwards(layer)
+    elif isinstance(layer, TrActCaller):
+        layer.__class__ = original_class(type(layer))
+        del layer.__dict__[_CALLED_LAYERS]
+        _rebind_captured_forwards(layer)
+
+
+def attach_caller(module: nn.Module, layers: list[nn.Module]) -> None:
+    """Lets `module`, whose own forward runs an operation with the weights of `layers`, precondition these too."""
+    if not isinstance(module, TrActClass):
+        cls = type(module)  # whose name is kept: transformers writes a model's into its config
+        module.__class__ = type(cls.__name__, (TrActCaller, cls), {"__module__": cls.__module__})
+        _rebind_captured_forwards(module)
+    module.__dict__[_CALLED_LAYERS] = layers
 
 
 def _rebind_captured_forwards(layer: nn.Module) -> None:

@@ -68,7 +68,7 @@ def advice(inspection: Inspection, pixels: Pixels | None, measured: Spectrum | N
     if measured and measured.condition > 1e6:
         found.append(f"C + lam I has a condition number of {measured.condition:.1e}: normalise the pixels or raise lam.")
     if (largest := max(layer.columns for layer in inspection.layers)) > 2048:
-        found.append(f"n is {largest}: the factorisation of C is felt at every step; `every=` divides it.")
+        found.append(f"n is {largest}: the factorisation of C is felt at every step.")
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from hf_tract.batches import batches, each_tensor, pixel_argument
 from hf_tract.config import TrActError
-from hf_tract.probe import probe, twin
+from hf_tract.probe import functional_callers, probe, twin
 from hf_tract.attach import is_supported
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
@@ -175,3 +177,25 @@ def _affordable(model: nn.Module) -> list[str]:
 def _moved(inputs: Any, device: str) -> Any:
     """The caller's batch; on the meta device, only its shapes and its integers."""
     return each_tensor(inputs, lambda t: t.to("cpu" if device == "meta" and not t.is_floating_point() else device))
+
+
+def find_functional_callers(
+    model: nn.Module, layers: Sequence[FirstLayer], inputs: Any = None
+) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Returns the modules whose own forward runs an operation with the weight of a layer, and these layers.
+
+    A trial run on the meta device tells; where none completes, nothing is returned.
+    """
+    model = unwrap(model)
+    modules = dict(model.named_modules())
+    names = {layer.name for layer in layers if layer.source != "reached first by the pixels"}
+    if not names:
+        return []
+    with contextlib.suppress(Exception):  # such as FSDP2's, which cannot be copied
+        copied = twin(model)
+        for batch in itertools.islice(batches(copied), 3) if inputs is None else [_moved(inputs, "meta")]:
+            with contextlib.suppress(Exception):
+                callers = functional_callers(copied, batch)
+                read = {caller: [layer for layer in owned if plain(layer) in names] for caller, owned in callers.items()}
+                return [(modules[caller], [modules[name] for name in owned]) for caller, owned in read.items() if owned]
+    return []

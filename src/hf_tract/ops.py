@@ -75,7 +75,7 @@ torch.library.register_fake("hf_tract::precondition", lambda grad, *_: grad.new_
 precondition = torch.ops.hf_tract.precondition.default
 
 
-class _ForwardCall:
+class ForwardCall:
     """What autograd's node and the operation's output share of one forward call."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class PreconditionWeightGrad(torch.autograd.Function):
             weight: (m, ...), as the operation is to read it.
             x: what the operation reads, without a gradient of its own.
             owner: kept alive until the backward; None in a compiled graph, which knows it by `key`.
-            call: the `_ForwardCall`; None in a compiled graph.
+            call: the `ForwardCall`; None in a compiled graph.
             key: of the preconditioner.
             window: the patches that the operation cuts out of `x`.
         """
@@ -130,7 +130,7 @@ class PreconditionWeightGrad(torch.autograd.Function):
 
 
 def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
-    call: _ForwardCall = ctx.call
+    call: ForwardCall = ctx.call
     if call.handed_on_differentiably:
         ctx.owner.tell_second_order()
         return grad
@@ -147,7 +147,7 @@ def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
 class PreconditionFromOutput(torch.autograd.Function):
     """Identity on a 16-bit operation's output whose backward also gives the weight its gradient.
 
-    For compiled graphs, which have no second derivative and share no `_ForwardCall`: the operation itself reads a weight
+    For compiled graphs, which have no second derivative and share no `ForwardCall`: the operation itself reads a weight
     without a gradient.
     """
 
@@ -220,7 +220,7 @@ def run(
             return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, window)  # type: ignore[no-any-return]
         weight = PreconditionWeightGrad.apply(weight, x, None, None, preconditioner.key, window)
         return op(input, weight, *args, **kwargs)
-    call = _ForwardCall()
+    call = ForwardCall()
     weight = PreconditionWeightGrad.apply(weight, x, preconditioner, call, preconditioner.key, window)
     out = op(input, weight, *args, **kwargs)
     if is_half and out.requires_grad:

@@ -75,7 +75,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def watched(copied: nn.Module, recorder: Recorder) -> Iterator[None]:
+def watched(copied: nn.Module, recorder: Recorder | WeightUses) -> Iterator[None]:
     """Tells `recorder` of every operation, and of the module that is running."""
     handles = []
     recorder.fixed = {id(buffer) for buffer in copied.buffers()}
@@ -119,3 +119,37 @@ class Recorder(TorchFunctionMode):
         if read.requires_grad if self.names is None else self.running[-1] in self.names:
             self.readings.append(Reading(self.running[-1], tuple(read.shape), PATCH_OPS[func](*args, **kwargs)))
         return out.detach().requires_grad_(self.taint)
+
+
+class WeightUses(TorchFunctionMode):
+    """Notes which modules run an operation with the weight of another module's layer."""
+
+    def __init__(self, copied: nn.Module) -> None:
+        super().__init__()
+        self.running = list[str]()
+        self.fixed = set[int]()
+        self.owners = {id(m.weight): name for name, m in copied.named_modules() if is_supported(m)}
+        self.callers: dict[str, list[str]] = {}  # and whose weights they read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func`."""
+        kwargs = kwargs or {}
+        if func in PATCH_OPS and self.running:
+            owner = self.owners.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+            if owner is not None and owner != self.running[-1]:
+                read = self.callers.setdefault(self.running[-1], [])
+                read.extend([] if owner in read else [owner])
+        return func(*args, **kwargs)
+
+
+def functional_callers(copied: nn.Module, batch: Any) -> dict[str, list[str]]:
+    """Returns the names of modules that read the weight of another module's layer, and of these layers.
+
+    Raises:
+        Exception: the forward's own, if it does not take `batch`.
+    """
+    uses = WeightUses(copied)
+    with warnings.catch_warnings(), torch.no_grad(), watched(copied, uses):
+        warnings.simplefilter("ignore")
+        call(copied, batch)
+    return uses.callers
