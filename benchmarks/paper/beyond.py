@@ -46,7 +46,7 @@ LAMS = {f"matched start, TrAct {lam:g}": MATCHED | {"lam": lam} for lam in (0.2,
 CROPS = {"in_memory": True, "color_jitter": 0.0, "epochs": 6}
 CROPS_SMOKE = VIT_SMOKE | {"in_memory": True}
 SGD = {"optimizer": "momentum"}
-BF16 = {"mixed_precision": "bf16"}
+BF16 = {"mixed_precision": "bf16", "emulate_bf16": True}
 VIT_SMALL_ANY_RATE = {name: value for name, value in VIT_SMALL.items() if name != "learning_rate"}
 
 
@@ -92,7 +92,7 @@ BEYOND = {
             "bf16, TrAct 0.1": BF16 | {"lam": 0.1},
             "bf16, TrAct 0.1 of the rounded gradient": BF16 | {"lam": 0.1, "variant": "rounded"},
         },
-        VIT_SMALL, VIT_SMOKE,
+        VIT_SMALL | {"epochs": 5}, VIT_SMOKE,
     ),
     "beyond_rates": Experiment(
         "Photo crops, ViT: each arm at three learning rates", "photo_crops.yaml",

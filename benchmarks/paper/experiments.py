@@ -116,6 +116,7 @@ class Job:
     def options(self) -> list[str]:
         """Those of train.py beside the recipe."""
         flags = ["--no_tract"] if self.config.get("no_tract") else []
+        flags += ["--emulate_bf16"] if self.config.get("emulate_bf16") else []
         return [*flags, "--variant", self.config.get("variant", "none")]
 
 

@@ -5,6 +5,7 @@
 The options are those of pretrain_vit.py and two more. `python benchmarks/paper run` calls it.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 from accelerate import PartialState
 from arms import VARIANTS, maker, optimizer_maker
+from emulated_bf16 import EmulatedBF16
 from results import PACKAGES, RAN_ON
 
 from hf_tract import provenance
@@ -27,13 +29,15 @@ class Arm:
     """What is done about the first layer beside TrAct or in its place."""
 
     variant: str = field(default="none", metadata={"help": "of the first layer", "choices": VARIANTS})
+    emulate_bf16: bool = field(default=False, metadata={"help": "for a CPU without instructions for bfloat16"})
     first_learning_rate: float = field(default=0.08, metadata={"help": "of the first layer, for sgd_first"})
 
 
 def main() -> None:
     """Runs it."""
     recipe, run, arm = parse(Arm)
-    trained = train(recipe, run, maker(arm.variant), optimizer_maker(arm.variant, arm.first_learning_rate))
+    with EmulatedBF16() if arm.emulate_bf16 else contextlib.nullcontext():
+        trained = train(recipe, run, maker(arm.variant), optimizer_maker(arm.variant, arm.first_learning_rate))
     if not PartialState().is_main_process:
         return
     ran_on = {"versions": provenance.versions(PACKAGES), "hardware": provenance.hardware()}

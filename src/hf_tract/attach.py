@@ -8,6 +8,7 @@ preconditioner of their own; pickles, scripts, traces and exports hold the ordin
 from __future__ import annotations
 
 import copy
+import copyreg
 import math
 from collections.abc import Callable
 from types import MethodType
@@ -43,7 +44,11 @@ class TrActClass:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles the ordinary layer, which loads where this library is not installed."""
-        return _ordinary(self).__reduce_ex__(protocol)
+        function, arguments, *rest = _ordinary(self).__reduce_ex__(protocol)
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            # pickle holds this one against the object's own class; the other says the same
+            function, arguments = copyreg._reconstructor, (arguments[0], object, None)  # type: ignore[attr-defined]
+        return (function, arguments, *rest)
 
     def __prepare_scriptable__(self) -> Any:
         """Gives `torch.jit.script` the ordinary layer."""
@@ -314,4 +319,8 @@ def _rebind_captured_forwards(layer: nn.Module) -> None:
 
 
 def _is_own_forward(layer: nn.Module, forward: Any) -> bool:
-    return isinstance(forward, MethodType) and forward.__self__ is layer and forward.__name__ == "forward"
+    """Says whether `forward` is that of a class of `layer`, or one that TrAct put there, bound to it."""
+    if not isinstance(forward, MethodType) or forward.__self__ is not layer:
+        return False
+    function = forward.__func__
+    return function.__module__ == __name__ or any(vars(cls).get("forward") is function for cls in type(layer).__mro__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -29,17 +30,17 @@ class FirstStepWatch:
         """
         self._model = ref(model)
         self._layers = [(name, ref(layer)) for name, layer in layers]
-        self._hook = register_optimizer_step_post_hook(self._after_step)
-        self.done = False
+        _watches.append(self)
+        _register_once()
 
     def stop(self) -> None:
         """Waits no longer."""
-        self.done = True
-        self._hook.remove()
+        if self in _watches:
+            _watches.remove(self)
 
     def look(self) -> None:
         """Warns of each layer that has handed on nothing, unless that was done."""
-        if self.done:
+        if self not in _watches:
             return
         self.stop()
         model = self._model()
@@ -51,7 +52,8 @@ class FirstStepWatch:
             elif (preconditioner := preconditioner_of(layer)) is not None and preconditioner.steps == 0:
                 logger.warning(NOTHING_HANDED_ON, name, _reason(layer))
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Looks, if `optimizer` holds a parameter of the model."""
         model = self._model()
         if model is None:
             self.stop()
@@ -59,6 +61,20 @@ class FirstStepWatch:
         mine = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
             self.look()
+
+
+_watches: list[FirstStepWatch] = []
+
+
+@functools.cache
+def _register_once() -> None:
+    """Lets every optimizer tell of its steps: torch's hooks cannot be removed while they run, so this one stays."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for watch in list(_watches):
+        watch.after_step(optimizer)
 
 
 def _reason(layer: nn.Module) -> str:

@@ -60,6 +60,11 @@ class _Step:
         self.grad, self.sums = grad, sums
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Says whether looking at a value costs nothing."""
+    return tensor.is_cpu
+
+
 def _where(keep: Tensor | None, value: Tensor) -> Tensor:
     return value if keep is None else torch.where(keep.to(value.device), value, 0.0)
 
@@ -181,7 +186,7 @@ class LayerPreconditioner:
         if not lives_in_grad(parameters):
             return step.closed
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return not any(bool(grad.any()) if grad.is_cpu else True for grad in grads)
+        return not any(not on_host(grad) or bool(grad.any()) for grad in grads)
 
     def _still_accumulating(self, step: _Step, task: int) -> Tensor | None:
         """Returns whether `.grad` holds more than zeros, where a device must be asked; None where the host knows."""
@@ -189,7 +194,7 @@ class LayerPreconditioner:
             return None
         step.task = task
         grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-        if not grads or any(grad.is_cpu for grad in grads) or not lives_in_grad(self._parameters()):
+        if not grads or all(on_host(grad) for grad in grads) or not lives_in_grad(self._parameters()):
             return None
         return torch.stack([grad.any().to(grads[0].device) for grad in grads]).any()
 
@@ -227,7 +232,7 @@ class LayerPreconditioner:
         n = math.prod(grad.shape[1:])
         moment = (step.sums[:-1] / step.sums[-1].clamp(min=1)).view(-1, n, n)
         step.inverse = DampedInverse(moment, self.config.lam)
-        if grad.is_cpu:
+        if on_host(grad):
             self._tell_unsolved(step.inverse)
         missing = step.inverse(step.grad)
         if handed_on is not None:
