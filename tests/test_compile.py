@@ -154,7 +154,7 @@ def test_compiled_autograd_has_the_rule():
     plain(parts[0])
     model = copy.deepcopy(plain)
     apply_tract(model)
-    for step in range(3):
+    for _ in range(3):
         plain.zero_grad()
         model.zero_grad()
         for x in parts:

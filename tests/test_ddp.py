@@ -1,7 +1,6 @@
 """Works with: DistributedDataParallel. Two gloo processes give the update of one process with all images."""
 
 import contextlib
-from typing import Any
 
 import pytest
 import torch

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+import hf_tract.accumulation
 import hf_tract.preconditioner
 from hf_tract import apply_tract
-from hf_tract.preconditioner import LayerPreconditioner
 from oracle import assert_close, expected
 
 LAM = 0.1
@@ -100,8 +100,7 @@ def test_zeros_are_told_on_a_device_without_asking_it(layers, monkeypatch):
     """As if the gradient lay on an accelerator: the old sums are masked there."""
     plain, layer = layers
     apply_tract(layer, LAM)
-    monkeypatch.setattr(LayerPreconditioner, "_is_over", lambda *_: False)
-    monkeypatch.setattr(hf_tract.preconditioner, "on_host", lambda _: False)
+    monkeypatch.setattr(hf_tract.accumulation, "on_host", lambda _: False)
     x, y, z = images(4), images(3), images(2)
     backward(layer, x * torch.nan)
     layer.zero_grad(set_to_none=False)

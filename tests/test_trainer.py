@@ -314,15 +314,15 @@ CHECKPOINTING = "activation_checkpointing" if NEW_NAME else "gradient_checkpoint
 @pytest.mark.parametrize("settings", [{"bf16": True}, {CHECKPOINTING: True}, {"torch_compile": True}], ids=str)
 def test_modes_of_trainer_train_on_with_the_same_gradient(tmp_path, settings):
     """Without TrAct the same mode gives the ordinary gradient; TrAct's is the formula's for that one."""
-    steps, plain = {}, small_vit()
+    steps, plain, bf16 = {}, small_vit(), "bf16" in settings
     for name, callbacks in {"vanilla": [], "tract": [TrActCallback()]}.items():
-        run = trainer(
-            tmp_path, copy.deepcopy(plain), callbacks, max_steps=1, per_device_train_batch_size=64, **SGD, **settings
-        )  # fmt: skip
+        mode = {} if bf16 and name == "vanilla" else settings  # the 16-bit gradient is held against float32's
+        run = trainer(tmp_path, copy.deepcopy(plain), callbacks, max_steps=1, per_device_train_batch_size=64, **SGD, **mode)
         run.train()
         steps[name] = (stem_of(run.model).weight - stem_of(plain).weight).detach() / -1e-2
     # The step is read off float32 weights: their rounding is the tolerance.
-    assert_close(steps["tract"], expected(steps["vanilla"], Images().pixels, stem_of(plain), 0.1), 2e-3)
+    wanted = expected(steps["vanilla"], Images().pixels, stem_of(plain), 0.1)
+    assert_close(steps["tract"], wanted, 2e-2 if bf16 else 2e-3)
 
 
 def test_settings_are_json(tmp_path):

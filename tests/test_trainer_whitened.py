@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import os
 import random
 import re
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import ViTConfig
 
 from helpers import STEM, Images, small_vit, stem_of, trainer, weights
@@ -78,6 +79,86 @@ def test_a_loader_s_own_generators_stand_where_they_stood():
     assert [len(first), len(again)] == [2, 4]
     assert torch.equal(first[0]["labels"], again[0]["labels"])
     assert torch.equal(first[0]["pixel_values"], again[0]["pixel_values"])
+
+
+class Stream(IterableDataset):
+    """Reads once: what has been read is gone."""
+
+    def __init__(self) -> None:
+        self.images, self.source = Images(), iter(range(64))
+
+    def __iter__(self):
+        for index in self.source:
+            yield self.images[index]
+
+
+class OwnNumbers(Noisy):
+    """Augments by a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image = self.images[index]
+        return {**image, "pixel_values": image["pixel_values"] * self.numbers.random()}
+
+
+class OwnOrder(Sampler):
+    """Shuffles by a generator of its own."""
+
+    def __init__(self) -> None:
+        self.numbers = random.Random(0)
+
+    def __iter__(self):
+        order = list(range(64))
+        self.numbers.shuffle(order)
+        return iter(order)
+
+    def __len__(self) -> int:
+        return 64
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(Stream(), 8),
+        lambda: DataLoader(OwnNumbers(), 8),
+        lambda: DataLoader(Images(), 8, sampler=OwnOrder()),
+        lambda: DataLoader(Images(), batch_size=None, sampler=OwnOrder()),
+    ],
+    ids=["a stream", "its own augmentation", "its own order", "no batches"],
+)
+def test_data_that_keeps_count_of_its_reading_stays_where_it_is(make):
+    looked_at, untouched = make(), make()
+    assert len(first_batches(looked_at, 3)) == 3
+    for one, other in zip(looked_at, untouched, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_what_reads_once_is_refused():
+    with pytest.raises(TrActError, match=r"`batches` \(=generator\) reads once, and training would miss"):
+        first_batches(batch for batch in [Images().batch()])
+    stream = Stream()
+    stream.__reduce_ex__ = None  # goes to no other process where that must be pickled
+    loader = DataLoader(stream, 8, num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(TrActError, match=r"a stream \(Stream\) that no other process can read"):
+        first_batches(loader)
+    assert len(list(stream)) == 64
+
+
+def test_data_that_only_this_process_can_read_is_read_here_and_said(caplog):
+    class Here(Images):
+        home = os.getpid()
+
+        def __getitem__(self, index):
+            if os.getpid() != self.home:
+                raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+            return super().__getitem__(index)
+
+    assert len(first_batches(DataLoader(Here(), 16), 2)) == 2
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no other process can read Here" in message
 
 
 def test_once_also_when_training_begins_again(tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_tract.attach import (
-    TrActLayer,
     attach,
     attach_caller,
     detach,
@@ -64,10 +63,14 @@ class TrActHandle:
         Under FSDP and ZeRO without accelerate, every micro-step but the last goes inside, forward and backward. Everywhere
         else `.grad` itself tells when a step begins, and this does nothing.
         """
-        with contextlib.ExitStack() as stack:
-            for preconditioner in self._preconditioners().values():
-                stack.enter_context(preconditioner.no_sync())
+        preconditioners = list(self._preconditioners().values())
+        for preconditioner in preconditioners:
+            preconditioner.open_no_syncs += 1
+        try:
             yield
+        finally:
+            for preconditioner in preconditioners:
+                preconditioner.open_no_syncs -= 1
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Returns figures of the optimizer step so far, by layer, as this process sees them; computed when asked for.
@@ -84,10 +87,10 @@ class TrActHandle:
 
     def _preconditioners(self) -> dict[str, LayerPreconditioner]:
         """Returns those of the layers taken, and of copies of them that the model now has."""
-        modules = {layer.name: layer.module for layer in self.layers}
+        modules: dict[str, nn.Module] = {layer.name: layer.module for layer in self.layers}
         known = {id(module) for module in modules.values()}
         for name, module in () if self.model is None else self.model.named_modules():
-            if isinstance(module, TrActLayer) and id(module) not in known:
+            if preconditioner_of(module) is not None and id(module) not in known:
                 modules[name] = module
         found = {name: preconditioner_of(module) for name, module in modules.items()}
         return {name: preconditioner for name, preconditioner in found.items() if preconditioner is not None}
@@ -202,8 +205,8 @@ def _warn_of_unused_parameters(model: nn.Module) -> None:
 
 
 UNUSED_PARAMETERS = (
-    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first layer's backward "
-    "equally often, since they add up their second moments there; where one may skip the layer, use `scope='local'`."
+    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first layer's "
+    "backward equally often, since they add up their second moments there; where one may skip the layer, use `scope='local'`."
 )
 FROZEN = (
     "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "

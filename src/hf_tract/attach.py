@@ -21,9 +21,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from hf_tract.config import TrActConfig, TrActError
-from hf_tract.ops import acts, run
 from hf_tract.patches import PATCH_OPS
 from hf_tract.preconditioner import LayerPreconditioner
+from hf_tract.run import acts, run
 
 _PRECONDITIONER = "_tract_step"
 _CALLED_LAYERS = "_tract_layers"
@@ -55,7 +55,7 @@ class TrActClass:
         return _ordinary(self)
 
     def _deepcopy_ordinary(self, memo: dict[int, Any]) -> Any:
-        original = original_class(type(self))
+        original: Any = original_class(type(self))
         copied = original.__new__(original)
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(_ordinary_state(self), memo))
@@ -224,7 +224,7 @@ def _ordinary_state(layer: Any) -> dict[str, Any]:
 
 def _ordinary(layer: Any) -> Any:
     """Returns an ordinary layer that shares everything with `layer`."""
-    original = original_class(type(layer))
+    original: Any = original_class(type(layer))
     ordinary = original.__new__(original)
     ordinary.__dict__.update(_ordinary_state(layer))
     return ordinary

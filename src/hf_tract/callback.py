@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_tract
+from hf_tract.attach import is_frozen
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.first_batches import first_batches
 from hf_tract.hub import SETTINGS_NAME, TAGS
 from hf_tract.layers import Layers
-from hf_tract.attach import is_frozen
 from hf_tract.trainer_record import save_trainer_card
 from hf_tract.whiten import mark_as_whitened, were_whitened, whiten_first_layer
 

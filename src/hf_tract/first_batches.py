@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
+import logging
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from hf_tract.batches import accepted, each_tensor
 from hf_tract.config import TrActError
+
+logger = logging.getLogger(__name__)
 
 
 def as_batches(batches: Any, model: nn.Module) -> list[Any]:
@@ -54,19 +58,72 @@ def _are_images(batch: Any) -> bool:
 
 
 def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
-    """`count` batches of this rank, or as many as there are; where accelerate dispatches batches, the same on every rank.
+    """Returns `count` batches of this rank, or as many as there are; where accelerate dispatches batches, the same on each.
 
-    The random numbers of torch, NumPy and Python, and those of the loader and its samplers, are as before afterwards, so
-    that training does not depend on whether anybody looked.
+    Training does not depend on whether anybody looked: a process of its own reads them from a fresh loader over the same
+    data, so that streams, samplers, augmentations and the random numbers of all of them stay where they are.
 
     Args:
         loader: any loader, such as a `DataLoader`, also one that accelerate has prepared.
         count: how many.
+
+    Raises:
+        TrActError: for an iterator that reads once, whose first batches training would miss.
     """
     # accelerate's own iteration tells the whole process that a loader has begun, and an end never comes here.
     loader = getattr(loader, "base_dataloader", loader)
-    with _random_state_kept(), _generators_kept(loader), _workers_kept(loader):
+    if isinstance(loader, DataLoader):
+        return _read_apart(loader, count)
+    if iter(loader) is loader:
+        raise TrActError(
+            f"`batches` (={type(loader).__name__}) reads once, and training would miss what is read of it: give "
+            f"`whiten_first_layer` a batch or a few of its like."
+        )
+    with _random_state_kept():
         return list(itertools.islice(loader, count))
+
+
+def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
+    with _random_state_kept(), _generators_kept(loader):
+        try:
+            return _first_of(_fresh(loader), count)
+        except Exception as error:  # data that cannot go to another process, a sampler that cannot be copied
+            if isinstance(loader.dataset, IterableDataset):
+                raise TrActError(
+                    f"`batches` has a stream ({type(loader.dataset).__name__}) that no other process can read ({error}), and "
+                    f"training would miss what is read of it here: give `whiten_first_layer` a batch or a few of its like."
+                ) from error
+            name = type(loader.dataset).__name__
+            logger.warning(
+                "TrAct: no other process can read %s (%s); it is read here, and what it counts moves on.", name, error
+            )
+        with _workers_kept(loader):
+            return list(itertools.islice(loader, count))
+
+
+def _first_of(loader: DataLoader[Any], count: int) -> list[Any]:
+    batches: Any = iter(loader)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        batches._shutdown_workers()
+
+
+def _fresh(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Returns a loader over the same data, with copies of its samplers, that reads in one process of its own."""
+    settings: dict[str, Any] = {
+        "num_workers": 1,
+        "collate_fn": loader.collate_fn,
+        "generator": torch.Generator().manual_seed(0),  # of the process's seed
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context if loader.num_workers else None,
+    }
+    if isinstance(loader.dataset, IterableDataset):
+        return DataLoader(loader.dataset, loader.batch_size, drop_last=loader.drop_last, **settings)
+    memo = {id(loader.dataset): loader.dataset}  # which samplers may hold
+    if loader.batch_sampler is None:
+        return DataLoader(loader.dataset, batch_size=None, sampler=copy.deepcopy(loader.sampler, memo), **settings)
+    return DataLoader(loader.dataset, batch_sampler=copy.deepcopy(loader.batch_sampler, memo), **settings)
 
 
 def sent(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:

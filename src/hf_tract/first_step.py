@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hf_tract.accumulation import weight_parameters
 from hf_tract.attach import TrActLayer, preconditioner_of
-from hf_tract.sharding import weight_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class FirstStepWatch:
         """
         self._model = ref(model)
         self._layers = [(name, ref(layer)) for name, layer in layers]
+        for watch in [watch for watch in _watches if watch._model() is model]:  # new settings replace old ones
+            watch.stop()
         _watches.append(self)
         _register_once()
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_tract.attach import patch_size
 from hf_tract.config import TrActError
 from hf_tract.layers import FirstLayer
 from hf_tract.moments import patch_moments
 from hf_tract.patches import PATCH_OPS
 from hf_tract.probe import call
-from hf_tract.attach import patch_size
 
 
 def input_moments(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from hf_tract.attach import is_supported
 from hf_tract.batches import batches, each_tensor, pixel_argument
 from hf_tract.config import TrActError
 from hf_tract.probe import functional_callers, probe, twin
-from hf_tract.attach import is_supported
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 

@@ -10,25 +10,29 @@ Shape letters as in `moments`: g groups, m rows of the weight, n columns of `wei
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
 import math
 import threading
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_tract.accumulation import (
+    engine_accumulates,
+    holds_gradient,
+    lives_in_grad,
+    on_host,
+    ranks_of,
+    sum_over_ranks,
+    was_emptied,
+    weight_parameters,
+)
 from hf_tract.config import TrActConfig
 from hf_tract.moments import Window, patch_sums
+from hf_tract.notices import look_for_other_uses, tell_unsolved
 from hf_tract.precondition import DampedInverse
-from hf_tract.sharding import engine_accumulates, lives_in_grad, weight_parameters
-
-logger = logging.getLogger(__name__)
 
 UNTRACKED = -1  # the forward call of a compiled graph, which cannot tell its runs apart
 _keys = itertools.count()
@@ -41,7 +45,7 @@ class _Step:
         """Begins a step in the backward pass `task`."""
         self.task = task
         self.calls: set[int] = set()  # whose patches are in the sums
-        self.closed = False  # only used where gradients do not live in `.grad`
+        self.closed = False  # by an engine that keeps gradients outside of `.grad`
         self.sums: Tensor | None = None  # (g * n * n + 1,)
         self.grad: Tensor | None = None  # (m, ...), the ordinary gradient
         self.inverse: DampedInverse | None = None
@@ -58,11 +62,6 @@ class _Step:
             grad = grad + _where(keep, self.grad).to(grad.device)
             sums = sums + _where(keep, self.sums).to(sums.device)
         self.grad, self.sums = grad, sums
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Says whether looking at a value costs nothing."""
-    return tensor.is_cpu
 
 
 def _where(keep: Tensor | None, value: Tensor) -> Tensor:
@@ -91,22 +90,14 @@ class LayerPreconditioner:
         self.config, self.process_group = config, process_group
         self.active = True  # false once TrAct was taken off
         self.steps = 0  # optimizer steps in which a gradient was handed on
-        self.open_no_syncs = 0
-        self.unsolved_was_told = self.second_order_was_told = False
+        self.open_no_syncs = 0  # the user's word, where `.grad` does not tell which backward is the step's last
+        self.told: set[str] = set()
+        self.last_inverse: DampedInverse | None = None
         self._layer = ref(layer)
         self._step: _Step | None = None
         self._aside: _Step | None = None  # of a pass that does not add to `.grad`
         self._lock = threading.RLock()  # DataParallel's replicas share this object
         PRECONDITIONERS[self.key] = self
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Says that a backward inside is not the step's last, where `.grad` does not tell."""
-        self.open_no_syncs += 1
-        try:
-            yield
-        finally:
-            self.open_no_syncs -= 1
 
     def precondition(
         self, grad: Tensor, x: Tensor, window: Window, call: int = UNTRACKED, task: int = -1, adds: bool = True
@@ -126,23 +117,20 @@ class LayerPreconditioner:
         """
         if not self.active:
             return grad.clone()
-        raw = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        if self.config.scope == "local":
-            step = _Step(task)
-            step.add(raw, patch_sums(x, window, self.config.lam))
-            with self._lock:
-                self._step = step
-                self.steps += 1
-                return self._hand_on(step, grad)
+        task = torch._C._current_graph_task_id() if task < 0 else task
         with self._lock:
-            task = torch._C._current_graph_task_id() if task < 0 else task
-            step = self._step_of(task) if adds else self._step_aside(task)
-            keep = self._still_accumulating(step, task)
-            sums = self._new_sums(step, call, x, window, keep)
+            step = self._step_of(task, adds)
+            keep = None
+            if step.task != task:
+                step.task, keep = task, holds_gradient(weight_parameters(self._layer()))
             handed_on = step.handed_on(keep)
-            step.add(raw, sums, keep)
-            step.closed = step.closed or not self._engine_accumulates()
-            return self._hand_on(step, grad, handed_on)
+            sums = self._new_sums(step, call, x, window, keep)
+            step.add(grad.to(torch.promote_types(grad.dtype, torch.float32)), sums, keep)
+            step.closed = step.closed or not (self.open_no_syncs or engine_accumulates())
+            out = self._hand_on(step, grad, handed_on)
+            if self.steps == 1 and adds and handed_on is None and ranks_of(self.process_group) == 1:
+                look_for_other_uses(weight_parameters(self._layer()), out)
+            return out
 
     def stats(self) -> dict[str, float]:
         """Returns the gradient's norm before and after, and the condition number, as of the last backward."""
@@ -150,66 +138,25 @@ class LayerPreconditioner:
             step = self._step
             if step is None or step.grad is None or step.inverse is None:
                 return {}
-            self._tell_unsolved(step.inverse)
+            tell_unsolved(self.told, step.inverse, self.config.lam)
             norms = {"grad_norm_raw": step.grad.norm().item(), "grad_norm": step.inverse(step.grad).norm().item()}
             return {**norms, "condition": step.inverse.condition()}
 
-    def last_inverse(self, adds: bool) -> DampedInverse:
-        """Returns the inverse of the last backward: of one that adds to `.grad`, or of one that returns its gradient."""
-        step = self._step if adds else self._aside
-        assert step is not None
-        assert step.inverse is not None
-        return step.inverse
-
-    def tell_second_order(self) -> None:
-        """Warns once of a pass over a graph whose gradient was handed on differentiably before."""
-        if not self.second_order_was_told:
-            self.second_order_was_told = True
-            logger.warning(
-                "TrAct: a backward runs again over a forward whose weight gradient was taken with `create_graph=True`. What "
-                "it gives the first layer is the exact derivative of that preconditioned gradient (C held fixed), and is not "
-                "preconditioned again. If the loss itself shares this forward, give it a forward of its own. This is said "
-                "once."
-            )
-
-    def _step_of(self, task: int) -> _Step:
+    def _step_of(self, task: int, adds: bool) -> _Step:
         """Returns the step that the backward pass `task` belongs to."""
+        if not adds:
+            if self._aside is None or self._aside.task != task or self.config.scope == "local":
+                self._aside = _Step(task)
+            return self._aside
         step = self._step
-        if step is None or (step.task != task and self._is_over(step)):
+        if step is None or self.config.scope == "local" or (step.task != task and self._is_over(step)):
             step = self._step = _Step(task)
             self.steps += 1
         return step
 
     def _is_over(self, step: _Step) -> bool:
-        """Says whether the step's gradient has been taken away, as far as the host can see."""
-        parameters = self._parameters()
-        if not lives_in_grad(parameters):
-            return step.closed
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return not any(not on_host(grad) or bool(grad.any()) for grad in grads)
-
-    def _still_accumulating(self, step: _Step, task: int) -> Tensor | None:
-        """Returns whether `.grad` holds more than zeros, where a device must be asked; None where the host knows."""
-        if step.task == task:
-            return None
-        step.task = task
-        grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-        if not grads or all(on_host(grad) for grad in grads) or not lives_in_grad(self._parameters()):
-            return None
-        return torch.stack([grad.any().to(grads[0].device) for grad in grads]).any()
-
-    def _step_aside(self, task: int) -> _Step:
-        """Returns the step of a pass whose gradients are returned and not added to `.grad`."""
-        if self._aside is None or self._aside.task != task:
-            self._aside = _Step(task)
-        return self._aside
-
-    def _parameters(self) -> list[nn.Parameter]:
-        layer = self._layer()
-        return [] if layer is None else weight_parameters(layer)
-
-    def _engine_accumulates(self) -> bool:
-        return self.open_no_syncs > 0 or engine_accumulates()
+        parameters = weight_parameters(self._layer())
+        return was_emptied(parameters) if lives_in_grad(parameters) else step.closed
 
     def _new_sums(self, step: _Step, call: int, x: Tensor, window: Window, keep: Tensor | None) -> Tensor:
         """Returns the sums that a backward adds: those of its patches, on all ranks, unless they are in already."""
@@ -219,37 +166,23 @@ class LayerPreconditioner:
         if counted and keep is None and step.sums is not None:
             return torch.zeros_like(step.sums)
         sums = patch_sums(x, window, self.config.lam)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
-            sums = sums.double()  # of all ranks in one precision, which each chooses by its own patches
-            dist.all_reduce(sums, group=self.process_group)
-        if counted and keep is not None:
-            sums = torch.where(keep.to(sums.device), 0.0, sums)
-        return sums
+        if self.config.scope == "global":
+            sums = sum_over_ranks(sums, self.process_group)
+        return _where(~keep, sums) if counted and keep is not None else sums
 
-    def _hand_on(self, step: _Step, grad: Tensor, handed_on: Tensor | None = None) -> Tensor:
+    def _hand_on(self, step: _Step, grad: Tensor, handed_on: Tensor | None) -> Tensor:
         assert step.sums is not None
         assert step.grad is not None
         n = math.prod(grad.shape[1:])
         moment = (step.sums[:-1] / step.sums[-1].clamp(min=1)).view(-1, n, n)
-        step.inverse = DampedInverse(moment, self.config.lam)
+        step.inverse = self.last_inverse = DampedInverse(moment, self.config.lam)
         if on_host(grad):
-            self._tell_unsolved(step.inverse)
+            tell_unsolved(self.told, step.inverse, self.config.lam)
         missing = step.inverse(step.grad)
         if handed_on is not None:
             missing = missing - handed_on.to(missing.device)
         out = missing.to(grad.dtype).contiguous()
         return out.clone() if out is step.grad or out is grad else out
-
-    def _tell_unsolved(self, inverse: DampedInverse) -> None:
-        """Warns once of a step that could not be factorised; waits for the device."""
-        if self.unsolved_was_told or bool(inverse.solved) or not bool(inverse.finite):
-            return
-        self.unsolved_was_told = True
-        logger.warning(
-            "TrAct: C + lam I (lam=%g) could not be factorised, in float64 neither: the first layer keeps its ordinary "
-            "gradient in such steps. Normalise the pixels or raise lam. This is said once.",
-            self.config.lam,
-        )
 
 
 PRECONDITIONERS: WeakValueDictionary[int, LayerPreconditioner] = WeakValueDictionary()

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from hf_tract.attach import is_supported
 from hf_tract.batches import each_tensor, pixel_argument
 from hf_tract.moments import Window
 from hf_tract.patches import PATCH_OPS
-from hf_tract.attach import is_supported
 
 
 class Reading(NamedTuple):

@@ -4,48 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-# Of a DTensor, of FSDP1's original parameters, of ZeRO-3's parameters and of those of the other stages.
-ENGINE_ATTRIBUTES = ("full_tensor", "_fsdp_flattened", "ds_id", "_hp_mapping")
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward gathers weights, so that every rank must run all of it."""
     return bool(_by_fsdp1(model) or _by_fsdp2(model)) or any(map(_by_zero, model.parameters()))
-
-
-def weight_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """Returns the trainable parameters that make the weight of `layer`: one, or those of a norm or a mask."""
-    return [
-        parameter
-        for name, parameter in layer.named_parameters()
-        if parameter.requires_grad and not any(part.startswith("bias") for part in name.split("."))
-    ]
-
-
-def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
-    """Says whether `.grad` of these parameters tells what has been accumulated.
-
-    It does not where an engine keeps gradients elsewhere: FSDP1, FSDP2 and ZeRO, whose stages 1 and 2 empty `.grad` after
-    each micro-step.
-    """
-    return bool(parameters) and not any(
-        hasattr(parameter, name) for parameter in parameters for name in ENGINE_ATTRIBUTES
-    )
-
-
-def engine_accumulates() -> bool:
-    """Says whether accelerate is in a micro-step that is not the last one; its state is only read."""
-    state = sys.modules.get("accelerate.state")
-    if state is None or not state.GradientState._shared_state:
-        return False
-    return not state.GradientState().sync_gradients
 
 
 @contextlib.contextmanager

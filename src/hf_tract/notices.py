@@ -1,0 +1,69 @@
+"""What a preconditioner tells its user, each thing once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_tract.accumulation import lives_in_grad
+from hf_tract.precondition import DampedInverse
+
+logger = logging.getLogger(__name__)
+
+
+def tell_once(told: set[str], message: str, *args: Any) -> None:
+    """Warns, unless `told` holds the message already."""
+    if message not in told:
+        told.add(message)
+        logger.warning(message + " This is said once.", *args)
+
+
+def tell_unsolved(told: set[str], inverse: DampedInverse, lam: float) -> None:
+    """Warns of a step that could not be factorised; waits for the device."""
+    if bool(inverse.finite) and not bool(inverse.solved):
+        tell_once(
+            told,
+            "TrAct: C + lam I (lam=%g) could not be factorised, in float64 neither: the first layer keeps its ordinary "
+            "gradient in such steps. Normalise the pixels or raise lam.",
+            lam,
+        )
+
+
+def tell_second_order(told: set[str]) -> None:
+    """Warns of a pass over a graph whose gradient was handed on differentiably before."""
+    tell_once(
+        told,
+        "TrAct: a backward runs again over a forward whose weight gradient was taken with `create_graph=True`. What it gives "
+        "the first layer is the exact derivative of that preconditioned gradient (C held fixed), and is not preconditioned "
+        "again. If the loss itself shares this forward, give it a forward of its own.",
+    )
+
+
+def look_for_other_uses(parameters: Sequence[nn.Parameter], handed_on: Tensor) -> None:
+    """Arranges to warn, when the running pass ends, of a gradient that a weight gets from elsewhere than its layer.
+
+    Args:
+        parameters: that make the weight. Only one that is the weight itself can be held against `handed_on`.
+        handed_on: what the layer handed on in this pass, the first one.
+    """
+    if len(parameters) != 1 or not lives_in_grad(parameters) or parameters[0].grad is not None:
+        return
+    parameter, expected = parameters[0], handed_on.clone()
+
+    def look() -> None:
+        if parameter.grad is None:
+            return
+        difference = parameter.grad.to(expected) - expected
+        if bool(difference.norm() > 0.02 * expected.norm()):  # wide enough for 16-bit weights
+            tell_once(
+                set(),
+                "TrAct: the first layer's weight also gets a gradient from outside of its layer (it is tied, or another module "
+                "uses it, or a hook changes it). That part is not preconditioned.",
+            )
+
+    if torch._C._current_graph_task_id() >= 0:
+        torch.autograd.Variable._execution_engine.queue_callback(look)
