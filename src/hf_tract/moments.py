@@ -21,7 +21,7 @@ CACHED_BYTES = 8 * 2**20  # CPU: pieces that stay in the cache, and below the si
 PANEL = 128  # CPU: columns of the triangle that one product fills
 MAX_ROUNDING = 1e-2  # float32's rounding of C's trace, in units of lam, above which sums are float64
 MAX_PRODUCT_LENGTH = 2**16  # patches that one product sums, so that float32 does not lose the last ones
-FEW_COLUMNS = 64
+FEW_ENTRIES = 256
 WORTHWHILE = 0.75  # share of the operations below which row products pay for their sums
 
 
@@ -279,8 +279,8 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds batches of `left` @ `right`."""
     if left.dtype != out.dtype:
         out += torch.bmm(left, right, out_dtype=out.dtype)
-    elif out.is_cpu and out.shape[-1] <= FEW_COLUMNS:
-        out += torch.bmm(left, right)  # the CPU's product of few columns would add them to `out` one patch at a time
+    elif out.is_cpu and out.shape[-1] * out.shape[-2] <= FEW_ENTRIES:
+        out += torch.bmm(left, right)  # so small a product would be added to `out` one patch at a time
     else:
         out.baddbmm_(left, right)
 

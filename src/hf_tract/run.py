@@ -57,9 +57,7 @@ def acts(weight: Tensor, input: Any) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    if torch._C._get_tracing_state() is not None or not isinstance(
-        input, Tensor
-    ):  # a symbolic trace by torch.fx has no tensors
+    if torch._C._get_tracing_state() is not None or not isinstance(input, Tensor):  # torch.fx
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         tell_once(
