@@ -13,7 +13,10 @@ from hf_tract import apply_tract
 from oracle import assert_close
 
 lightning = pytest.importorskip("lightning")
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")  # Lightning's advice on workers, and what it calls that is deprecated
+    for message in (".*:UserWarning:lightning", ":DeprecationWarning:lightning", "`isinstance:FutureWarning")
+]
     "ignore:.*:UserWarning:lightning", "ignore::DeprecationWarning:lightning", "ignore:`isinstance:FutureWarning"
 )
 
