@@ -17,8 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")  # Lightning's advice on workers, and what it calls that is deprecated
     for message in (".*:UserWarning:lightning", ":DeprecationWarning:lightning", "`isinstance:FutureWarning")
 ]
-    "ignore:.*:UserWarning:lightning", "ignore::DeprecationWarning:lightning", "ignore:`isinstance:FutureWarning"
-)
 
 
 class Automatic(lightning.LightningModule):
