@@ -87,6 +87,26 @@ def test_twice_is_once_and_the_last_settings_hold():
     assert snapshot(model) == before
 
 
+def test_other_layers_replace_the_old_ones_also_in_the_middle_of_an_accumulation():
+    """What was handed on stays; the layer that is left goes on with ordinary gradients."""
+    plain, parts = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    model, before = copy.deepcopy(plain), snapshot(plain)
+    apply_tract(model, lam=0.1, layers="0")
+    wanted = []
+    for part in parts:
+        train_step(plain, part)
+        wanted.append([layer.weight.grad.clone() for layer in plain])
+    model(parts[0]).square().mean().backward()
+    handle = apply_tract(model, lam=0.2, layers="1")
+    assert [type(layer).__name__ for layer in model] == ["Conv2d", "TrActConv2d"]
+    model(parts[1]).square().mean().backward()
+    assert_close(model[0].weight.grad, expected(wanted[0][0], parts[0], plain[0], 0.1) + wanted[1][0], 1e-5)
+    second = expected(wanted[1][1], plain[0](parts[1]).detach(), plain[1], 0.2)
+    assert_close(model[1].weight.grad, wanted[0][1] + second, 1e-5)
+    handle.remove()
+    assert snapshot(model) == before
+
+
 def test_the_handle_is_a_context_manager():
     model = network(nn.Conv2d(3, 4, 2, 2))
     before = snapshot(model)

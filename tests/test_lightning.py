@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import lightning
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ from helpers import Images, small_vit, weights
 from hf_tract import apply_tract
 from oracle import assert_close
 
-lightning = pytest.importorskip("lightning")
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")  # Lightning's advice on workers, and what it calls that is deprecated
     for message in (".*:UserWarning:lightning", ":DeprecationWarning:lightning", "`isinstance:FutureWarning")

@@ -88,7 +88,7 @@ def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = S
     return count
 
 
-def patch_sums(x: Tensor, window: Window, lam: float) -> Tensor:
+def patch_sums(x: Tensor, window: Window, lam: float, dtype: torch.dtype | None = None) -> Tensor:
     """Returns the sums of p p^T over all patches of `x` and, as their last entry, the number of patches.
 
     They are float32 where that is precise enough to add `lam` to C's diagonal: rounding is in proportion to C's largest
@@ -98,12 +98,14 @@ def patch_sums(x: Tensor, window: Window, lam: float) -> Tensor:
         x: a convolution's input, (N, c, *size) or (c, *size), or a linear layer's, (..., n).
         window: the patches to take.
         lam: the damping that C is to get.
+        dtype: of the sums; chosen by looking at them, which waits for the device, where None.
 
     Returns:
         (g * n * n + 1,), float32 or float64.
     """
-    sums = _flat_sums(x, window, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if sums.dtype == torch.float32 and sums.is_cpu and _loses(sums, window, lam):
+    sums = _flat_sums(x, window, torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32)
+    has_float64 = x.device.type != "mps"
+    if dtype is None and has_float64 and sums.dtype == torch.float32 and _loses(sums, window, lam):
         return _flat_sums(x, window, torch.float64)
     return sums
 

@@ -19,16 +19,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from hf_tract.accumulation import (
-    engine_accumulates,
-    holds_gradient,
-    lives_in_grad,
-    on_host,
-    ranks_of,
-    sum_over_ranks,
-    was_emptied,
-    weight_parameters,
-)
+from hf_tract import accumulation
 from hf_tract.config import TrActConfig
 from hf_tract.moments import Window, patch_sums
 from hf_tract.notices import look_for_other_uses, tell_unsolved
@@ -93,6 +84,7 @@ class LayerPreconditioner:
         self.open_no_syncs = 0  # the user's word, where `.grad` does not tell which backward is the step's last
         self.told: set[str] = set()
         self.last_inverse: DampedInverse | None = None
+        self.sums_dtype: torch.dtype | None = None  # on an accelerator, as chosen in the first backward, which waits for it
         self._layer = ref(layer)
         self._step: _Step | None = None
         self._aside: _Step | None = None  # of a pass that does not add to `.grad`
@@ -119,17 +111,16 @@ class LayerPreconditioner:
             return grad.clone()
         task = torch._C._current_graph_task_id() if task < 0 else task
         with self._lock:
-            step = self._step_of(task, adds)
-            keep = None
+            step, keep = self._step_of(task, adds), None
             if step.task != task:
-                step.task, keep = task, holds_gradient(weight_parameters(self._layer()))
+                step.task, keep = task, accumulation.holds_gradient(accumulation.weight_parameters(self._layer()))
             handed_on = step.handed_on(keep)
             sums = self._new_sums(step, call, x, window, keep)
             step.add(grad.to(torch.promote_types(grad.dtype, torch.float32)), sums, keep)
-            step.closed = step.closed or not (self.open_no_syncs or engine_accumulates())
+            step.closed = step.closed or not (self.open_no_syncs or accumulation.engine_accumulates())
             out = self._hand_on(step, grad, handed_on)
-            if self.steps == 1 and adds and handed_on is None and ranks_of(self.process_group) == 1:
-                look_for_other_uses(weight_parameters(self._layer()), out)
+            if self.steps == 1 and adds and handed_on is None and accumulation.ranks_of(self.process_group) == 1:
+                look_for_other_uses(accumulation.weight_parameters(self._layer()), out)
             return out
 
     def stats(self) -> dict[str, float]:
@@ -155,8 +146,8 @@ class LayerPreconditioner:
         return step
 
     def _is_over(self, step: _Step) -> bool:
-        parameters = weight_parameters(self._layer())
-        return was_emptied(parameters) if lives_in_grad(parameters) else step.closed
+        parameters = accumulation.weight_parameters(self._layer())
+        return accumulation.was_emptied(parameters) if accumulation.lives_in_grad(parameters) else step.closed
 
     def _new_sums(self, step: _Step, call: int, x: Tensor, window: Window, keep: Tensor | None) -> Tensor:
         """Returns the sums that a backward adds: those of its patches, on all ranks, unless they are in already."""
@@ -165,9 +156,11 @@ class LayerPreconditioner:
             step.calls.add(call)
         if counted and keep is None and step.sums is not None:
             return torch.zeros_like(step.sums)
-        sums = patch_sums(x, window, self.config.lam)
+        sums = patch_sums(x, window, self.config.lam, self.sums_dtype)
+        if not accumulation.on_host(sums):
+            self.sums_dtype = sums.dtype
         if self.config.scope == "global":
-            sums = sum_over_ranks(sums, self.process_group)
+            sums = accumulation.sum_over_ranks(sums, self.process_group)
         return _where(~keep, sums) if counted and keep is not None else sums
 
     def _hand_on(self, step: _Step, grad: Tensor, handed_on: Tensor | None) -> Tensor:
@@ -176,7 +169,7 @@ class LayerPreconditioner:
         n = math.prod(grad.shape[1:])
         moment = (step.sums[:-1] / step.sums[-1].clamp(min=1)).view(-1, n, n)
         step.inverse = self.last_inverse = DampedInverse(moment, self.config.lam)
-        if on_host(grad):
+        if accumulation.on_host(grad):
             tell_unsolved(self.told, step.inverse, self.config.lam)
         missing = step.inverse(step.grad)
         if handed_on is not None:
