@@ -92,7 +92,7 @@ BEYOND = {
             "bf16, TrAct 0.1": BF16 | {"lam": 0.1},
             "bf16, TrAct 0.1 of the rounded gradient": BF16 | {"lam": 0.1, "variant": "rounded"},
         },
-        VIT_SMALL | {"epochs": 4, "train_samples": 8000, "test_samples": 4000}, VIT_SMOKE,
+        VIT_SMALL | {"epochs": 4, "train_samples": 3000, "test_samples": 2000}, VIT_SMOKE,
     ),
     "beyond_rates": Experiment(
         "Photo crops, ViT: each arm at three learning rates", "photo_crops.yaml",
