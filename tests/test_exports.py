@@ -152,3 +152,30 @@ def test_a_gradient_penalty_on_the_pixels_is_preconditioned_once(autocast):
         (value + slope.square().sum()).backward(inputs=[net.weight])
     wanted = expected(plain.weight.grad, part.detach(), plain, 0.1)
     assert_close(layer.weight.grad, wanted, 2e-2 if autocast else 1e-5)
+
+
+def test_second_order_of_two_calls_in_one_pass_has_the_inverse_of_both():
+    layer = nn.Linear(6, 4).double()
+    plain, parts = copy.deepcopy(layer), [torch.randn(9, 6).double(), 3 * torch.randn(5, 6).double()]
+    apply_tract(layer, lam=0.1)
+    inverse = torch.linalg.inv(moment(parts, plain)[0] + 0.1 * torch.eye(6).double())
+    (got,) = torch.autograd.grad(sum(cubes(layer(part)) for part in parts), layer.weight, create_graph=True)
+    (ordinary,) = torch.autograd.grad(sum(cubes(plain(part)) for part in parts), plain.weight, create_graph=True)
+    wanted = ordinary @ inverse
+    assert_close(got, wanted, 1e-10)
+    (second,) = torch.autograd.grad(got.square().sum(), layer.weight)
+    (wanted_second,) = torch.autograd.grad(wanted.square().sum(), plain.weight)
+    assert_close(second, wanted_second, 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (3, 8, 8)])
+def test_hooks_on_the_output_of_a_16_bit_operation_reach_the_weight(shape):
+    layer = nn.Conv2d(3, 4, 4, 4)
+    plain, part = copy.deepcopy(layer), torch.randn(shape)
+    apply_tract(layer, lam=0.1)
+    for net in (layer, plain):
+        with torch.autocast("cpu", torch.bfloat16, enabled=net is layer):
+            out = net(part)
+        out.register_hook(lambda grad: 0.1 * grad)
+        out.float().square().sum().backward()
+    assert_close(layer.weight.grad, expected(plain.weight.grad, part, plain, 0.1), 3e-2)

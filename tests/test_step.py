@@ -448,3 +448,57 @@ def test_figures_of_the_last_step(layers):
     assert figures["grad_norm_raw"] == pytest.approx(raw.norm().item())
     assert figures["grad_norm"] == pytest.approx(layer.weight.grad.norm().item())
     assert figures["condition"] > 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "weight norm", "compiled"])
+def test_a_returned_gradient_stays_apart_however_the_weight_is_made_or_run(kind):
+    layer = nn.Conv2d(3, 4, 4, stride=4, dtype=torch.float64)
+    if kind == "weight norm":
+        parametrizations.weight_norm(layer)
+    alone = copy.deepcopy(layer)
+    apply_tract(layer, LAM)
+    apply_tract(alone, LAM)
+    run = torch.compile(layer, backend="aot_eager") if kind == "compiled" else layer
+    x, y, probed = images(3), images(2), images(4)
+    loss(run(x)).backward()
+    got = torch.autograd.grad(loss(run(probed)), list(layer.parameters()))
+    loss(run(y)).backward()
+    wanted = torch.autograd.grad(loss(alone(probed)), list(alone.parameters()))
+    (loss(alone(x)) + loss(alone(y))).backward()
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert_close(mine, theirs, 1e-11)
+    for mine, theirs in zip(layer.parameters(), alone.parameters(), strict=True):
+        assert_close(mine.grad, theirs.grad, 1e-11)
+
+
+def test_parameters_that_functional_call_is_given_accumulate_too(layers):
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    given = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
+    parameters = {name: nn.Parameter(value.detach()) for name, value in given.items()}
+    x, y = images(3), images(2)
+    for part in (x, y):
+        loss(torch.func.functional_call(layer, parameters, (part,))).backward()
+    raw = plain_grad(plain, x, y)
+    assert_close(parameters["weight"].grad, expected(raw, [x, y], plain, LAM), 1e-11)
+
+
+def test_the_weight_that_the_graph_knows_counts_and_not_the_layers_own_of_now(layers):
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    x, y, old = images(3), images(2), layer.weight
+    losses = [loss(layer(part)) for part in (x, y)]
+    layer.weight = nn.Parameter(torch.zeros_like(old))
+    for value in losses:
+        value.backward()
+    assert_close(old.grad, expected(plain_grad(plain, x, y), [x, y], plain, LAM), 1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_a_step_keeps_no_graph_alive(layers):
+    _, layer = layers
+    apply_tract(layer, LAM)
+    x = images(3)
+    loss(layer(x)).backward(create_graph=True)
+    assert not layer._tract_step._step.grad.requires_grad
+    layer.weight.grad = layer.bias.grad = None

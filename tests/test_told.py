@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from helpers import small_vit, trainer
 from hf_tract import TrActCallback, apply_tract, remove_tract
@@ -171,4 +172,35 @@ def test_a_weight_that_its_parent_reads_is_preconditioned_there(layers, told):
     handle.remove()
     assert type(model) is Airbench
     assert sorted(vars(model)) == sorted(vars(plain))
+    assert told() == []
+
+
+@pytest.mark.parametrize(
+    "how", ["two calls", "weight norm", "spectral norm", "own forward", "local scope", "checkpoint", "penalty"]
+)
+def test_no_false_alarm_where_the_layer_runs_twice_or_its_weight_is_made_of_another(how, told):
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, self.stride)
+
+    layer = Standardised(3, 4, 4, 4) if how == "own forward" else nn.Conv2d(3, 4, 4, 4)
+    if how == "weight norm":
+        nn.utils.parametrizations.weight_norm(layer)
+    if how == "spectral norm":
+        nn.utils.parametrizations.spectral_norm(layer)
+    model = nn.Sequential(layer)
+    apply_tract(model, scope="local" if how == "local scope" else "global")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        x, y = torch.randn(4, 3, 8, 8), 3 * torch.randn(2, 3, 8, 8, requires_grad=True)
+        if how == "checkpoint":
+            first, second = (checkpoint(model, each, use_reentrant=False) for each in (x, y))
+        else:
+            first, second = model(x), model(y)
+        loss = first.square().sum() + second.square().sum()
+        if how == "penalty":
+            loss = loss + torch.autograd.grad(second.tanh().sum(), y, create_graph=True)[0].square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     assert told() == []

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_tract.moments import Window
-from hf_tract.ops import precondition
-from hf_tract.preconditioner import UNTRACKED
+from hf_tract.ops import UNTRACKED, precondition
 
 
 class PreconditionFromOutput(torch.autograd.Function):
@@ -31,5 +30,5 @@ class PreconditionFromOutput(torch.autograd.Function):
         """Returns the output's gradient, and the weight's."""
         (x,) = ctx.saved_tensors
         like = output_grad.new_zeros(ctx.shape, dtype=torch.float32)
-        out = precondition(like, x, output_grad, ctx.key, UNTRACKED, -1, True, *ctx.window)
+        out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.window)
         return output_grad, out.to(ctx.dtype), None, None, None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_tract.accumulation import lives_in_grad
 from hf_tract.precondition import DampedInverse
 
 logger = logging.getLogger(__name__)
@@ -43,19 +42,17 @@ def tell_second_order(told: set[str]) -> None:
     )
 
 
-def look_for_other_uses(parameters: Sequence[nn.Parameter], handed_on: Tensor) -> None:
+def look_for_other_uses(parameter: nn.Parameter, handed_on: Callable[[], Tensor | None]) -> None:
     """Arranges to warn, when the running pass ends, of a gradient that a weight gets from elsewhere than its layer.
 
     Args:
-        parameters: that make the weight. Only one that is the weight itself can be held against `handed_on`.
-        handed_on: what the layer handed on in this pass, the first one.
+        parameter: the weight, whose `.grad` is empty before this pass.
+        handed_on: returns what the layer has handed on, when the pass has ended.
     """
-    if len(parameters) != 1 or not lives_in_grad(parameters) or parameters[0].grad is not None:
-        return
-    parameter, expected = parameters[0], handed_on.clone()
 
     def look() -> None:
-        if parameter.grad is None:
+        expected = handed_on()
+        if parameter.grad is None or expected is None:
             return
         difference = parameter.grad.to(expected) - expected
         if bool(difference.norm() > 0.02 * expected.norm()):  # wide enough for 16-bit weights

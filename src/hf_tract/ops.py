@@ -15,22 +15,20 @@ from torch import Tensor
 
 from hf_tract.moments import Window
 from hf_tract.notices import tell_second_order
-from hf_tract.preconditioner import PRECONDITIONERS, UNTRACKED, LayerPreconditioner
-from hf_tract.second_order import ForwardCall, LinearInGrad, adds_to_grad
+from hf_tract.preconditioner import PRECONDITIONERS, LayerPreconditioner
+from hf_tract.second_order import CALLS, ForwardCall, LinearInGrad
 from hf_tract.weight_grad import weight_grad
 
 _library = torch.library.Library("hf_tract", "DEF")
 _library.define(
-    "precondition(Tensor grad, Tensor x, Tensor? output_grad, int key, SymInt call, SymInt task, bool adds, int[] kernel, "
-    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    "precondition(Tensor grad, Tensor x, Tensor? output_grad, int key, SymInt call, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, int groups) -> Tensor",
     # It acts beside computing, so it must run at every call, and a replayed CUDA graph does not call.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
 
-def _precondition(
-    grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, task: int, adds: bool, *window: Any
-) -> Tensor:
+def _precondition(grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *window: Any) -> Tensor:
     """Returns what the preconditioner `key` hands on; the ordinary gradient where its layer is gone.
 
     Where `output_grad` is given, `grad` is computed again from it: a 16-bit operation rounds its weight's gradient, and
@@ -45,7 +43,7 @@ def _precondition(
             grad = weight_grad(x, output_grad, patches, grad)
         if preconditioner is None:
             return grad.clone()
-        return preconditioner.precondition(grad, x, patches, call, task, adds)
+        return preconditioner.precondition(grad, x, patches, CALLS.get(call))
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -57,6 +55,7 @@ def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
 _library.impl("precondition", _precondition, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_tract::precondition", lambda grad, *_: grad.new_empty(grad.shape), lib=_library)
 precondition = torch.ops.hf_tract.precondition.default
+UNTRACKED = -1  # the forward call of a compiled graph, which cannot tell its runs apart
 
 
 class PreconditionWeightGrad(torch.autograd.Function):
@@ -89,9 +88,9 @@ class PreconditionWeightGrad(torch.autograd.Function):
         """Returns the preconditioned gradient of the weight."""
         (x,) = ctx.saved_tensors
         if ctx.call is None:
-            out = precondition(grad, x, None, ctx.key, UNTRACKED, -1, True, *ctx.window)
+            out = precondition(grad, x, None, ctx.key, UNTRACKED, *ctx.window)
         elif torch.compiler.is_compiling():  # compiled autograd
-            out = precondition(grad, x, None, ctx.key, ctx.call.number, ctx.call.task, True, *ctx.window)
+            out = precondition(grad, x, None, ctx.key, ctx.call.number, *ctx.window)
         else:
             out = _eager_backward(ctx, grad, x)
         return out, None, None, None, None, None
@@ -103,10 +102,9 @@ def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
         tell_second_order(ctx.owner.told)
         return grad
     output_grad, call.output_grad = call.output_grad, None
-    adds = adds_to_grad(ctx.next_functions[0][0])
     with torch.no_grad():
-        out: Tensor = precondition(grad, x, output_grad, ctx.key, call.number, call.task, adds, *ctx.window).to(grad.dtype)
+        out: Tensor = precondition(grad, x, output_grad, ctx.key, call.number, *ctx.window).to(grad.dtype)
     if torch.is_grad_enabled() and grad.requires_grad:
         call.handed_on_differentiably = True
-        return LinearInGrad.apply(grad, [out], ctx.owner.last_inverse)  # type: ignore[no-any-return]
+        return LinearInGrad.apply(grad, [out], ctx.owner.last_step)  # type: ignore[no-any-return]
     return out

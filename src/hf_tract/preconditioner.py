@@ -24,8 +24,8 @@ from hf_tract.config import TrActConfig
 from hf_tract.moments import Window, patch_sums
 from hf_tract.notices import look_for_other_uses, tell_unsolved
 from hf_tract.precondition import DampedInverse
+from hf_tract.second_order import ForwardCall, adds_to_grad
 
-UNTRACKED = -1  # the forward call of a compiled graph, which cannot tell its runs apart
 _keys = itertools.count()
 
 
@@ -41,7 +41,7 @@ class _Step:
         self.grad: Tensor | None = None  # (m, ...), the ordinary gradient
         self.inverse: DampedInverse | None = None
 
-    def handed_on(self, keep: Tensor | None) -> Tensor | None:
+    def handed_on(self, keep: Tensor | None = None) -> Tensor | None:
         """Returns what the weight has got in this step so far: nothing where the device finds `keep` false."""
         if self.inverse is None or self.grad is None:
             return None
@@ -83,7 +83,7 @@ class LayerPreconditioner:
         self.steps = 0  # optimizer steps in which a gradient was handed on
         self.open_no_syncs = 0  # the user's word, where `.grad` does not tell which backward is the step's last
         self.told: set[str] = set()
-        self.last_inverse: DampedInverse | None = None
+        self.last_step: _Step | None = None
         self.sums_dtype: torch.dtype | None = None  # on an accelerator, as chosen in the first backward, which waits for it
         self._layer = ref(layer)
         self._step: _Step | None = None
@@ -91,37 +91,34 @@ class LayerPreconditioner:
         self._lock = threading.RLock()  # DataParallel's replicas share this object
         PRECONDITIONERS[self.key] = self
 
-    def precondition(
-        self, grad: Tensor, x: Tensor, window: Window, call: int = UNTRACKED, task: int = -1, adds: bool = True
-    ) -> Tensor:
+    def precondition(self, grad: Tensor, x: Tensor, window: Window, call: ForwardCall | None = None) -> Tensor:
         """Returns what the weight's gradient lacks of the rule after one more backward.
 
         Args:
             grad: the ordinary gradient of this backward, (m, ...).
             x: what the layer's operation read.
             window: the patches that it cut out of `x`.
-            call: the forward call, so that a graph that is run again counts its patches once.
-            task: the backward pass; the present graph task where -1.
-            adds: whether the result ends in `.grad`; `torch.autograd.grad` returns it instead.
+            call: the forward call, so that a graph that is run again counts its patches once; None in a compiled graph.
 
         Returns:
             (m, ...) in the gradient's dtype, contiguous.
         """
         if not self.active:
             return grad.clone()
-        task = torch._C._current_graph_task_id() if task < 0 else task
+        task = call.task if call is not None and call.task >= 0 else torch._C._current_graph_task_id()
+        parameters = self._parameters(call)
         with self._lock:
-            step, keep = self._step_of(task, adds), None
+            step = self.last_step = self._step_of(task, parameters)
+            keep = None
             if step.task != task:
-                step.task, keep = task, accumulation.holds_gradient(accumulation.weight_parameters(self._layer()))
+                step.task, keep = task, accumulation.holds_gradient(parameters)
             handed_on = step.handed_on(keep)
             sums = self._new_sums(step, call, x, window, keep)
-            step.add(grad.to(torch.promote_types(grad.dtype, torch.float32)), sums, keep)
+            step.add(grad.detach().to(torch.promote_types(grad.dtype, torch.float32)), sums, keep)
             step.closed = step.closed or not (self.open_no_syncs or accumulation.engine_accumulates())
-            out = self._hand_on(step, grad, handed_on)
-            if self.steps == 1 and adds and handed_on is None and accumulation.ranks_of(self.process_group) == 1:
-                look_for_other_uses(accumulation.weight_parameters(self._layer()), out)
-            return out
+            if self.steps == 1 and step.inverse is None and self._is_alone(call, parameters):
+                look_for_other_uses(parameters[0], step.handed_on)
+            return self._hand_on(step, grad, handed_on)
 
     def stats(self) -> dict[str, float]:
         """Returns the gradient's norm before and after, and the condition number, as of the last backward."""
@@ -133,27 +130,39 @@ class LayerPreconditioner:
             norms = {"grad_norm_raw": step.grad.norm().item(), "grad_norm": step.inverse(step.grad).norm().item()}
             return {**norms, "condition": step.inverse.condition()}
 
-    def _step_of(self, task: int, adds: bool) -> _Step:
+    def _parameters(self, call: ForwardCall | None) -> list[nn.Parameter]:
+        """Returns what the weight is made of: in the call's own graph, if it is one leaf that no engine manages."""
+        parameters = accumulation.weight_parameters(self._layer())
+        if call is not None and isinstance(call.leaf, nn.Parameter):
+            return [call.leaf] if not parameters or accumulation.lives_in_grad(parameters) else parameters
+        return parameters
+
+    def _is_alone(self, call: ForwardCall | None, parameters: list[nn.Parameter]) -> bool:
+        """Says whether `.grad` is to be just what this layer of this process hands on."""
+        if call is None or call.leaf is None or parameters[0] is not call.leaf or parameters[0].grad is not None:
+            return False
+        return self.config.scope == "global" and accumulation.ranks_of(self.process_group) == 1
+
+    def _step_of(self, task: int, parameters: list[nn.Parameter]) -> _Step:
         """Returns the step that the backward pass `task` belongs to."""
-        if not adds:
-            if self._aside is None or self._aside.task != task or self.config.scope == "local":
+        in_grad, local = accumulation.lives_in_grad(parameters), self.config.scope == "local"
+        if in_grad and not adds_to_grad(parameters):
+            if self._aside is None or self._aside.task != task or local:
                 self._aside = _Step(task)
             return self._aside
-        step = self._step
-        if step is None or self.config.scope == "local" or (step.task != task and self._is_over(step)):
+        step, is_over = self._step, local
+        if step is not None and step.task != task and not local:
+            is_over = accumulation.was_emptied(parameters) if in_grad else step.closed
+        if step is None or is_over:
             step = self._step = _Step(task)
             self.steps += 1
         return step
 
-    def _is_over(self, step: _Step) -> bool:
-        parameters = accumulation.weight_parameters(self._layer())
-        return accumulation.was_emptied(parameters) if accumulation.lives_in_grad(parameters) else step.closed
-
-    def _new_sums(self, step: _Step, call: int, x: Tensor, window: Window, keep: Tensor | None) -> Tensor:
+    def _new_sums(self, step: _Step, call: ForwardCall | None, x: Tensor, window: Window, keep: Tensor | None) -> Tensor:
         """Returns the sums that a backward adds: those of its patches, on all ranks, unless they are in already."""
-        counted = call in step.calls
-        if call != UNTRACKED:
-            step.calls.add(call)
+        counted = call is not None and call.number in step.calls
+        if call is not None:
+            step.calls.add(call.number)
         if counted and keep is None and step.sums is not None:
             return torch.zeros_like(step.sums)
         sums = patch_sums(x, window, self.config.lam, self.sums_dtype)
@@ -168,7 +177,7 @@ class LayerPreconditioner:
         assert step.grad is not None
         n = math.prod(grad.shape[1:])
         moment = (step.sums[:-1] / step.sums[-1].clamp(min=1)).view(-1, n, n)
-        step.inverse = self.last_inverse = DampedInverse(moment, self.config.lam)
+        step.inverse = DampedInverse(moment, self.config.lam)
         if accumulation.on_host(grad):
             tell_unsolved(self.told, step.inverse, self.config.lam)
         missing = step.inverse(step.grad)

@@ -14,7 +14,7 @@ from hf_tract.notices import tell_once
 from hf_tract.ops import PreconditionWeightGrad
 from hf_tract.patches import PATCH_OPS, fits
 from hf_tract.preconditioner import LayerPreconditioner
-from hf_tract.second_order import ForwardCall
+from hf_tract.second_order import ForwardCall, KeepOutputGrad
 
 _told: set[str] = set()
 
@@ -43,11 +43,11 @@ def run(
             return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, window)  # type: ignore[no-any-return]
         weight = PreconditionWeightGrad.apply(weight, x, None, None, preconditioner.key, window)
         return op(input, weight, *args, **kwargs)
-    call = ForwardCall()
+    call = ForwardCall(weight)
     weight = PreconditionWeightGrad.apply(weight, x, preconditioner, call, preconditioner.key, window)
     out = op(input, weight, *args, **kwargs)
-    if is_half and out.requires_grad:
-        out.register_hook(call.keep_output_grad)
+    if is_half:
+        return KeepOutputGrad.apply(out.clone() if out._is_view() else out, call)  # type: ignore[no-any-return]
     return out
 
 
