@@ -17,6 +17,7 @@ from hf_tract.attach import is_supported
 from hf_tract.batches import batches, each_tensor, pixel_argument
 from hf_tract.config import TrActError
 from hf_tract.probe import functional_callers, probe, twin
+from hf_tract.sharding import is_sharded
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 
@@ -189,7 +190,7 @@ def find_functional_callers(
     model = unwrap(model)
     modules = dict(model.named_modules())
     names = {layer.name for layer in layers if layer.source != "reached first by the pixels"}
-    if not names:
+    if not names or is_sharded(model):  # whose hooks would take the trial run for a step
         return []
     with contextlib.suppress(Exception):  # such as FSDP2's, which cannot be copied
         copied = twin(model)
