@@ -69,6 +69,19 @@ def test_a_forward_that_was_replaced_afterwards(told):
     assert "apply TrAct after it" in message
 
 
+def test_nothing_where_gradients_are_asked_for_and_put_in_place(told):
+    """As methods of several losses do: `torch.autograd.grad`, and `.grad` by hand."""
+    model = Net()
+    handle = apply_tract(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grads = torch.autograd.grad(model(torch.randn(4, 3, 8, 8)), list(model.parameters()))
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = grad
+    optimizer.step()
+    assert told() == []
+    assert handle.stats()["stem"]["grad_norm"] > 0
+
+
 def test_a_layer_that_was_exchanged(told):
     model = Net()
     apply_tract(model)

@@ -51,7 +51,7 @@ class FirstStepWatch:
             layer = reference()
             if layer is None or id(layer) not in inside:
                 logger.warning(EXCHANGED, name)
-            elif (preconditioner := preconditioner_of(layer)) is not None and preconditioner.steps == 0:
+            elif (preconditioner := preconditioner_of(layer)) is not None and preconditioner.last_step is None:
                 logger.warning(NOTHING_HANDED_ON, name, _reason(layer))
 
     def after_step(self, optimizer: Optimizer) -> None:

@@ -123,7 +123,7 @@ class LayerPreconditioner:
     def stats(self) -> dict[str, float]:
         """Returns the gradient's norm before and after, and the condition number, as of the last backward."""
         with self._lock:
-            step = self._step
+            step = self.last_step
             if step is None or step.grad is None or step.inverse is None:
                 return {}
             tell_unsolved(self.told, step.inverse, self.config.lam)
