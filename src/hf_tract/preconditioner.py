@@ -173,8 +173,7 @@ class LayerPreconditioner:
         return _where(~keep, sums) if counted and keep is not None else sums
 
     def _hand_on(self, step: _Step, grad: Tensor, handed_on: Tensor | None) -> Tensor:
-        assert step.sums is not None
-        assert step.grad is not None
+        assert step.sums is not None and step.grad is not None  # noqa: PT018 both are there after `add`
         n = math.prod(grad.shape[1:])
         moment = (step.sums[:-1] / step.sums[-1].clamp(min=1)).view(-1, n, n)
         step.inverse = DampedInverse(moment, self.config.lam)
