@@ -100,6 +100,15 @@ def test_a_weight_that_is_used_elsewhere_too(told):
     assert "also gets a gradient from outside of its layer" in message
 
 
+def test_a_compiled_optimizer_is_not_cut(told):
+    model = Net()
+    apply_tract(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3, 8, 8)).backward()
+    torch.compile(optimizer.step, fullgraph=True, backend="eager")()
+    assert told() == []
+
+
 def test_the_step_of_another_models_optimizer_says_nothing(told):
     model = Net()
     apply_tract(model)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -75,6 +76,8 @@ def _register_once() -> None:
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():  # a compiled optimizer, which must not be cut here
+        return
     for watch in list(_watches):
         watch.after_step(optimizer)
 
