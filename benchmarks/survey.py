@@ -46,9 +46,6 @@ Row = dict[str, Any]
 
 def look(subject: Subject) -> Row:
     """The row of one model: what TrAct takes of it, and what is wrong, if anything is."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     row = _blank(subject)
     try:
@@ -152,6 +149,10 @@ def rows(chosen: list[Subject], path: Path, workers: int) -> list[Row]:
 
 
 def _looked(subject: Subject) -> Row:
+    """The row of one model, in a worker process, whose settings concern nobody else."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
     start = time.perf_counter()
     try:
         return {**look(subject), "seconds": round(time.perf_counter() - start, 1)}
