@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import hf_tract.accumulation
 import hf_tract.precondition
+import hf_tract.preconditioner
 from hf_tract import apply_tract
 from hf_tract.moments import Window, patch_sums
 from oracle import assert_close, expected
@@ -72,8 +72,8 @@ def test_millions_of_patches_are_summed_in_pieces(window):
 
 def test_what_an_accelerator_could_not_factorise_is_told_at_logging_steps(caplog, monkeypatch):
     """There a step does not look at the outcome, since that would wait; the figures for a log do."""
-    monkeypatch.setattr(hf_tract.precondition, "_on_host", lambda _: False)
-    monkeypatch.setattr(hf_tract.accumulation, "on_host", lambda _: False)
+    monkeypatch.setattr(hf_tract.precondition, "on_host", lambda _: False)
+    monkeypatch.setattr(hf_tract.preconditioner, "on_host", lambda _: False)
     layer = nn.Conv2d(3, 4, 4, 4)
     plain, x = copy.deepcopy(layer), torch.randn(5, 3, 8, 8)
     handle = apply_tract(layer)

@@ -13,7 +13,7 @@ from hf_tract.precondition import DampedInverse
 @pytest.fixture(params=["host", "accelerator"])
 def where(request, monkeypatch):
     """Both ways to deal with the factorisation's outcome: looked at, or chosen by without looking."""
-    monkeypatch.setattr(hf_tract.precondition, "_on_host", lambda moment: request.param == "host")
+    monkeypatch.setattr(hf_tract.precondition, "on_host", lambda moment: request.param == "host")
     return request.param
 
 
@@ -29,7 +29,7 @@ def problems(draw):
 @given(problems(), st.floats(1e-3, 10))
 def test_equals_the_explicit_inverse(host, problem, lam):
     moment, grad = problem
-    with mock.patch.object(hf_tract.precondition, "_on_host", return_value=host):
+    with mock.patch.object(hf_tract.precondition, "on_host", return_value=host):
         got = DampedInverse(moment.clone(), lam)(grad)
     oracle.assert_close(got, oracle.precondition(grad, moment, lam), 1e-10)
 

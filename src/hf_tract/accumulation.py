@@ -10,19 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_tract.precondition import on_host
+
 # Of a DTensor, of FSDP1's original parameters, of ZeRO-3's parameters and of those of the other stages.
 ENGINE_ATTRIBUTES = ("full_tensor", "_fsdp_flattened", "ds_id", "_hp_mapping")
-
-
-def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
-    """Returns the trainable parameters that make the weight of `layer`: one, or those of a norm or a mask."""
-    if layer is None:
-        return []
-    return [
-        parameter
-        for name, parameter in layer.named_parameters()
-        if parameter.requires_grad and not any(part.startswith("bias") for part in name.split("."))
-    ]
 
 
 def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
@@ -36,21 +27,37 @@ def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
 
 def was_emptied(parameters: Sequence[nn.Parameter]) -> bool:
     """Says whether `.grad` holds nothing, as far as the host can see: zeros on a device are not looked at."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return not any(not on_host(grad) or bool(grad.any()) for grad in grads)
+    return not any(not on_host(grad) or bool(grad.any()) for grad in _grads(parameters))
 
 
 def holds_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     """Returns whether `.grad` holds more than zeros, told on its device; None where the host has seen that it does."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = _grads(parameters)
     if not lives_in_grad(parameters) or all(on_host(grad) for grad in grads):
         return None
     return torch.stack([grad.any().to(grads[0].device) for grad in grads]).any()
 
 
-def on_host(tensor: Tensor) -> bool:
-    """Says whether looking at a value costs nothing."""
-    return tensor.is_cpu
+def _grads(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def adds_to_grad(parameters: Sequence[Tensor]) -> bool:
+    """Says whether the running pass adds to the `.grad` of any of `parameters`.
+
+    `torch.autograd.grad` returns gradients instead.
+    """
+    if torch._C._current_graph_task_id() < 0:
+        return True
+    return any(_is_accumulated(parameter) for parameter in parameters)
+
+
+def _is_accumulated(parameter: Tensor) -> bool:
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # how the engine says that `torch.autograd.grad` asks for this leaf
+        return False
 
 
 def engine_accumulates() -> bool:

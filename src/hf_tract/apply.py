@@ -12,20 +12,15 @@ from weakref import ref
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_tract.attach import (
-    attach,
-    attach_caller,
-    detach,
-    foreign_forward,
-    is_frozen,
-    original_class,
-    patch_size,
-    preconditioner_of,
-)
+from hf_tract.attach import attach, detach, foreign_forward, preconditioner_of
+from hf_tract.callers import attach_caller, detach_caller
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.first_step import FirstStepWatch
 from hf_tract.layers import FirstLayer, Layers, find_first_layers, find_functional_callers
+from hf_tract.patches import patch_size
 from hf_tract.preconditioner import LayerPreconditioner
+from hf_tract.tract_class import original_class
+from hf_tract.weights import is_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +174,7 @@ def apply_tract(
             )
     taken = {id(layer.module) for layer in found}
     for module in model.modules():
+        detach_caller(module)
         if id(module) not in taken:
             detach(module)
     for layer in found:
@@ -197,6 +193,7 @@ def remove_tract(model: nn.Module) -> None:
     """Takes TrAct off every layer of `model`; a model without it stays as it is."""
     for module in model.modules():
         detach(module)
+        detach_caller(module)
 
 
 def _warn_of_unused_parameters(model: nn.Module) -> None:

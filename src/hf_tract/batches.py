@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_tract.attach import is_supported, patch_size
+from hf_tract.patches import is_supported, patch_size
 
 # What grows with the ecosystem is data: names that configs and forwards use.
 CHANNELS = ("num_channels", "in_channels", "in_chans")

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_tract
-from hf_tract.attach import is_frozen
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.first_batches import first_batches
 from hf_tract.hub import SETTINGS_NAME, TAGS
 from hf_tract.layers import Layers
 from hf_tract.trainer_record import save_trainer_card
+from hf_tract.weights import is_frozen
 from hf_tract.whiten import mark_as_whitened, were_whitened, whiten_first_layer
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class TrActCallback(TrainerCallback):
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(TAGS))  # which Trainer puts into its own card
         if self.whiten_init:
-            self._whiten(args, state, model, train_dataloader)
+            self._whiten(args, state, model, handle, train_dataloader)
         if args.ddp_find_unused_parameters:
             logger.warning(UNUSED_PARAMETERS)
         if state.is_world_process_zero:
@@ -142,9 +142,7 @@ class TrActCallback(TrainerCallback):
     ) -> None:
         """Removes TrAct; where something was saved, writes the settings and a card beside it."""
         if model is not None:
-            remove_tract(model)
-        if handle := self.handle_of(model):
-            handle.remove()
+            self._take_off(model)
         if args.save_strategy != SaveStrategy.NO:
             self._write_card(args, state, model)
 
@@ -178,13 +176,12 @@ class TrActCallback(TrainerCallback):
     ) -> None:
         """Writes the settings into the checkpoint folder."""
         handle = self.handle_of(model)
-        folder = _checkpoint(args, state) if handle is not None and args.should_save else None
-        if handle is not None and folder is not None:
+        if handle is None or not args.should_save:
+            return
+        if folder := _checkpoint(args, state):
             handle.config.to_json_file(folder / SETTINGS_NAME)
 
-    def _whiten(self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any) -> None:
-        handle = self.handle_of(model)
-        assert handle is not None
+    def _whiten(self, args: TrainingArguments, state: TrainerState, model: nn.Module, handle: TrActHandle, loader: Any) -> None:
         layers = [layer.module for layer in handle.layers]
         if state.global_step:  # the checkpoint that is resumed has whitened weights
             mark_as_whitened(layers)
@@ -205,11 +202,17 @@ class TrActCallback(TrainerCallback):
             layers = [layer.name for layer in handle.layers]
             save_trainer_card(args, state, model, handle.config, layers, model_id=args.hub_model_id, more=self.hyperparameters)
 
+    def _take_off(self, model: nn.Module) -> None:
+        """Removes TrAct; from a model whose first layer is frozen too, which has no handle here."""
+        handle = self.handle_of(model)
+        if handle is None:
+            remove_tract(model)
+        else:
+            handle.remove()
+
     def _forget(self, model: nn.Module) -> None:
         """Takes TrAct off `model`, and its handle out of the list, with those of models that are gone."""
-        remove_tract(model)
-        if handle := self.handle_of(model):
-            handle.remove()
+        self._take_off(model)
         self._handles = [each for each in self._handles if each.model is not None and each.model is not model]
 
 

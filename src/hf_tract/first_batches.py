@@ -84,7 +84,7 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
 
 
 def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
-    with _random_state_kept(), _generators_kept(loader):
+    with _random_state_kept():
         try:
             return _first_of(_fresh(loader), count)
         except Exception as error:  # data that cannot go to another process, a sampler that cannot be copied
@@ -97,7 +97,7 @@ def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
             logger.warning(
                 "TrAct: no other process can read %s (%s); it is read here, and what it counts moves on.", name, error
             )
-        with _workers_kept(loader):
+        with _generators_kept(loader), _workers_kept(loader):
             return list(itertools.islice(loader, count))
 
 

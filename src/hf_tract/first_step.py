@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_tract.accumulation import weight_parameters
 from hf_tract.attach import TrActLayer, preconditioner_of
+from hf_tract.weights import weight_parameters
 
 logger = logging.getLogger(__name__)
 

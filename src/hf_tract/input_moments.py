@@ -6,19 +6,17 @@ Shape letters as in `moments`: g groups, n columns of `weight.flatten(1)`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from hf_tract.attach import patch_size
 from hf_tract.config import TrActError
 from hf_tract.layers import FirstLayer
 from hf_tract.moments import patch_moments
-from hf_tract.patches import PATCH_OPS
+from hf_tract.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.probe import call
 
 
@@ -98,7 +96,7 @@ def _until_met(layers: Sequence[FirstLayer], collectors: Sequence[_Collector]) -
             handle.remove()
 
 
-class _Collector(TorchFunctionMode):
+class _Collector(PatchOpMode):
     """Sums the patches of one layer's operation."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -120,17 +118,15 @@ class _Collector(TorchFunctionMode):
             enter.remove()
             leave.remove()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func`, and takes in its patches if it is a convolution or linear operation."""
-        kwargs = kwargs or {}
-        if func in PATCH_OPS:
-            read = args[0] if args else kwargs["input"]
-            new = torch.zeros_like(self.sums)
-            with torch.autocast(read.device.type, enabled=False):
-                self.count += patch_moments(read.detach().to(self.sums.dtype), PATCH_OPS[func](*args, **kwargs), new)
-            self.sums += new
-            self.met = True
-        return func(*args, **kwargs)
+    def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs `op`, and takes in its patches."""
+        new = torch.zeros_like(self.sums)
+        window = PATCH_OPS[op](input, weight, *args, **kwargs)
+        with torch.autocast(input.device.type, enabled=False):
+            self.count += patch_moments(input.detach().to(self.sums.dtype), window, new)
+        self.sums += new
+        self.met = True
+        return op(input, weight, *args, **kwargs)
 
 
 @contextlib.contextmanager

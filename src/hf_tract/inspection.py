@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_tract.attach import is_frozen, out_features, patch_size
 from hf_tract.batches import batches
 from hf_tract.cost import Cost, moment_cost, patches, solve_cost
 from hf_tract.layers import FirstLayer, Layers, find_first_layers, plain, unwrap
 from hf_tract.moments import Window
+from hf_tract.patches import out_features, patch_size
 from hf_tract.probe import Reading, Recorder, call, twin, watched
+from hf_tract.weights import is_frozen
 
 ENOUGH = 3  # guesses of a batch that reach the layers, after which a forward that fails would fail with the next one too
 
@@ -103,7 +104,7 @@ def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Reading]],
     forward, tries = None, 0
     for batch in batches(copied):
         counter = FlopCounterMode(display=False)
-        recorder = Recorder(wrapped)
+        recorder = Recorder(copied, wrapped)
         with warnings.catch_warnings(), watched(copied, recorder):
             warnings.simplefilter("ignore")
             try:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from hf_tract.attach import is_supported
 from hf_tract.batches import batches, each_tensor, pixel_argument
 from hf_tract.config import TrActError
+from hf_tract.patches import is_supported
 from hf_tract.probe import functional_callers, probe, twin
 from hf_tract.sharding import is_sharded
 
@@ -25,6 +25,9 @@ Layers = str | nn.Module | Sequence[str | nn.Module]
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 AFFORDABLE = 10**9  # parameters up to which a forward with values is made where the meta device does not suffice
 TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
+
+
+NAMED, BY_ORDER = "named by the user", "first in module order"
 
 
 class FirstLayer(NamedTuple):
@@ -117,7 +120,7 @@ def _asked_for(model: nn.Module, asked: Sequence[str | nn.Module]) -> list[First
                     f"`layers` (={name!r}) is {_described(everything[name])}, no convolution or linear layer with a weight "
                     f"that can be trained; {hint}"
                 )
-            found[name] = FirstLayer(name, candidates[name], "named by the user")
+            found[name] = FirstLayer(name, candidates[name], NAMED)
     return list(found.values())
 
 
@@ -145,7 +148,7 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
     prefix = next((name for name, _ in model.named_modules() if name.split(".")[-1] in TOWERS), "")
     candidates = {name: m for name, m in _candidates(model).items() if name.startswith(plain(prefix))}
     ordered = sorted(candidates.items(), key=lambda item: isinstance(item[1], nn.Linear))  # stable
-    return [FirstLayer(*item, "first in module order") for item in ordered[:1]]
+    return [FirstLayer(*item, BY_ORDER) for item in ordered[:1]]
 
 
 def _by_probe(model: nn.Module, inputs: Any = None) -> list[FirstLayer]:
@@ -189,7 +192,7 @@ def find_functional_callers(
     """
     model = unwrap(model)
     modules = dict(model.named_modules())
-    names = {layer.name for layer in layers if layer.source != "reached first by the pixels"}
+    names = {layer.name for layer in layers if layer.source in (NAMED, BY_ORDER)}  # what else there is ran by itself
     if not names or is_sharded(model):  # whose hooks would take the trial run for a step
         return []
     with contextlib.suppress(Exception):  # such as FSDP2's, which cannot be copied

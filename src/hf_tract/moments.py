@@ -21,7 +21,7 @@ CACHED_BYTES = 8 * 2**20  # CPU: pieces that stay in the cache, and below the si
 PANEL = 128  # CPU: columns of the triangle that one product fills
 MAX_ROUNDING = 1e-2  # float32's rounding of C's trace, in units of lam, above which sums are float64
 MAX_PRODUCT_LENGTH = 2**16  # patches that one product sums, so that float32 does not lose the last ones
-FEW_ENTRIES = 256
+FEW_ENTRIES = 256  # CPU: of a product, up to which torch adds patch by patch to what is there
 WORTHWHILE = 0.75  # share of the operations below which row products pay for their sums
 
 
@@ -249,7 +249,12 @@ def _lines(x: Tensor, dim: int, start: int, stop: int, window: Window, dtype: to
     x = x.narrow(2 + dim, first, max(0, min(high, size) - first)).to(dtype)
     if not any(padding):
         return x
-    return F.pad(x, [p for i in reversed(range(len(window.kernel))) for p in padding[2 * i : 2 * i + 2]])
+    return F.pad(x, last_dimension_first(padding))
+
+
+def last_dimension_first(padding: Sequence[int]) -> list[int]:
+    """Returns a `Window`'s padding in the order of `F.pad`."""
+    return [side for i in reversed(range(0, len(padding), 2)) for side in padding[i : i + 2]]
 
 
 def _windows(x: Tensor, window: Window, first: int) -> Tensor:
@@ -282,7 +287,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype != out.dtype:
         out += torch.bmm(left, right, out_dtype=out.dtype)
     elif out.is_cpu and out.shape[-1] * out.shape[-2] <= FEW_ENTRIES:
-        out += torch.bmm(left, right)  # so small a product would be added to `out` one patch at a time
+        out += torch.bmm(left, right)
     else:
         out.baddbmm_(left, right)
 

@@ -42,10 +42,11 @@ def tell_second_order(told: set[str]) -> None:
     )
 
 
-def look_for_other_uses(parameter: nn.Parameter, handed_on: Callable[[], Tensor | None]) -> None:
+def look_for_other_uses(told: set[str], parameter: nn.Parameter, handed_on: Callable[[], Tensor | None]) -> None:
     """Arranges to warn, when the running pass ends, of a gradient that a weight gets from elsewhere than its layer.
 
     Args:
+        told: what was told.
         parameter: the weight, whose `.grad` is empty before this pass.
         handed_on: returns what the layer has handed on, when the pass has ended.
     """
@@ -57,7 +58,7 @@ def look_for_other_uses(parameter: nn.Parameter, handed_on: Callable[[], Tensor 
         difference = parameter.grad.to(expected) - expected
         if bool(difference.norm() > 0.02 * expected.norm()):  # wide enough for 16-bit weights
             tell_once(
-                set(),
+                told,
                 "TrAct: the first layer's weight also gets a gradient from outside of its layer (it is tied, or another module "
                 "uses it, or a hook changes it). That part is not preconditioned.",
             )

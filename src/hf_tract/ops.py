@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_tract.forward_call import CALLS, ForwardCall
 from hf_tract.moments import Window
 from hf_tract.notices import tell_second_order
 from hf_tract.preconditioner import PRECONDITIONERS, LayerPreconditioner
-from hf_tract.second_order import CALLS, ForwardCall, LinearInGrad
+from hf_tract.second_order import LinearInGrad
 from hf_tract.weight_grad import weight_grad
 
 _library = torch.library.Library("hf_tract", "DEF")

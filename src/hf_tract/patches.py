@@ -1,15 +1,19 @@
-"""Which patches an operation reads: the one table of operations.
+"""Which patches an operation or a layer reads: the one table of operations, and the one mode that sees them run.
 
 Shape letters as in `moments`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
 from hf_tract.moments import Window
 
@@ -43,12 +47,28 @@ def _per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
+CONV_OPS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: torch.conv1d,
+    nn.Conv2d: torch.conv2d,
+    nn.Conv3d: torch.conv3d,
+}
 PATCH_OPS: dict[Callable[..., Tensor], Callable[..., Window]] = {
     F.linear: _linear_window,
-    torch.conv1d: _conv_window,
-    torch.conv2d: _conv_window,
-    torch.conv3d: _conv_window,
+    **dict.fromkeys(CONV_OPS.values(), _conv_window),
 }
+
+
+class PatchOpMode(TorchFunctionMode):
+    """Sees every operation of `PATCH_OPS` that runs inside."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func`, or has `run_op` run it."""
+        kwargs = kwargs or {}
+        return self.run_op(func, *args, **kwargs) if func in PATCH_OPS else func(*args, **kwargs)
+
+    def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs `op`, and does what a subclass is for; the arguments have torch's names."""
+        raise NotImplementedError
 
 
 def fits(x: Tensor, weight: Tensor, window: Window) -> bool:
@@ -57,3 +77,27 @@ def fits(x: Tensor, weight: Tensor, window: Window) -> bool:
         return x.dim() > 0 and x.shape[-1] == weight.shape[-1]
     dims = len(window.kernel)
     return x.dim() in (dims + 1, dims + 2) and x.shape[-dims - 1] == weight.shape[1] * window.groups
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Says whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
+    if not isinstance(layer, (nn.Linear, *CONV_OPS)):
+        return False
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point() and not isinstance(weight, UninitializedParameter)
+
+
+def patch_size(layer: nn.Module) -> int:
+    """Returns n of a supported layer, from its settings: a sharded weight has another shape."""
+    if isinstance(layer, nn.Linear):
+        return int(layer.in_features)  # some models compute it by a tensor
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+
+def out_features(layer: nn.Module) -> int:
+    """Returns m of a supported layer."""
+    if isinstance(layer, nn.Linear):
+        return int(layer.out_features)
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return layer.out_channels

@@ -29,7 +29,7 @@ class DampedInverse:
             moment: C, (g, n, n), symmetric, float32 or float64; it is overwritten.
             lam: the damping, in the units of C's eigenvalues.
         """
-        self.dtype, self.host = moment.dtype, _on_host(moment)
+        self.dtype, self.host = moment.dtype, on_host(moment)
         diagonal = moment.diagonal(dim1=-2, dim2=-1)
         trace = diagonal.sum()  # a non-finite pixel is in it, as its square
         self.finite: bool | Tensor = math.isfinite(trace.item()) if self.host else trace.isfinite()
@@ -85,6 +85,6 @@ class DampedInverse:
         return float((largest / smallest).max())
 
 
-def _on_host(moment: Tensor) -> bool:
-    """Whether looking at a result costs nothing."""
-    return moment.is_cpu
+def on_host(tensor: Tensor) -> bool:
+    """Says whether looking at a value costs nothing."""
+    return tensor.is_cpu

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from hf_tract import accumulation
 from hf_tract.config import TrActConfig
+from hf_tract.forward_call import ForwardCall
 from hf_tract.moments import Window, patch_sums
 from hf_tract.notices import look_for_other_uses, tell_unsolved
-from hf_tract.precondition import DampedInverse
-from hf_tract.second_order import ForwardCall, adds_to_grad
+from hf_tract.precondition import DampedInverse, on_host
+from hf_tract.weights import weight_parameters
 
 _keys = itertools.count()
+PRECONDITIONERS: WeakValueDictionary[int, LayerPreconditioner] = WeakValueDictionary()
 
 
 class _Step:
@@ -117,7 +119,7 @@ class LayerPreconditioner:
             step.add(grad.detach().to(torch.promote_types(grad.dtype, torch.float32)), sums, keep)
             step.closed = step.closed or not (self.open_no_syncs or accumulation.engine_accumulates())
             if self.steps == 1 and step.inverse is None and self._is_alone(call, parameters):
-                look_for_other_uses(parameters[0], step.handed_on)
+                look_for_other_uses(self.told, parameters[0], step.handed_on)
             return self._hand_on(step, grad, handed_on)
 
     def stats(self) -> dict[str, float]:
@@ -132,7 +134,7 @@ class LayerPreconditioner:
 
     def _parameters(self, call: ForwardCall | None) -> list[nn.Parameter]:
         """Returns what the weight is made of: in the call's own graph, if it is one leaf that no engine manages."""
-        parameters = accumulation.weight_parameters(self._layer())
+        parameters = weight_parameters(self._layer())
         if call is not None and isinstance(call.leaf, nn.Parameter):
             return [call.leaf] if not parameters or accumulation.lives_in_grad(parameters) else parameters
         return parameters
@@ -146,7 +148,7 @@ class LayerPreconditioner:
     def _step_of(self, task: int, parameters: list[nn.Parameter]) -> _Step:
         """Returns the step that the backward pass `task` belongs to."""
         in_grad, local = accumulation.lives_in_grad(parameters), self.config.scope == "local"
-        if in_grad and not adds_to_grad(parameters):
+        if in_grad and not accumulation.adds_to_grad(parameters):
             if self._aside is None or self._aside.task != task or local:
                 self._aside = _Step(task)
             return self._aside
@@ -166,7 +168,7 @@ class LayerPreconditioner:
         if counted and keep is None and step.sums is not None:
             return torch.zeros_like(step.sums)
         sums = patch_sums(x, window, self.config.lam, self.sums_dtype)
-        if not accumulation.on_host(sums):
+        if not on_host(sums):
             self.sums_dtype = sums.dtype
         if self.config.scope == "global":
             sums = accumulation.sum_over_ranks(sums, self.process_group)
@@ -177,13 +179,10 @@ class LayerPreconditioner:
         n = math.prod(grad.shape[1:])
         moment = (step.sums[:-1] / step.sums[-1].clamp(min=1)).view(-1, n, n)
         step.inverse = DampedInverse(moment, self.config.lam)
-        if accumulation.on_host(grad):
+        if on_host(grad):
             tell_unsolved(self.told, step.inverse, self.config.lam)
         missing = step.inverse(step.grad)
         if handed_on is not None:
             missing = missing - handed_on.to(missing.device)
         out = missing.to(grad.dtype).contiguous()
         return out.clone() if out is step.grad or out is grad else out
-
-
-PRECONDITIONERS: WeakValueDictionary[int, LayerPreconditioner] = WeakValueDictionary()

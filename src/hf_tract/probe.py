@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from hf_tract.attach import is_supported
 from hf_tract.batches import each_tensor, pixel_argument
 from hf_tract.moments import Window
-from hf_tract.patches import PATCH_OPS
+from hf_tract.patches import PATCH_OPS, PatchOpMode, is_supported
 
 
 class Reading(NamedTuple):
@@ -55,7 +53,7 @@ def probe(copied: nn.Module, batch: Any) -> list[Reading]:
 
 def _reached(copied: nn.Module, batch: Any, pixels: bool) -> list[Reading]:
     """What the pixels reach with no weight between, or else what the outputs of layers reach."""
-    recorder = Recorder(taint=not pixels)
+    recorder = Recorder(copied, taint=not pixels)
     if pixels and isinstance(batch, Mapping):
         argument = pixel_argument(copied)
         batch = {k: _tainted(v) if k == argument or argument not in batch else v for k, v in batch.items()}
@@ -75,10 +73,9 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def watched(copied: nn.Module, recorder: Recorder | WeightUses) -> Iterator[None]:
+def watched(copied: nn.Module, recorder: Watcher) -> Iterator[None]:
     """Tells `recorder` of every operation, and of the module that is running."""
     handles = []
-    recorder.fixed = {id(buffer) for buffer in copied.buffers()}
     for name, module in copied.named_modules():
         handles.append(module.register_forward_pre_hook(_enter(recorder.running, name)))
         handles.append(module.register_forward_hook(lambda *_: recorder.running.pop() and None, always_call=True))
@@ -98,48 +95,51 @@ def _tainted(value: Any) -> Any:
     return each_tensor(value, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
 
 
-class Recorder(TorchFunctionMode):
+class Watcher(PatchOpMode):
+    """Knows which module is running; `watched` tells it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = list[str]()
+
+
+class Recorder(Watcher):
     """Notes what the layers called `names` read; where None, what is tainted: what requires a gradient.
 
     The output of a weighted operation is tainted or not, whatever its input was; a fixed filter, in a buffer, is no weight.
     """
 
-    def __init__(self, names: Container[str] | None = None, taint: bool = False) -> None:
+    def __init__(self, copied: nn.Module, names: Container[str] | None = None, taint: bool = False) -> None:
         super().__init__()
         self.names, self.taint = names, taint
-        self.running, self.readings = list[str](), list[Reading]()
-        self.fixed = set[int]()  # of the model's buffers
+        self.readings = list[Reading]()
+        self.fixed = {id(buffer) for buffer in copied.buffers()}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func not in PATCH_OPS or not self.running or id(args[1] if len(args) > 1 else kwargs["weight"]) in self.fixed:
+    def run_op(self, op: Callable[..., Any], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs `op`."""
+        out = op(input, weight, *args, **kwargs)
+        if not self.running or id(weight) in self.fixed:
             return out
-        read = args[0] if args else kwargs["input"]
-        if read.requires_grad if self.names is None else self.running[-1] in self.names:
-            self.readings.append(Reading(self.running[-1], tuple(read.shape), PATCH_OPS[func](*args, **kwargs)))
+        if input.requires_grad if self.names is None else self.running[-1] in self.names:
+            window = PATCH_OPS[op](input, weight, *args, **kwargs)
+            self.readings.append(Reading(self.running[-1], tuple(input.shape), window))
         return out.detach().requires_grad_(self.taint)
 
 
-class WeightUses(TorchFunctionMode):
+class WeightUses(Watcher):
     """Notes which modules run an operation with the weight of another module's layer."""
 
     def __init__(self, copied: nn.Module) -> None:
         super().__init__()
-        self.running = list[str]()
-        self.fixed = set[int]()
         self.owners = {id(m.weight): name for name, m in copied.named_modules() if is_supported(m)}
-        self.callers: dict[str, list[str]] = {}  # and whose weights they read
+        self.callers: dict[str, dict[str, None]] = {}  # and whose weights they read
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func`."""
-        kwargs = kwargs or {}
-        if func in PATCH_OPS and self.running:
-            owner = self.owners.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
-            if owner is not None and owner != self.running[-1]:
-                read = self.callers.setdefault(self.running[-1], [])
-                read.extend([] if owner in read else [owner])
-        return func(*args, **kwargs)
+    def run_op(self, op: Callable[..., Any], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs `op`."""
+        owner = self.owners.get(id(weight))
+        if owner is not None and self.running and owner != self.running[-1]:
+            self.callers.setdefault(self.running[-1], {})[owner] = None
+        return op(input, weight, *args, **kwargs)
 
 
 def functional_callers(copied: nn.Module, batch: Any) -> dict[str, list[str]]:
@@ -152,4 +152,4 @@ def functional_callers(copied: nn.Module, batch: Any) -> dict[str, list[str]]:
     with warnings.catch_warnings(), torch.no_grad(), watched(copied, uses):
         warnings.simplefilter("ignore")
         call(copied, batch)
-    return uses.callers
+    return {caller: list(owners) for caller, owners in uses.callers.items()}

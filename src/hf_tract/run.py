@@ -10,18 +10,27 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_tract.compiled_half import PreconditionFromOutput
+from hf_tract.forward_call import ForwardCall, KeepOutputGrad
 from hf_tract.notices import tell_once
 from hf_tract.ops import PreconditionWeightGrad
 from hf_tract.patches import PATCH_OPS, fits
 from hf_tract.preconditioner import LayerPreconditioner
-from hf_tract.second_order import ForwardCall, KeepOutputGrad
 
 _told: set[str] = set()
 
 
+def run_where_acting(
+    preconditioner: LayerPreconditioner | None, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Does what `run` does where TrAct acts, and else runs the operation alone."""
+    if preconditioner is None or not acts(weight, input):
+        return op(input, weight, *args, **kwargs)
+    return run(preconditioner, op, input, weight, *args, **kwargs)
+
+
 def run(
     preconditioner: LayerPreconditioner, op: Callable[..., Tensor], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
+) -> Any:
     """Runs a convolution or linear operation whose weight's gradient is preconditioned.
 
     Args:
@@ -40,18 +49,18 @@ def run(
     if torch.compiler.is_compiling():
         if is_half:
             out = op(input, weight.detach(), *args, **kwargs)
-            return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, window)  # type: ignore[no-any-return]
+            return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, window)
         weight = PreconditionWeightGrad.apply(weight, x, None, None, preconditioner.key, window)
         return op(input, weight, *args, **kwargs)
     call = ForwardCall(weight)
     weight = PreconditionWeightGrad.apply(weight, x, preconditioner, call, preconditioner.key, window)
     out = op(input, weight, *args, **kwargs)
     if is_half:
-        return KeepOutputGrad.apply(out.clone() if out._is_view() else out, call)  # type: ignore[no-any-return]
+        return KeepOutputGrad.apply(out.clone() if out._is_view() else out, call)
     return out
 
 
-def acts(weight: Tensor, input: Any) -> bool:
+def acts(weight: Any, input: Any) -> bool:
     """Says whether a forward is one whose gradient is to be preconditioned, and no export, trace or transform."""
     if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
         return False

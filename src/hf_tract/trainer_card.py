@@ -37,9 +37,8 @@ def use_model_card(
         model = trainer.accelerator.unwrap_model(trainer.model)
         said = ModelCard.load(folder / "README.md").data
         callbacks = trainer.callback_handler.callbacks
-        mine = [each for each in callbacks if isinstance(each, TrActCallback) and each.handle_of(trainer.model)]
-        callback = mine[0] if mine else None
-        used = callback.handle_of(trainer.model) if callback else None
+        handles = [(each, each.handle_of(trainer.model)) for each in callbacks if isinstance(each, TrActCallback)]
+        callback, used = next((pair for pair in handles if pair[1]), (None, None))
         save_trainer_card(
             trainer.args, trainer.state, model, used.config if used else None,
             [layer.name for layer in used.layers] if used else [],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tract.moments import SCRATCH_BYTES, Window
+from hf_tract.moments import SCRATCH_BYTES, Window, last_dimension_first
 
 
 def weight_grad(x: Tensor, output_grad: Tensor, window: Window, like: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _convolution(x: Tensor, output_grad: Tensor, window: Window, weight: Tensor)
     dims = len(window.kernel)
     before, after = window.padding[::2], window.padding[1::2]
     if before != after:
-        x = F.pad(x, [side for i in reversed(range(dims)) for side in window.padding[2 * i : 2 * i + 2]])
+        x = F.pad(x, last_dimension_first(window.padding))
         before = (0,) * dims
     mask = (False, True, False)
     grads = torch.ops.aten.convolution_backward(

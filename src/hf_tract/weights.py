@@ -1,0 +1,24 @@
+"""Which parameters make a layer's weight."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
+    """Returns the trainable parameters that make the weight of `layer`: one, or those of a norm or a mask."""
+    if layer is None:
+        return []
+    return [
+        parameter
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad and not any(part.startswith("bias") for part in name.split("."))
+    ]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Says whether nothing that the weight of `layer` is made of can be trained."""
+    if weight_parameters(layer):
+        return False
+    weight = layer.weight  # FSDP1 may have replaced the parameter by a view of its own
+    return not (isinstance(weight, Tensor) and weight.requires_grad)
