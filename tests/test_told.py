@@ -156,6 +156,24 @@ def test_trainer_looks_after_its_first_step_whatever_the_optimizer(tmp_path, tol
     assert "has handed on no preconditioned gradient" in told()[0]
 
 
+def test_a_trainable_layer_beside_a_frozen_one_is_watched_too(told):
+    """As LoRA's beside its base layer."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.lora = nn.Conv2d(3, 4, 4, 4).requires_grad_(False), nn.Conv2d(3, 4, 4, 4)
+
+        def forward(self, x: torch.Tensor, without: bool = False) -> torch.Tensor:
+            return (self.base(x).sin() if without else self.base(x) + self.lora(x)).square().sum() + self.lora.bias.sum()
+
+    model = Beside()
+    assert [layer.name for layer in apply_tract(model).layers] == ["lora"]
+    step(model, without=True)
+    (message,) = told()
+    assert "lora has handed on no preconditioned gradient" in message
+
+
 def test_find_unused_parameters(told, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

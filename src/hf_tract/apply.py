@@ -162,10 +162,10 @@ def apply_tract(
             f"`layers` (={layers!r}) names {', '.join(frozen)}, which is frozen; TrAct acts on a weight's gradient: "
             f"set `requires_grad=True` on it or name another layer."
         )
-    if len(frozen) < len(found):  # such as LoRA's layer beside its frozen base
-        found = [layer for layer in found if layer.name not in frozen]
-    else:
+    trainable = [layer for layer in found if layer.name not in frozen]  # such as LoRA's layer beside its frozen base
+    if not trainable:
         logger.warning(FROZEN, ", ".join(frozen), frozen[0])
+    found = trainable or found
     for layer in found:
         if foreign := foreign_forward(layer.module):
             raise TrActError(
@@ -182,7 +182,7 @@ def apply_tract(
     for caller, read in find_functional_callers(model, found, inputs):
         attach_caller(caller, read)
     handle = TrActHandle(model, found, config)
-    if len(frozen) < len(found) or not frozen:
+    if trainable:
         handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in found])
         logger.info("%s", handle.summary())
     _warn_of_unused_parameters(model)
