@@ -65,7 +65,7 @@ def acts(weight: Any, input: Any) -> bool:
     if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+        return not torch.compiler._is_exporting_flag  # older torch's `is_exporting()` is true in every compiled graph
     if torch._C._get_tracing_state() is not None or not isinstance(input, Tensor):  # torch.fx
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
