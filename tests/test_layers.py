@@ -167,7 +167,7 @@ def test_a_depth_map_beside_the_pixels_is_none_of_them():
             return self.stem(pixel_values) + self.depth(prompt_depth)
 
     batch = {"pixel_values": torch.rand(1, 3, 8, 8), "prompt_depth": torch.rand(1, 1, 8, 8)}
-    assert names(Prompted(), inputs=batch) == ["stem"]
+    assert names(Prompted(), example_batch=batch) == ["stem"]
 
 
 @pytest.mark.parametrize(
@@ -197,13 +197,13 @@ def test_the_search_with_values_draws_no_random_numbers_of_the_user():
     ],
 )
 def test_any_module(model, inputs, expected):
-    assert names(model, inputs=inputs) == [expected]
+    assert names(model, example_batch=inputs) == [expected]
 
 
 def test_a_batch_of_keyword_arguments_shows_the_way():
     model = hf.CLIPModel(hf.CLIPConfig(text_config=TINY, vision_config=VIT, projection_dim=16))
     batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "pixel_values": torch.zeros(2, 3, 32, 32)}
-    (layer,) = find_first_layers(model, inputs=batch)
+    (layer,) = find_first_layers(model, example_batch=batch)
     assert layer.name == "vision_model.embeddings.patch_embedding"
     assert layer.source == "reached first by the pixels"
 

@@ -113,7 +113,7 @@ def apply_tract(
     layers: Layers = "auto",
     scope: Scope = "global",
     *,
-    inputs: Any = None,
+    example_batch: Any = None,
     process_group: Any = None,
 ) -> TrActHandle:
     """Lets the first layer of `model` learn by TrAct, whatever the optimizer and the training loop.
@@ -130,7 +130,7 @@ def apply_tract(
         layers: "auto", or names, glob patterns or modules: see `find_first_layers`.
         scope: "global" for one C per optimizer step, over accumulated micro-steps and all ranks; "local" for one per
             forward call of each process, as in the paper's code.
-        inputs: a batch, for "auto" with a model that nothing is known about: see `find_first_layers`.
+        example_batch: for "auto", where the library's own guesses do not fit: see `find_first_layers`.
         process_group: the data-parallel ranks that share C, the default group where None. Each of them must run the layer's
             backward equally often.
 
@@ -152,7 +152,7 @@ def apply_tract(
           0: Conv2d, n=48 (reached first by the pixels)
     """
     config = TrActConfig(lam=lam, scope=scope)  # checked before the search
-    found = find_first_layers(model, layers, inputs)
+    found = find_first_layers(model, layers, example_batch)
     by_name = not (isinstance(layers, str) and layers == "auto")
     names: str | tuple[str, ...] = tuple(layer.name for layer in found) if by_name else "auto"
     config = dataclasses.replace(config, layers=names)
@@ -179,7 +179,7 @@ def apply_tract(
             detach(module)
     for layer in found:
         attach(layer.module, config, process_group)
-    for caller, read in find_functional_callers(model, found, inputs):
+    for caller, read in find_functional_callers(model, found, example_batch):
         attach_caller(caller, read)
     handle = TrActHandle(model, found, config)
     if trainable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ AXES = {"aspect_ratio_ids": (1, 4)}  # before an image's, where a forward has th
 GRID = 4  # patches along each side, where a model wants to be told
 TOKENS = 8
 FEW_FRAMES = 4
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MOST_CHANNELS, MOST_ARGUMENTS = 6, 3  # that are tried
 
 
 class _Guess(NamedTuple):
@@ -62,28 +65,55 @@ ARGUMENTS: dict[str, Callable[[_Guess], Any]] = {
 
 
 def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
-    """Batches of one image, clip or row of patches, the likeliest first: keyword arguments, or a tensor.
+    """Guesses batches of one image, clip or row of patches, the likeliest first: keyword arguments, a tensor, or a tuple.
 
     Args:
         model: any model, unwrapped.
         device: "meta" for pixels without values; elsewhere they are random numbers from 0 to 1.
     """
     config = getattr(model, "config", None)
-    parameters = _parameters(model)
+    parameters = forward_parameters(model)
     name = pixel_argument(model)
     generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
+
+    def pixels(shape: Sequence[int]) -> Tensor:
+        if device == "meta":
+            return torch.empty(shape, device=device, dtype=dtype)
+        return torch.rand(shape, generator=generator).to(device, dtype)
+
+    required = [p for p in parameters.values() if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
     for shape, guess in _shapes(model, config, device, parameters):
-        pixels = torch.empty(shape, device="meta") if device == "meta" else torch.rand(shape, generator=generator).to(device)
         if config is None or name is None:
-            yield pixels
+            if len(required) <= 1:
+                yield pixels(shape)
         else:
             others = {n: make(guess) for n, make in ARGUMENTS.items() if n in parameters and n != name}
-            yield {name: pixels, **(others if device == "meta" else {n: other.to(device) for n, other in others.items()})}
+            yield {
+                name: pixels(shape),
+                **(others if device == "meta" else {n: other.to(device) for n, other in others.items()}),
+            }
+    if len(required) > 1 and (config is None or name is None):
+        yield from ((tuple(map(pixels, shapes))) for shapes in _shapes_of_several(model, len(required)))
+
+
+def _shapes_of_several(model: nn.Module, count: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Guesses shapes for a forward with several arguments: images of each channel count, or a vector beside an image."""
+    if count > MOST_ARGUMENTS:
+        return
+    convolutions = [m for m in model.modules() if isinstance(m, CONVOLUTIONS)]
+    channels = list(dict.fromkeys([*(m.in_channels for m in convolutions), 3, 1]))[:MOST_CHANNELS]
+    for size in COMMON_SIZES[:2]:
+        for chosen in itertools.product(channels, repeat=count):
+            yield tuple((1, c, size, size) for c in chosen)
+        for c in channels:
+            for vector in ((1,), (c,), (1, c)):
+                yield ((1, c, size, size), *[vector] * (count - 1))
 
 
 def pixel_argument(model: nn.Module) -> str | None:
     """The argument of a forward that takes pixels."""
-    parameters = _parameters(model)
+    parameters = forward_parameters(model)
     return next((name for name in (*PIXELS, getattr(model, "main_input_name", "")) if name in parameters), None)
 
 
@@ -92,21 +122,29 @@ def each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Mapping):
         return {name: each_tensor(value, change) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return [each_tensor(value, change) for value in batch]
+        changed = [each_tensor(value, change) for value in batch]
+        return tuple(changed) if isinstance(batch, tuple) else changed
     return change(batch) if isinstance(batch, Tensor) else batch
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that a forward takes: losses that are computed outside of the model have batches with more."""
-    parameters = _parameters(model)
-    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: value for name, value in batch.items() if anything or name in parameters}
+    parameters = forward_parameters(model)
+    return {name: value for name, value in batch.items() if has_open_keywords(parameters) or name in parameters}
 
 
-def _parameters(model: nn.Module) -> Mapping[str, Any]:
-    """Of a forward; peft's own says nothing."""
+def has_open_keywords(parameters: Mapping[str, Any]) -> bool:
+    """Says whether a signature has `**kwargs`."""
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, Any]:
+    """Returns the parameters of `model.forward`, looking through peft's wrapper, whose own signature is `*args, **kwargs`."""
     base: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
-    return inspect.signature(base.forward).parameters
+    try:
+        return inspect.signature(base.forward).parameters
+    except (TypeError, ValueError):  # such as a scripted module's
+        return {}
 
 
 def _shapes(
@@ -114,8 +152,9 @@ def _shapes(
 ) -> Iterator[tuple[tuple[int, ...], _Guess]]:
     layers = [m for m in model.modules() if is_supported(m)]
     first = next((m for m in layers if not isinstance(m, nn.Linear)), None)
-    dims = len(first.kernel_size) if isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 2
-    channels = [c for c in (_entry(config, CHANNELS), getattr(first, "in_channels", None), 3, 1) if isinstance(c, int)]
+    dims = len(first.kernel_size) if isinstance(first, CONVOLUTIONS) else 2
+    convolutions = [m.in_channels for m in layers if isinstance(m, CONVOLUTIONS)][:MOST_CHANNELS]
+    channels = [c for c in (_entry(config, CHANNELS), *convolutions[:1], 3, 1, *convolutions) if isinstance(c, int)]
     frames = _entry(config, FRAMES) or FEW_FRAMES
     traits = getattr(model, "pretrained_cfg", None) or {}  # timm's
     given = _entry(config, SIZES) or tuple(traits.get("input_size", ()))[1:]

@@ -19,7 +19,7 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         lam: as in `apply_tract`; so are the others.
         layers: which layers of the module that carries the hook.
         scope: "global" or "local".
-        options: `inputs` and `process_group` of `apply_tract`.
+        options: `example_batch` and `process_group` of `apply_tract`.
 
     Example:
         >>> from accelerate.hooks import add_hook_to_module, remove_hook_from_module

@@ -104,8 +104,8 @@ def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Reading]],
     forward, tries = None, 0
     for batch in batches(copied):
         counter = FlopCounterMode(display=False)
-        recorder = Recorder(copied, wrapped)
-        with warnings.catch_warnings(), watched(copied, recorder):
+        recorder = Recorder(wrapped)
+        with warnings.catch_warnings(), watched(copied, recorder.running), recorder:
             warnings.simplefilter("ignore")
             try:
                 with torch.no_grad(), counter:

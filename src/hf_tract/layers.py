@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import fnmatch
-import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
 from hf_tract.batches import batches, each_tensor, pixel_argument
 from hf_tract.config import TrActError
 from hf_tract.patches import is_supported
-from hf_tract.probe import functional_callers, probe, twin
+from hf_tract.probe import Probe, functional_callers, probe, twin
 from hf_tract.sharding import is_sharded
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 
 # What grows with the ecosystem is data: names that wrappers add, that models give their vision part.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-AFFORDABLE = 10**9  # parameters up to which a forward with values is made where the meta device does not suffice
+MOST_PARAMETERS = 10**9  # up to which a forward with values is made where the meta device does not suffice
+FEW_PARAMETERS = 10**8  # likewise, where a forward on the meta device has told something before it failed
+MOST_GUESSES, FEW_GUESSES = 24, 3  # of batches that reach a weight, without and with values
 TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
 
 
 NAMED, BY_ORDER = "named by the user", "first in module order"
+REACHED, IN_PARENT = "reached first by the pixels", "reached first by the pixels, in its parent's forward"
+logger = logging.getLogger(__name__)
 
 
 class FirstLayer(NamedTuple):
@@ -38,20 +42,22 @@ class FirstLayer(NamedTuple):
     source: str
 
 
-def find_first_layers(model: nn.Module, layers: Layers = "auto", inputs: Any = None) -> list[FirstLayer]:
+def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: Any = None) -> list[FirstLayer]:
     """The layers that pixels meet first, in that order; nearly always one.
 
     Args:
         model: any model, wrapped or not (DDP, FSDP, `torch.compile`).
         layers: "auto" to find them; or what to take: names, glob patterns, the modules themselves, or several of these.
-        inputs: for "auto" with a model that nothing is known about: a batch, as a tensor, a list of images or a mapping of
-            keyword arguments. Only its shapes and dtypes are used.
+        example_batch: for "auto", where the library's own guesses of a batch do not fit the forward, or where it reads several
+            inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments ({"batch": batch} for a
+            forward that takes a mapping). It is used for one forward of a copy.
 
     Returns:
         Name, module and source of each.
 
     Raises:
-        TrActError: if nothing is found, or something that is no convolution or linear layer was asked for.
+        TrActError: if nothing is found, or something that is no convolution or linear layer was asked for; if the pixels meet
+            another kind of weight first; from the forward's own error, if it does not take `example_batch`.
 
     Example:
         >>> find_first_layers(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10)))[0].name
@@ -65,13 +71,12 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", inputs: Any = N
             f"`model` (={type(model).__name__}) reads `input_ids` and no pixels: its first layer is an embedding already. "
             f"Name a layer with `layers=` if that is what you want."
         )
-    for find in (_by_timm, lambda m: _by_probe(m, inputs), _by_order):
-        if found := find(model):
-            return found
-    looked_at = _some(type(module).__name__ for _, module in model.named_modules() if module is not model)
-    raise TrActError(
-        f"`model` (={type(model).__name__}) has no convolution or linear layer that TrAct could take; it has {looked_at}."
-    )
+    if not _candidates(model) and not any(isinstance(module, LazyModuleMixin) for module in model.modules()):
+        looked_at = _some(type(module).__name__ for _, module in model.named_modules() if module is not model)
+        raise TrActError(
+            f"`model` (={type(model).__name__}) has no convolution or linear layer that TrAct could take; it has {looked_at}."
+        )
+    return _by_timm(model) or _by_probe(model, example_batch) or _by_order(model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -144,62 +149,152 @@ def _by_timm(model: nn.Module) -> list[FirstLayer]:
 
 
 def _by_order(model: nn.Module) -> list[FirstLayer]:
-    """The first convolution of the vision part, else its first linear layer, in the order of the modules."""
+    """Takes the first convolution of the vision part, else its first linear layer, in the order of the modules; and warns.
+
+    Layers beside it in one `nn.ModuleDict` are stems for other inputs, and taken too.
+    """
     prefix = next((name for name, _ in model.named_modules() if name.split(".")[-1] in TOWERS), "")
     candidates = {name: m for name, m in _candidates(model).items() if name.startswith(plain(prefix))}
-    ordered = sorted(candidates.items(), key=lambda item: isinstance(item[1], nn.Linear))  # stable
-    return [FirstLayer(*item, BY_ORDER) for item in ordered[:1]]
+    ordered = sorted(candidates, key=lambda name: isinstance(candidates[name], nn.Linear))  # stable
+    if not ordered:
+        return []
+    lazy = [name for name, module in model.named_modules() if isinstance(module, LazyModuleMixin)]
+    order = [name for name, _ in model.named_modules()]
+    if lazy and order.index(lazy[0]) < order.index(ordered[0]):
+        raise TrActError(
+            f"`model` (={type(model).__name__}): {lazy[0]} has no weight yet; run a batch through the model first."
+        )
+    parent = ordered[0].rpartition(".")[0]
+    modules = {plain(name): module for name, module in model.named_modules()}
+    together = [name for name in ordered if name.rpartition(".")[0] == parent]
+    taken = together if isinstance(modules[parent], nn.ModuleDict) else ordered[:1]
+    logger.warning(BY_ORDER_WARNING, ", ".join(taken))
+    return [FirstLayer(name, candidates[name], BY_ORDER) for name in taken]
 
 
-def _by_probe(model: nn.Module, inputs: Any = None) -> list[FirstLayer]:
-    """Every layer whose input still depends on the pixels alone, seen in one forward of a twin.
-
-    The twin is on the meta device, where a forward costs next to nothing. Some forwards look at values before they come to
-    the pixels: where that is affordable, a second twin shares the model's weights.
-    """
+def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
+    """Takes every layer that the pixels meet first in one forward of a copy."""
+    found = _probe_guesses(model) if example_batch is None else _probe_example(model, example_batch)
+    if found is None or not found.meetings:
+        return []
+    first, others = found.meetings[0], found.others
     modules = dict(model.named_modules())
-    for device in ("meta", *_affordable(model)):
+    if first.layer is None:
+        where = plain(first.module) or "the model itself"
+        raise TrActError(
+            f"`model` (={type(model).__name__}): the first weight that the pixels meet is in {where} "
+            f"({type(modules[first.module]).__name__}), in an operation (`{first.operation}`) that is no convolution or linear "
+            f"layer's own. TrAct cannot act on it. Make that weight an nn.Linear's or nn.Conv2d's, or name another layer with "
+            f"`layers=` if that is what you want."
+        )
+    if others:
+        logger.warning(OTHER_WEIGHTS, plain(others[0].module) or "the model itself", others[0].operation)
+    in_parents = {meeting.layer for meeting in found.meetings if meeting.layer != meeting.module}
+    return [FirstLayer(plain(name), modules[name], IN_PARENT if name in in_parents else REACHED) for name in found.layers]
+
+
+def _probe_guesses(model: nn.Module) -> Probe | None:
+    """Returns what the pixels meet in the first guess of a batch that the forward takes, or else what a part of one tells.
+
+    The copy is on the meta device, where a forward costs next to nothing. Some forwards look at values: where that is
+    affordable, a second copy shares the model's weights.
+    """
+    partial: Probe | None = None
+    for device in ("meta", *_devices_with_values(model, MOST_PARAMETERS)):
         try:
             copied = twin(model, device if device == "meta" else None)
         except Exception:  # a model that cannot be copied, such as FSDP2's, is no error: the module order is left
-            return []
-        for batch in batches(copied, device) if inputs is None else [_moved(inputs, device)]:
-            if names := dict.fromkeys(reading.name for reading in probe(copied, batch)):
-                return [FirstLayer(plain(name), modules[name], "reached first by the pixels") for name in names]
-    return []
+            return partial
+        if partial is not None and not _devices_with_values(model, FEW_PARAMETERS):
+            break
+        tries = 0
+        for batch in batches(copied, device):
+            found = probe(copied, batch)
+            if found.meetings and found.error is None:
+                return found
+            if found.meetings and (partial is None or (found.layers and not partial.layers)):
+                partial = found
+            tries += bool(found.meetings)
+            if tries == (MOST_GUESSES if device == "meta" else FEW_GUESSES):
+                break
+    return partial
 
 
-def _affordable(model: nn.Module) -> list[str]:
-    """The device of a model that is not too large for one more forward, if it is a single one."""
+def _probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
+    """Returns what the pixels of the user's batch meet.
+
+    Raises:
+        TrActError: from the forward's own error, if it does not take the batch.
+    """
+    found: Probe | None = None
+    for device in ("meta", *_devices_with_values(model, MOST_PARAMETERS)):
+        try:
+            copied = twin(model, device if device == "meta" else None)
+        except Exception:  # a model that cannot be copied
+            return None
+        found = probe(copied, _moved(example_batch, device))
+        if found.error is None:
+            return found
+    assert found is not None
+    if found.meetings and device == "meta":  # the forward may have failed for want of values
+        return found
+    raise TrActError(
+        f"`example_batch` (={_shapes(example_batch)}): the forward of `model` (={type(model).__name__}) failed on it with "
+        f"{type(found.error).__name__}: {found.error}. A tuple is passed as positional arguments and a mapping as keyword "
+        f"arguments; give {{'batch': batch}} to a forward that takes a mapping."
+    ) from found.error
+
+
+def _shapes(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_shapes(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"{type(batch).__name__} of " + ", ".join(map(_shapes, batch))
+    return f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+
+
+def _devices_with_values(model: nn.Module, most: int) -> list[str]:
+    """Returns the device of a model of at most `most` parameters, if it is a single one."""
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         return []
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
-    small = sum(parameter.numel() for parameter in model.parameters()) <= AFFORDABLE
+    small = sum(parameter.numel() for parameter in model.parameters()) <= most
     return [str(next(iter(devices)))] if small and len(devices) == 1 else []
 
 
-def _moved(inputs: Any, device: str) -> Any:
-    """The caller's batch; on the meta device, only its shapes and its integers."""
-    return each_tensor(inputs, lambda t: t.to("cpu" if device == "meta" and not t.is_floating_point() else device))
+def _moved(batch: Any, device: str) -> Any:
+    """Returns the caller's batch; on the meta device, only its shapes and its integers but for pixels."""
+    return each_tensor(batch, lambda t: t.to("cpu" if device == "meta" and not t.is_floating_point() else device))
 
 
 def find_functional_callers(
-    model: nn.Module, layers: Sequence[FirstLayer], inputs: Any = None
+    model: nn.Module, layers: Sequence[FirstLayer], example_batch: Any = None
 ) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Returns the modules whose own forward runs an operation with the weight of a layer, and these layers.
 
-    A trial run on the meta device tells; where none completes, nothing is returned.
+    A trial run on the meta device tells; where none reaches a layer, nothing is returned.
     """
     model = unwrap(model)
     modules = dict(model.named_modules())
-    names = {layer.name for layer in layers if layer.source in (NAMED, BY_ORDER)}  # what else there is ran by itself
+    names = {layer.name for layer in layers if layer.source in (NAMED, BY_ORDER, IN_PARENT)}  # what else there is ran by itself
     if not names or is_sharded(model):  # whose hooks would take the trial run for a step
         return []
-    with contextlib.suppress(Exception):  # such as FSDP2's, which cannot be copied
+    try:
         copied = twin(model)
-        for batch in itertools.islice(batches(copied), 3) if inputs is None else [_moved(inputs, "meta")]:
-            with contextlib.suppress(Exception):
-                callers = functional_callers(copied, batch)
-                read = {caller: [layer for layer in owned if plain(layer) in names] for caller, owned in callers.items()}
-                return [(modules[caller], [modules[name] for name in owned]) for caller, owned in read.items() if owned]
-    return []
+    except Exception:  # such as FSDP2's, which cannot be copied
+        return []
+    guesses = batches(copied) if example_batch is None else [_moved(example_batch, "meta")]
+    found = (functional_callers(copied, batch) for batch in guesses)
+    callers = next((callers for callers in found if callers is not None), {})
+    read = {caller: [layer for layer in owned if plain(layer) in names] for caller, owned in callers.items()}
+    return [(modules[caller], [modules[name] for name in owned]) for caller, owned in read.items() if owned]
+
+
+BY_ORDER_WARNING = (
+    "TrAct: no forward of the model could be tried, so its first convolution or linear layer in the order of the modules is "
+    "taken: %s. If that is not where the pixels come in, name the layer with `layers=`, or give a batch with `example_batch=`."
+)
+OTHER_WEIGHTS = (
+    "TrAct: pixels also meet a weight in %s, in an operation (`%s`) that is no convolution or linear layer's own. That weight "
+    "has its ordinary gradient."
+)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from hf_tract.moments import Window
@@ -83,6 +84,8 @@ def is_supported(layer: nn.Module) -> bool:
     """Says whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
     if not isinstance(layer, (nn.Linear, *CONV_OPS)):
         return False
+    if parametrize.is_parametrized(layer, "weight"):  # to read it may change buffers, as spectral norm's
+        return all(original.is_floating_point() for original in layer.parametrizations["weight"].parameters())  # type: ignore[index, union-attr]
     weight = getattr(layer, "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point() and not isinstance(weight, UninitializedParameter)
 

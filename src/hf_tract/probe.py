@@ -1,4 +1,4 @@
-"""What do the pixels of a batch meet first: one forward of a twin in which they alone require a gradient."""
+"""A forward of a weightless copy, and what is seen in it: which layers the pixels meet first, what a layer reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_tract.batches import each_tensor, pixel_argument
+from hf_tract.batches import each_tensor, forward_parameters, has_open_keywords, pixel_argument
 from hf_tract.moments import Window
 from hf_tract.patches import PATCH_OPS, PatchOpMode, is_supported
+from hf_tract.tracing import EveryOp, LayerOps, Mark, Meeting, PixelTrace
 
 
 class Reading(NamedTuple):
@@ -24,64 +25,107 @@ class Reading(NamedTuple):
     window: Window
 
 
+class Probe(NamedTuple):
+    """What pixels met in one forward, in order, and how the forward ended."""
+
+    meetings: list[Meeting]
+    error: Exception | None
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that they met first; once each."""
+        return list(dict.fromkeys(meeting.layer for meeting in self.meetings if meeting.layer is not None))
+
+    @property
+    def others(self) -> list[Meeting]:
+        """What else they met."""
+        return [meeting for meeting in self.meetings if meeting.layer is None]
+
+
 def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
-    """A copy of `model` without a copy of its weights: they are on the meta device, or where None the model's own."""
+    """Returns a copy of `model` whose weights are on the meta device, or where None shared; buffers are copies then."""
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in model.parameters():
         alike = tensor.detach() if device is None else torch.empty_like(tensor, device=device, requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(alike, requires_grad=False) if isinstance(tensor, nn.Parameter) else alike
+        memo[id(tensor)] = nn.Parameter(alike, requires_grad=tensor.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().clone() if device is None else torch.empty_like(buffer, device=device)
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
-        module.__dict__.pop("forward", None)  # accelerate's wrappers would call the original
+        if "_orig_mod" not in module._modules:  # torch.compile's own
+            module.__dict__.pop("forward", None)  # accelerate's wrappers would call the original
     return copied
 
 
-def probe(copied: nn.Module, batch: Any) -> list[Reading]:
-    """The layers of a `twin` that the pixels of `batch` reach first, once for each time.
+def probe(copied: nn.Module, batch: Any) -> Probe:
+    """Finds what the pixels of `batch` meet first in one forward of a `twin`.
 
-    `batch` is on the twin's device, but for integers: forwards that cut and loop by them want to see them. Its pixels are what
-    the forward calls so, or every floating-point tensor. A layer that reads pixels beside what other layers made of them, as at
-    the end of a skip connection, is not first.
+    Args:
+        copied: the twin.
+        batch: on the twin's device, but for integers: forwards that cut and loop by them want to see them. Its pixels are
+            what the forward calls so; else its images, rows and series (see `_may_be_pixels`). A layer that reads pixels
+            beside what other layers made of them, as at the end of a skip connection, is not first.
+
+    Returns:
+        The meetings, and the error by which the forward ended, if it did.
     """
-    reached = _reached(copied, batch, pixels=True)
-    if len({reading.name for reading in reached}) > 1:
-        mixed = {reading.name for reading in _reached(copied, batch, pixels=False)}
-        reached = [reading for reading in reached if reading.name not in mixed]
-    modules = dict(copied.named_modules())
-    return [reading for reading in reached if is_supported(modules[reading.name])]
-
-
-def _reached(copied: nn.Module, batch: Any, pixels: bool) -> list[Reading]:
-    """What the pixels reach with no weight between, or else what the outputs of layers reach."""
-    recorder = Recorder(copied, taint=not pixels)
-    if pixels and isinstance(batch, Mapping):
-        argument = pixel_argument(copied)
-        batch = {k: _tainted(v) if k == argument or argument not in batch else v for k, v in batch.items()}
-    elif pixels:
-        batch = _tainted(batch)
-    with warnings.catch_warnings(), torch.enable_grad(), watched(copied, recorder):
+    trace = PixelTrace(copied)
+    for tensor in _pixels(copied, batch):
+        trace.mark(tensor, Mark.PIXELS)
+    error: Exception | None = None
+    with warnings.catch_warnings(), torch.no_grad(), watched(copied, trace.running), EveryOp(trace), LayerOps(trace):
         warnings.simplefilter("ignore")
-        with contextlib.suppress(Exception):  # many a model fails on the meta device, but after its first layer
+        try:
             call(copied, batch)
-    return recorder.readings
+        except Exception as problem:  # many a model fails on the meta device, but after its first layer
+            error = problem
+    return Probe(trace.meetings, error)
+
+
+def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
+    """Returns the tensors of a batch that may be pixels."""
+    if isinstance(batch, Mapping) and (argument := pixel_argument(copied)) in batch:
+        batch = batch[argument]
+    found = list[Tensor]()
+    each_tensor(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found if len(found) == 1 else [tensor for tensor in found if _may_be_pixels(tensor)]
+
+
+def _may_be_pixels(tensor: Tensor) -> bool:
+    """Says whether a tensor of several may be pixels, and no time steps, labels or tokens."""
+    return tensor.dim() >= (2 if tensor.is_floating_point() else 3)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """A forward; the random numbers of the CPU stay as they are."""
-    with torch.random.fork_rng([]):
-        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    """Runs a forward: a tuple holds positional arguments, a mapping keywords, unless it is the one argument itself.
+
+    The random numbers of the CPU stay as they are.
+    """
+    with torch.random.fork_rng([]), torch.compiler.set_stance("force_eager"):
+        if isinstance(batch, tuple):
+            return model(*batch)
+        if isinstance(batch, Mapping) and _are_keywords(model, batch):
+            return model(**batch)
+        return model(batch)
+
+
+def _are_keywords(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Says whether a mapping holds keyword arguments, and is not what a forward with one argument takes whole."""
+    parameters = forward_parameters(model)
+    return any(name in parameters for name in batch) or len(parameters) != 1 or has_open_keywords(parameters)
 
 
 @contextlib.contextmanager
-def watched(copied: nn.Module, recorder: Watcher) -> Iterator[None]:
-    """Tells `recorder` of every operation, and of the module that is running."""
+def watched(copied: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keeps in `running` the names of the modules that run, the innermost last."""
     handles = []
     for name, module in copied.named_modules():
-        handles.append(module.register_forward_pre_hook(_enter(recorder.running, name)))
-        handles.append(module.register_forward_hook(lambda *_: recorder.running.pop() and None, always_call=True))
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: what runs inside counts as its parent's
+            continue
+        handles.append(module.register_forward_pre_hook(_enter(running, name)))
+        handles.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
     try:
-        with recorder:
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -91,65 +135,51 @@ def _enter(running: list[str], name: str) -> Callable[..., None]:
     return lambda *_: running.append(name)
 
 
-def _tainted(value: Any) -> Any:
-    return each_tensor(value, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
+class Recorder(PatchOpMode):
+    """Notes what the layers called `names` read."""
 
-
-class Watcher(PatchOpMode):
-    """Knows which module is running; `watched` tells it."""
-
-    def __init__(self) -> None:
+    def __init__(self, names: Container[str]) -> None:
         super().__init__()
-        self.running = list[str]()
-
-
-class Recorder(Watcher):
-    """Notes what the layers called `names` read; where None, what is tainted: what requires a gradient.
-
-    The output of a weighted operation is tainted or not, whatever its input was; a fixed filter, in a buffer, is no weight.
-    """
-
-    def __init__(self, copied: nn.Module, names: Container[str] | None = None, taint: bool = False) -> None:
-        super().__init__()
-        self.names, self.taint = names, taint
+        self.names, self.running = names, list[str]()
         self.readings = list[Reading]()
-        self.fixed = {id(buffer) for buffer in copied.buffers()}
 
     def run_op(self, op: Callable[..., Any], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `op`."""
         out = op(input, weight, *args, **kwargs)
-        if not self.running or id(weight) in self.fixed:
-            return out
-        if input.requires_grad if self.names is None else self.running[-1] in self.names:
+        if self.running and self.running[-1] in self.names:
             window = PATCH_OPS[op](input, weight, *args, **kwargs)
             self.readings.append(Reading(self.running[-1], tuple(input.shape), window))
-        return out.detach().requires_grad_(self.taint)
+        return out
 
 
-class WeightUses(Watcher):
+class WeightUses(PatchOpMode):
     """Notes which modules run an operation with the weight of another module's layer."""
 
     def __init__(self, copied: nn.Module) -> None:
         super().__init__()
-        self.owners = {id(m.weight): name for name, m in copied.named_modules() if is_supported(m)}
+        self.running = list[str]()
+        layers = [(name, module) for name, module in copied.named_modules() if is_supported(module)]
+        self.owners = {id(layer._parameters["weight"]): name for name, layer in layers if "weight" in layer._parameters}
         self.callers: dict[str, dict[str, None]] = {}  # and whose weights they read
+        self.ran = False
 
     def run_op(self, op: Callable[..., Any], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `op`."""
+        out = op(input, weight, *args, **kwargs)
         owner = self.owners.get(id(weight))
+        self.ran = self.ran or owner is not None
         if owner is not None and self.running and owner != self.running[-1]:
             self.callers.setdefault(self.running[-1], {})[owner] = None
-        return op(input, weight, *args, **kwargs)
+        return out
 
 
-def functional_callers(copied: nn.Module, batch: Any) -> dict[str, list[str]]:
+def functional_callers(copied: nn.Module, batch: Any) -> dict[str, list[str]] | None:
     """Returns the names of modules that read the weight of another module's layer, and of these layers.
 
-    Raises:
-        Exception: the forward's own, if it does not take `batch`.
+    None where `batch` fits no layer. A forward that fails later has told enough.
     """
     uses = WeightUses(copied)
-    with warnings.catch_warnings(), torch.no_grad(), watched(copied, uses):
+    with warnings.catch_warnings(), torch.no_grad(), watched(copied, uses.running), uses, contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
         call(copied, batch)
-    return {caller: list(owners) for caller, owners in uses.callers.items()}
+    return {caller: list(owners) for caller, owners in uses.callers.items()} if uses.ran else None
