@@ -326,6 +326,21 @@ def test_a_forward_that_takes_a_mapping():
         find_first_layers(Whole(), example_batch={"picture": batch["image"]})
 
 
+def test_what_a_forward_left_on_a_module_does_not_hinder_the_copy():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.stem, self.cache = weight(8, 1, 1), nn.Conv2d(3, 8, 4, 4), {}
+
+        def forward(self, x):
+            self.cache["bias"] = self.table * 2
+            return self.stem(x) + self.cache["bias"]
+
+    model = Caching()
+    model(torch.rand(1, 3, 8, 8))
+    assert [layer.source for layer in find_first_layers(model)] == [REACHED]
+
+
 def test_a_list_of_images():
     class Detector(nn.Module):
         def __init__(self):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hf_tract.batches import each_tensor, forward_parameters, has_open_keywords, pixel_argument
 from hf_tract.moments import Window
@@ -45,16 +46,22 @@ class Probe(NamedTuple):
 def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
     """Returns a copy of `model` whose weights are on the meta device, or where None shared; buffers are copies then."""
     memo: dict[int, Any] = {}
-    for tensor in model.parameters():
-        alike = tensor.detach() if device is None else torch.empty_like(tensor, device=device, requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(alike, requires_grad=tensor.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().clone() if device is None else torch.empty_like(buffer, device=device)
+    for parameter in model.parameters():
+        alike = parameter.detach() if device is None else torch.empty_like(parameter, device=device, requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(alike, requires_grad=parameter.requires_grad)
+    for tensor in (*model.buffers(), *_cached_tensors(model)):
+        memo[id(tensor)] = tensor.detach().clone() if device is None else torch.empty_like(tensor, device=device)
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
         if "_orig_mod" not in module._modules:  # torch.compile's own
             module.__dict__.pop("forward", None)  # accelerate's wrappers would call the original
     return copied
+
+
+def _cached_tensors(model: nn.Module) -> list[Tensor]:
+    """Returns what forwards have left on modules and cannot be copied, since it has a graph."""
+    attributes = (tree_leaves(list(vars(module).values())) for module in model.modules())
+    return [value for values in attributes for value in values if isinstance(value, Tensor) and not value.is_leaf]
 
 
 def probe(copied: nn.Module, batch: Any) -> Probe:
