@@ -113,5 +113,13 @@ BEYOND = {
         } | STEM | NORMS,
         CROPS, CROPS_SMOKE, reference="TrAct 0.1",
     ),
+    "lam_units": Experiment(
+        "Photo crops, ViT: should lam be in units of the mean eigenvalue of C?", "photo_crops.yaml",
+        {
+            "mean 0.5, std 0.5; 6 epochs": {"mean": [0.5] * 3, "std": [0.5] * 3},
+            "reflectance (0 to 0.3); 6 epochs": {"mean": [0.0] * 3, "std": [1 / 0.3] * 3},
+        },
+        VANILLA | tract(0.1) | {"lam 0.1 tr(C) / n": rule("relative")}, CROPS, CROPS_SMOKE, reference="TrAct 0.1",
+    ),
 }  # fmt: skip
 ALL = EXPERIMENTS | BEYOND
