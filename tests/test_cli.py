@@ -51,13 +51,18 @@ def test_a_folder(checkpoint):
     assert told["warnings"] == []
 
 
+MEAN = "The mean eigenvalue of C, the mean square of what the layer reads, is about"
+
+
 def test_a_folder_without_a_processor_or_with_one_that_does_not_normalise(checkpoint):
     path = checkpoint / "preprocessor_config.json"
     path.write_text(json.dumps({"do_normalize": False, "do_rescale": False}))
     (warning,) = inspect(checkpoint)["warnings"]
-    assert warning.startswith("The mean eigenvalue of C is about 1.6e+04")
+    assert warning.startswith(f"{MEAN} 1.6e+04.")
     path.write_text(json.dumps({"do_normalize": False}))
-    assert inspect(checkpoint)["warnings"][0].startswith("The mean eigenvalue of C is about 0.25")
+    assert inspect(checkpoint)["warnings"][0].startswith(
+        "The mean eigenvalue of C, the mean square of what the layer reads, is about 0.25"
+    )
     path.unlink()
     assert inspect(checkpoint)["warnings"] == [
         "Nothing says how this model's pixels are normalised; lam assumes a mean square of about 1."

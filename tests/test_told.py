@@ -232,7 +232,7 @@ def test_no_false_alarm_where_the_layer_runs_twice_or_its_weight_is_made_of_anot
     apply_tract(model, scope="local" if how == "local scope" else "global")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        x, y = torch.randn(4, 3, 8, 8), 3 * torch.randn(2, 3, 8, 8, requires_grad=True)
+        x, y = torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8, requires_grad=True)
         if how == "checkpoint":
             first, second = (checkpoint(model, each, use_reentrant=False) for each in (x, y))
         else:

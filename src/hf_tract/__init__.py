@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hf_tract.apply import TrActHandle, apply_tract, remove_tract
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.layers import FirstLayer, find_first_layers
+from hf_tract.spectrum import Spectrum, first_layer_spectrum
 from hf_tract.whiten import whiten_first_layer
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FirstLayer",
+    "Spectrum",
     "TrActCallback",
     "TrActConfig",
     "TrActError",
@@ -22,6 +24,7 @@ __all__ = [
     "TrActTrainerCallback",
     "apply_tract",
     "find_first_layers",
+    "first_layer_spectrum",
     "remove_tract",
     "whiten_first_layer",
 ]

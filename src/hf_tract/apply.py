@@ -72,7 +72,8 @@ class TrActHandle:
 
         `grad_norm_raw` and `grad_norm` are the norm of the weight's gradient before and after the preconditioning (before
         clipping and before ranks are averaged, in the loss's scale); `condition` estimates the condition number of
-        C + lam I. A layer that has had no backward yet is left out.
+        C + lam I; `mean_eigenvalue` is that of C, the mean square of what the layer reads. A layer that has had no backward
+        yet is left out.
         """
         return {name: stats for name, layer in self._preconditioners().items() if (stats := layer.stats())}
 
@@ -122,7 +123,8 @@ def apply_tract(
     C = (1/b) sum of p p^T over all b patches p whose gradient is in grad_W: since `.grad` was last empty, over accumulated
     micro-steps and all ranks. Forward values, other gradients, names and the state dict stay as they are. On a model that
     has TrAct already the new settings replace all old ones. Before or after `prepare`, `torch.compile` and DDP makes no
-    difference. If the first optimizer step ends without a preconditioned gradient, a warning says so.
+    difference. If the first optimizer step ends without a preconditioned gradient, or with pixels of a scale that `lam` is not
+    meant for, a warning says so.
 
     Args:
         model: any model.

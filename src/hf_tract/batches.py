@@ -75,7 +75,7 @@ def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
     parameters = forward_parameters(model)
     name = pixel_argument(model)
     generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
+    dtype = precision(model)
 
     def pixels(shape: Sequence[int]) -> Tensor:
         if device == "meta":
@@ -115,6 +115,12 @@ def pixel_argument(model: nn.Module) -> str | None:
     """The argument of a forward that takes pixels."""
     parameters = forward_parameters(model)
     return next((name for name in (*PIXELS, getattr(model, "main_input_name", "")) if name in parameters), None)
+
+
+def precision(model: nn.Module) -> torch.dtype:
+    """Returns the precision of the weights."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)  # no 8-bit numbers
+    return next(dtypes, torch.float32)
 
 
 def each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

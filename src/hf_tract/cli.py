@@ -13,11 +13,11 @@ from rich.table import Table
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.inspection import Inspection, LayerInspection, inspect_model
 from hf_tract.loading import Loaded, Pixels, load
-from hf_tract.scale import Spectrum, expected_mean, normalised, spectrum
+from hf_tract.notices import advice_on_lam
+from hf_tract.scale import expected_mean, normalised, spectrum
+from hf_tract.spectrum import Spectrum
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="TrAct: the first layer learns like an embedding.")
-USUAL = (0.3, 3.0)  # mean eigenvalues for which the paper's lam stands as it is
-UNUSUAL = (0.05, 0.2)  # shares of the mean eigenvalue that the paper's lam spans
 
 
 @app.callback()
@@ -59,12 +59,8 @@ def advice(inspection: Inspection, pixels: Pixels | None, measured: Spectrum | N
     if pixels is None and measured is None:
         found.append("Nothing says how this model's pixels are normalised; lam assumes a mean square of about 1.")
     mean = measured.mean if measured else expected_mean(pixels) if pixels else 1.0
-    if not USUAL[0] <= mean <= USUAL[1]:
-        low, high = (share * mean for share in UNUSUAL)
-        found.append(
-            f"The mean eigenvalue of C is about {mean:.2g}; the paper's lam of 0.05 to 0.2 is for pixels of mean 0 and "
-            f"variance 1, where it is 1. The like of it here is a lam of {low:.2g} to {high:.2g}."
-        )
+    if unfit := advice_on_lam(mean, lam):
+        found.append(unfit[0].upper() + unfit[1:])
     if measured and measured.condition > 1e6:
         found.append(f"C + lam I has a condition number of {measured.condition:.1e}: normalise the pixels or raise lam.")
     if (largest := max(layer.columns for layer in inspection.layers)) > 2048:

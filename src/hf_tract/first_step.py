@@ -1,4 +1,4 @@
-"""Tells once when the first optimizer step ends and a layer has not handed on a preconditioned gradient."""
+"""Tells once, when the first optimizer step ends, that nothing was preconditioned, or pixels of another scale."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_tract.attach import TrActLayer, preconditioner_of
+from hf_tract.notices import look_at_scale
 from hf_tract.weights import weight_parameters
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,13 @@ class FirstStepWatch:
             layer = reference()
             if layer is None or id(layer) not in inside:
                 logger.warning(EXCHANGED, name)
-            elif (preconditioner := preconditioner_of(layer)) is not None and preconditioner.last_step is None:
+                continue
+            preconditioner = preconditioner_of(layer)
+            step = None if preconditioner is None else preconditioner.last_step
+            if preconditioner is not None and step is None:
                 logger.warning(NOTHING_HANDED_ON, name, _reason(layer))
+            elif preconditioner is not None and step is not None and step.inverse is not None:
+                look_at_scale(name, step.inverse.mean_eigenvalue, preconditioner.config.lam)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks, if `optimizer` holds a parameter of the model."""

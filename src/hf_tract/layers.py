@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
-from hf_tract.batches import batches, each_tensor, pixel_argument
+from hf_tract.batches import batches, each_tensor, pixel_argument, precision
 from hf_tract.config import TrActError
 from hf_tract.patches import is_supported
 from hf_tract.probe import Probe, functional_callers, probe, twin
@@ -232,7 +232,7 @@ def _probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
             copied = twin(model, device if device == "meta" else None)
         except Exception:  # a model that cannot be copied
             return None
-        found = probe(copied, _moved(example_batch, device))
+        found = probe(copied, _moved(example_batch, device, precision(model)))
         if found.error is None:
             return found
     assert found is not None
@@ -262,9 +262,15 @@ def _devices_with_values(model: nn.Module, most: int) -> list[str]:
     return [str(next(iter(devices)))] if small and len(devices) == 1 else []
 
 
-def _moved(batch: Any, device: str) -> Any:
-    """Returns the caller's batch; on the meta device, only its shapes and its integers but for pixels."""
-    return each_tensor(batch, lambda t: t.to("cpu" if device == "meta" and not t.is_floating_point() else device))
+def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
+    """Returns the caller's batch in the model's precision; on the meta device, only its shapes, and its integers."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to("cpu" if device == "meta" else device)
+        return tensor.to(device, dtype)
+
+    return each_tensor(batch, moved)
 
 
 def find_functional_callers(
@@ -283,7 +289,7 @@ def find_functional_callers(
         copied = twin(model)
     except Exception:  # such as FSDP2's, which cannot be copied
         return []
-    guesses = batches(copied) if example_batch is None else [_moved(example_batch, "meta")]
+    guesses = batches(copied) if example_batch is None else [_moved(example_batch, "meta", precision(model))]
     found = (functional_callers(copied, batch) for batch in guesses)
     callers = next((callers for callers in found if callers is not None), {})
     read = {caller: [layer for layer in owned if plain(layer) in names] for caller, owned in callers.items()}

@@ -13,12 +13,34 @@ from hf_tract.precondition import DampedInverse
 
 logger = logging.getLogger(__name__)
 
+MEAN_EIGENVALUE_RANGE = (0.3, 3.0)  # of C, for which a lam of 0.05 to 0.2 stands as it is
+LAM_SHARE = (0.05, 0.2)  # of the mean eigenvalue
+
 
 def tell_once(told: set[str], message: str, *args: Any) -> None:
     """Warns, unless `told` holds the message already."""
     if message not in told:
         told.add(message)
         logger.warning(message + " This is said once.", *args)
+
+
+def advice_on_lam(mean: float, lam: float) -> str:
+    """Returns what speaks against `lam` where C's mean eigenvalue is `mean`; nothing where it is about 1."""
+    low, high = MEAN_EIGENVALUE_RANGE
+    if not mean > 0 or low <= mean <= high:  # also what is not finite
+        return ""
+    effect = "most directions are scaled alike" if mean < low else "the first layer learns slowly"
+    return (
+        f"the mean eigenvalue of C, the mean square of what the layer reads, is about {mean:.2g}. A lam of 0.05 to 0.2 is for "
+        f"standardised pixels, where it is 1; with lam={lam:g} {effect}. Standardise the pixels (each band by itself, a CT's "
+        f"window, empty pixels set to 0 afterwards), or use a lam of {LAM_SHARE[0] * mean:.2g} to {LAM_SHARE[1] * mean:.2g}."
+    )
+
+
+def look_at_scale(name: str, mean: float, lam: float) -> None:
+    """Warns where the pixels of the layer `name` have another scale than `lam` is meant for."""
+    if advice := advice_on_lam(mean, lam):
+        logger.warning("TrAct: %s: %s This is said once.", name, advice)
 
 
 def tell_unsolved(told: set[str], inverse: DampedInverse, lam: float) -> None:

@@ -32,6 +32,7 @@ class DampedInverse:
         self.dtype, self.host = moment.dtype, on_host(moment)
         diagonal = moment.diagonal(dim1=-2, dim2=-1)
         trace = diagonal.sum()  # a non-finite pixel is in it, as its square
+        self._mean = trace / max(1, diagonal.numel())
         self.finite: bool | Tensor = math.isfinite(trace.item()) if self.host else trace.isfinite()
         if not self.host and moment.device.type != "mps":
             moment = moment.double()
@@ -67,6 +68,11 @@ class DampedInverse:
         half = torch.linalg.solve_triangular(self._factor.mT, rows.to(self._factor.dtype), upper=True, left=False)
         whole: Tensor = torch.linalg.solve_triangular(self._factor, half, upper=False, left=False)
         return whole.to(self.dtype)
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """tr(C) / n: the mean square of what the layer reads. Waits for the device."""
+        return self._mean.item()
 
     def condition(self, steps: int = 24) -> float:
         """Condition number of C + lam I (the largest over groups), by power and inverse iteration: a lower bound."""

@@ -123,14 +123,14 @@ class LayerPreconditioner:
             return self._hand_on(step, grad, handed_on)
 
     def stats(self) -> dict[str, float]:
-        """Returns the gradient's norm before and after, and the condition number, as of the last backward."""
+        """Returns the gradient's norm before and after, and figures of C, as of the last backward."""
         with self._lock:
             step = self.last_step
             if step is None or step.grad is None or step.inverse is None:
                 return {}
             tell_unsolved(self.told, step.inverse, self.config.lam)
             norms = {"grad_norm_raw": step.grad.norm().item(), "grad_norm": step.inverse(step.grad).norm().item()}
-            return {**norms, "condition": step.inverse.condition()}
+            return {**norms, "condition": step.inverse.condition(), "mean_eigenvalue": step.inverse.mean_eigenvalue}
 
     def _parameters(self, call: ForwardCall | None) -> list[nn.Parameter]:
         """Returns what the weight is made of: in the call's own graph, if it is one leaf that no engine manages."""

@@ -53,6 +53,8 @@ def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
         memo[id(tensor)] = tensor.detach().clone() if device is None else torch.empty_like(tensor, device=device)
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module._forward_hooks.clear()  # the user's; those that make weights run before a forward
         if "_orig_mod" not in module._modules:  # torch.compile's own
             module.__dict__.pop("forward", None)  # accelerate's wrappers would call the original
     return copied

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_tract.loading import Pixels
 from hf_tract.moments import Window, patch_moments
+from hf_tract.spectrum import Spectrum, spectrum_of
 
 # Of ImageNet's training images, values from 0 to 1: what most image processors subtract and divide by.
 NATURAL = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-class Spectrum(NamedTuple):
-    """Of C: mean and largest eigenvalue, its condition number with lam, and how many of n eigenvalues exceed lam."""
-
-    mean: float
-    largest: float
-    condition: float
-    above: int
-    n: int
 
 
 def expected_mean(pixels: Pixels) -> float:
@@ -39,10 +29,7 @@ def spectrum(images: Tensor, window: Window, lam: float) -> Spectrum:
     n = window.columns(images.shape)
     sums = torch.zeros(window.groups, n, n, dtype=torch.float64)
     count = patch_moments(images.double(), window, sums)
-    values = torch.linalg.eigvalsh(sums / max(1, count)).clamp(min=0)
-    condition = (values[:, -1] + lam) / (values[:, 0] + lam)
-    above = int((values > lam).sum())
-    return Spectrum(float(values.mean()), float(values.max()), float(condition.max()), above, values.numel())
+    return spectrum_of(sums / max(1, count), lam)
 
 
 def normalised(images: Sequence[Tensor], pixels: Pixels) -> Tensor:
