@@ -170,3 +170,28 @@ def test_the_inspection_takes_what_apply_tract_takes_and_changes_nothing():
     assert model.training
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_versions():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("hf-tract ")
+
+
+def test_options_with_underscores_too(checkpoint):
+    assert inspect(checkpoint, "--batch_size", "8")["batch_size"] == inspect(checkpoint, "--batch-size", "8")["batch_size"] == 8
+
+
+def test_a_long_name_stands_in_one_piece(checkpoint, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = CliRunner().invoke(app, ["inspect", str(checkpoint)])
+    assert "vit.embeddings.patch_embeddings.projection" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["runs[/final]/vit", "bert", "hf-hub:nobody/nothing"])
+def test_an_error_is_a_line_without_markup(name):
+    result = CliRunner().invoke(app, ["inspect", name])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: `model` (=")
+    assert len(result.output.strip().splitlines()) == 1
+    assert "[/final]" in result.output or "[" not in name

@@ -30,8 +30,9 @@ class TrActCallback(TrainerCallback):
     TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary model.
     Trainer's logs get `tract/grad_norm_raw`, `tract/grad_norm`, `tract/condition` and `tract/mean_eigenvalue` (see
     `TrActHandle.stats`), and each checkpoint folder the settings as `tract_config.json`. What Trainer saves and pushes is
-    tagged `tract` and has these settings and a card beside it; `use_model_card` lets the card that Trainer writes last be this one too. There is no training
-    state, so nothing needs to be restored. One callback may serve several Trainers, also one that runs inside another.
+    tagged `tract` and has these settings and a card beside it; `use_model_card` lets the card that Trainer writes last be
+    this one too. There is no training state, so nothing needs to be restored. One callback may serve several Trainers, also
+    one that runs inside another.
 
     Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
 

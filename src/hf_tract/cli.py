@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.inspection import Inspection, LayerInspection, inspect_model
@@ -20,19 +22,31 @@ from hf_tract.spectrum import Spectrum
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="TrAct: the first layer learns like an embedding.")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-tract {version('hf-tract')}, torch {version('torch')}, transformers {version('transformers')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and leave.")
+    ] = False,
+) -> None:
     """TrAct: the first layer learns like an embedding."""
 
 
-@app.command()
+@app.command(context_settings={"token_normalize_func": lambda option: option.replace("_", "-")})
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder, a timm model, a model_type of transformers or a Hub id.")],
     layers: Annotated[list[str] | None, typer.Option(help="Names or patterns of the layers; found where left out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of an optimizer step, on one process.")] = 64,
     lam: Annotated[float, typer.Option(help="Damping.")] = 0.1,
-    dataset: Annotated[str | None, typer.Option(help="A folder of images or a Hub id, to measure C's eigenvalues on.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images to take of it.")] = 64,
+    dataset: Annotated[
+        str | None, typer.Option(help="A folder of images, .npy arrays or parquet, or a Hub id: to measure C's eigenvalues on.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Images to draw from all over it.")] = 64,
     split: Annotated[str, typer.Option(help="Split of it.")] = "train",
     trust_remote_code: Annotated[bool, typer.Option(help="Run a model's own code from the Hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -44,7 +58,7 @@ def inspect(
         inspection = inspect_model(loaded.model, layers or "auto")
         measured = _measure(loaded, inspection, dataset, split, samples, lam) if dataset else None
     except TrActError as error:
-        Console(stderr=True).print(f"[red]Error:[/] {error}", highlight=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("Error: ", "red"), str(error)))
         raise typer.Exit(2) from None
     warnings = advice(inspection, loaded.pixels, measured, lam)
     if as_json:
@@ -89,15 +103,12 @@ def _show(
     measured: Spectrum | None,
     warnings: list[str],
 ) -> None:
-    console = Console(highlight=False)
-    table = Table(title=f"{name} ({loaded.kind})")
-    for column in ("layer", "found as", "operation", "m x n", "patches of an image"):
-        table.add_column(column, overflow="fold")
+    console = Console(highlight=False, markup=False)
+    console.print(f"{name} ({loaded.kind})", style="bold")
     for layer in inspection.layers:
-        count = "-" if layer.patches is None else f"{layer.patches}"
-        groups = f", {layer.groups} groups" if layer.groups > 1 else ""
-        table.add_row(layer.name, layer.source, layer.operation, f"{layer.rows} x {layer.columns}{groups}", count)
-    console.print(table)
+        console.print()
+        console.print(_described(layer))
+    console.print()
     operations, share = inspection.operations(batch_size), inspection.share(batch_size)
     moved = sum(layer.moment.bytes * batch_size + layer.solve.bytes for layer in inspection.layers if layer.moment)
     if operations is not None:
@@ -114,7 +125,21 @@ def _show(
     elif loaded.pixels is not None:
         console.print(f"Mean eigenvalue of C for natural images: about {expected_mean(loaded.pixels):.2g}; lam is {lam:g}.")
     for warning in warnings:
-        console.print(f"[yellow]Warning:[/] {warning}")
+        console.print(Text.assemble(("Warning: ", "yellow"), warning))
+
+
+def _described(layer: LayerInspection) -> Table:
+    """A layer's lines: what is long stands in one piece, whatever the width."""
+    groups = f", {layer.groups} groups" if layer.groups > 1 else ""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("layer", layer.name)
+    table.add_row("found as", layer.source)
+    table.add_row("operation", layer.operation)
+    table.add_row("m x n", f"{layer.rows} x {layer.columns}{groups}")
+    table.add_row("patches", "unknown" if layer.patches is None else f"{layer.patches} of an image")
+    return table
 
 
 def _as_json(

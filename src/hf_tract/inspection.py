@@ -97,7 +97,7 @@ def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Reading]],
     """What the layers read of one image, and a forward's operations, in the first forward on the meta device that succeeds."""
     best: list[Reading] = []
     try:
-        copied = twin(model)
+        copied = twin(model).requires_grad_(False)
     except Exception:  # as for the search: a model that can't be copied is no error
         return {}, None
     wrapped = [name for name, _ in copied.named_modules() if plain(name) in names]

@@ -37,6 +37,8 @@ def load(name: str, *, trust_remote_code: bool = False) -> Loaded:
     Raises:
         TrActError: for a name that is none of these.
     """
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return _from_timm_on_the_hub(name)
     if not Path(name).exists():
         if (timm := _timm()) is not None and timm.is_model(name.removeprefix("timm/")):
             return _from_timm(timm, name.removeprefix("timm/"))
@@ -67,6 +69,16 @@ def _from_timm(timm: Any, name: str) -> Loaded:
         model = timm.create_model(name)
     config = model.pretrained_cfg
     return Loaded(model, _pixels(config.get("mean"), config.get("std")), "timm")
+
+
+def _from_timm_on_the_hub(name: str) -> Loaded:
+    """Makes a model as `timm.create_model("hf-hub:OWNER/NAME")` does."""
+    if (timm := _timm()) is None:
+        raise TrActError(f"`model` (={name!r}) needs the package timm: pip install 'hf-tract[cli]'.")
+    try:
+        return _from_timm(timm, name)
+    except Exception as error:  # what the Hub and timm raise has no common class
+        raise TrActError(f"`model` (={name!r}) is no timm model that the Hub gives: {_in_a_line(error)}") from error
 
 
 def _made(config: Any, trust_remote_code: bool = False) -> nn.Module:
@@ -106,7 +118,11 @@ def _unknown(name: str, error: Exception) -> str:
     names = timm.list_models() if (timm := _timm()) is not None else []
     near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
     what = "is a folder without a config that transformers knows" if Path(name).exists() else NO_NAME.format(near)
-    return f"`model` (={name!r}) {what}: {' '.join(str(error).split())[:300]}"
+    return f"`model` (={name!r}) {what}: {_in_a_line(error)}"
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 NO_NAME = "is no folder, no timm model (the nearest: {}), no model_type of transformers, and no model that the Hub gives"
