@@ -353,6 +353,40 @@ def test_a_list_of_images():
     assert names(Detector(), example_batch=[torch.rand(3, 32, 32), torch.rand(3, 40, 24)]) == ["stem"]
 
 
+def test_arguments_that_nobody_can_guess_are_left_out():
+    """As a diffusion transformer's: its rows have the length of a later layer's, and meet it before the rest is looked at."""
+
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = object()
+            self.time, self.x_embedder = nn.Linear(256, 32), nn.Linear(64, 32)
+
+        def forward(self, hidden_states, timestep, guidance, img_ids):
+            return self.x_embedder(hidden_states) + self.time(timestep.expand(1, 256) * guidance)
+
+    assert [(layer.name, layer.source) for layer in find_first_layers(Transformer())] == [("x_embedder", REACHED)]
+
+
+def test_a_cube_is_tried_for_volumes():
+    model = nn.Sequential(nn.Conv3d(1, 8, 16, 16), nn.Flatten(), nn.Linear(64, 2))
+    found = find_first_layers(model)
+    assert [(layer.name, layer.source) for layer in found] == [("0", REACHED)]
+
+
+def test_a_model_of_tokens_without_a_config_is_told_too():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.projection = nn.Embedding(9, 8), nn.Linear(16, 8)
+
+        def forward(self, input_ids, encoder_hidden_states):
+            return self.embedding(input_ids) + self.projection(encoder_hidden_states)
+
+    with pytest.raises(TrActError, match=says("reads `input_ids` and no pixels")):
+        find_first_layers(Tokens())
+
+
 def test_the_order_of_the_modules_is_followed_with_a_warning_only(caplog):
     class Chosen(nn.Module):
         def __init__(self):

@@ -19,12 +19,13 @@ FRAMES = ("num_frames", "frames_per_clip")
 PARTS = ("vision_config", "backbone_config", "encoder_config")
 PIXELS = ("pixel_values", "pixel_values_videos", "input_values", "flattened_patches", "image", "x", "hidden_states")
 COMMON_SIZES = (224, 32, 28, 96, 1536)
+VOLUMES = (32, 96)  # sides of a cube
 AXES = {"aspect_ratio_ids": (1, 4)}  # before an image's, where a forward has this argument
 GRID = 4  # patches along each side, where a model wants to be told
 TOKENS = 8
 FEW_FRAMES = 4
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MOST_CHANNELS, MOST_ARGUMENTS = 6, 3  # that are tried
+MOST_CHANNELS = 6  # of those in a model, that are tried
 
 
 class _Guess(NamedTuple):
@@ -88,24 +89,24 @@ def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
             if len(required) <= 1:
                 yield pixels(shape)
         else:
-            others = {n: make(guess) for n, make in ARGUMENTS.items() if n in parameters and n != name}
-            yield {
-                name: pixels(shape),
-                **(others if device == "meta" else {n: other.to(device) for n, other in others.items()}),
-            }
+            others: dict[str, Any] = {n: make(guess) for n, make in ARGUMENTS.items() if n in parameters and n != name}
+            if device != "meta":
+                others = {n: other.to(device) for n, other in others.items()}
+            # What nobody can guess may not be looked at before the pixels have met their layer.
+            unknown = {p.name: None for p in required}
+            yield {**unknown, **others, name: pixels(shape)}
     if len(required) > 1 and (config is None or name is None):
-        yield from ((tuple(map(pixels, shapes))) for shapes in _shapes_of_several(model, len(required)))
+        yield from (tuple(map(pixels, shapes)) for shapes in _shapes_of_several(model, len(required)))
+        yield from ((pixels(shape), *[None] * (len(required) - 1)) for shape, _ in _shapes(model, config, device, parameters))
 
 
 def _shapes_of_several(model: nn.Module, count: int) -> Iterator[tuple[tuple[int, ...], ...]]:
     """Guesses shapes for a forward with several arguments: images of each channel count, or a vector beside an image."""
-    if count > MOST_ARGUMENTS:
-        return
     convolutions = [m for m in model.modules() if isinstance(m, CONVOLUTIONS)]
     channels = list(dict.fromkeys([*(m.in_channels for m in convolutions), 3, 1]))[:MOST_CHANNELS]
     for size in COMMON_SIZES[:2]:
-        for chosen in itertools.product(channels, repeat=count):
-            yield tuple((1, c, size, size) for c in chosen)
+        if count == 2:
+            yield from (((1, c, size, size), (1, d, size, size)) for c, d in itertools.product(channels, channels))
         for c in channels:
             for vector in ((1,), (c,), (1, c)):
                 yield ((1, c, size, size), *[vector] * (count - 1))
@@ -114,7 +115,7 @@ def _shapes_of_several(model: nn.Module, count: int) -> Iterator[tuple[tuple[int
 def pixel_argument(model: nn.Module) -> str | None:
     """The argument of a forward that takes pixels."""
     parameters = forward_parameters(model)
-    return next((name for name in (*PIXELS, getattr(model, "main_input_name", "")) if name in parameters), None)
+    return next((name for name in (*PIXELS, getattr(model, "main_input_name", ""), "input_ids") if name in parameters), None)
 
 
 def precision(model: nn.Module) -> torch.dtype:
@@ -183,16 +184,18 @@ def _shapes(
             images = [*((1, *a, *image) for a in axes), (1, *image)]
             for shape in [*clips, *images] if dims == 3 else [*images, *clips[: dims - 1], (1, 2, *image)]:
                 yield shape, guess
+    if dims == 3:
+        yield from (((1, count, side, side, side), guess) for count in dict.fromkeys(channels) for side in VOLUMES)
     for n in rows:
         yield from ((shape, guess) for shape in ((1, GRID**2, n), (GRID**2, n), (1, n)))
 
 
 def _rows(layers: Sequence[nn.Module], parameters: Mapping[str, Any]) -> list[int]:
-    """Lengths of a patch as a row: what the first convolution reads, and the first linear layer."""
-    convolution = next((patch_size(m) for m in layers if not isinstance(m, nn.Linear)), None)
-    linear = next((m.in_features for m in layers if isinstance(m, nn.Linear)), None)
+    """Lengths of a patch as a row: what the first convolution reads, and the first linear layers."""
+    convolutions = [patch_size(m) for m in layers if not isinstance(m, nn.Linear)][:1]
+    linear = list(dict.fromkeys(m.in_features for m in layers if isinstance(m, nn.Linear)))[:MOST_CHANNELS]
     before = 2 if "flattened_patches" in parameters else 0  # the patch's row and column
-    return list(dict.fromkeys(n + before for n in (convolution, linear) if n is not None))
+    return list(dict.fromkeys(n + before for n in convolutions + linear))
 
 
 def side_lengths(size: Any) -> tuple[int, int]:
