@@ -29,8 +29,10 @@ import torch
 import transformers
 from rich.progress import track
 from survey_check import differences, met_first, objective, reference, run
+from survey_families import FAMILIES
 from survey_models import Subject, special_batch, subjects
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hf_tract import TrActError, apply_tract, find_first_layers
 from hf_tract.batches import batches, pixel_argument
@@ -40,7 +42,7 @@ LAM = 0.1
 BATCH = 64  # of the share of operations
 LARGEST = 4 * 10**6  # numbers of a batch
 WORKS = "ok"
-LIBRARIES = ("transformers", "timm")
+LIBRARIES = ("transformers", "timm", *FAMILIES)
 Row = dict[str, Any]
 
 
@@ -99,7 +101,7 @@ def _accepted(model: nn.Module) -> Any:
     """The first guess of a batch that a forward takes and whose outputs can be trained; raises what the likeliest one did."""
     errors = []
     for batch in batches(model, "cpu"):
-        if sum(part.numel() for part in (batch.values() if isinstance(batch, dict) else [batch])) > LARGEST:
+        if _numbers(batch) > LARGEST:
             continue
         try:
             objective(run(model, batch))
@@ -108,6 +110,10 @@ def _accepted(model: nn.Module) -> Any:
         else:
             return batch
     raise errors[0]
+
+
+def _numbers(batch: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
 
 
 def _remark(model: nn.Module, found: list[str]) -> str:
@@ -169,9 +175,11 @@ def table(found: list[Row]) -> str:
     ]
     for library in LIBRARIES:
         part = [row for row in found if row["library"] == library]
+        if not part:
+            continue
         good = sum(row["status"] == WORKS for row in part)
         lines.append(f"\n## {library}: {good} of {len(part)} work\n")
-        family = "model_type" if library == "transformers" else "module"
+        family = {"transformers": "model_type", "timm": "module"}.get(library, "library")
         lines.append(f"| {family} | model | first layer | operation | n | share | status |")
         lines.append("|---|---|---|---|---|---|---|")
         lines += [line(row) for row in part]

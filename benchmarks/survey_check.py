@@ -21,7 +21,9 @@ SCALES = (1.0, 1e12, 1e24)
 def run(model: nn.Module, batch: Any) -> list[Tensor]:
     """The floating-point outputs of a model, in a fixed order."""
     torch.manual_seed(0)
-    out = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    keywords = batch if isinstance(batch, Mapping) else {}
+    arguments = batch if isinstance(batch, tuple) else () if keywords else (batch,)
+    out = model(*arguments, **keywords)
     return [tensor for tensor in _tensors(out) if tensor.is_floating_point()]
 
 
@@ -35,7 +37,11 @@ def objective(outputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
 def met_first(model: nn.Module, batch: Any, pixels: str | None) -> list[str]:
     """Names of the layers whose input changes with the pixels and not with any weight: what the pixels meet first."""
     plain = _inputs(model, batch)
-    other = {**batch, pixels: 1 - batch[pixels]} if pixels else 1 - batch
+    other: Any
+    if pixels:
+        other = {**batch, pixels: 1 - batch[pixels]}
+    else:
+        other = (1 - batch[0], *batch[1:]) if isinstance(batch, tuple) else 1 - batch
     moved = _inputs(model, other)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
     kept = {name: parameter.detach().clone() for name, parameter in weights.items()}

@@ -7,12 +7,15 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import survey_families
 import timm
 import torch
 import transformers
+from survey_families import FAMILIES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -61,6 +64,8 @@ class Subject(NamedTuple):
 
     def make(self, small: bool) -> nn.Module:
         """The model as its library makes it by default, or with fewer layers."""
+        if self.library in FAMILIES:
+            return survey_families.make(self.library, self.name)
         if self.library == "timm":
             fewer = _shrunk_timm(self.family, self.name) if small else {}
             return timm.create_model(self.name, **fewer)  # type: ignore[no-any-return]
@@ -77,7 +82,12 @@ def subjects() -> list[Subject]:
     named = {subject.name for subject in found}
     found += [Subject("transformers", family, name) for name, (family, _) in _towers().items() if name not in named]
     families = ((family, timm.list_models(module=family)) for family in timm.list_modules())
-    return found + [Subject("timm", family, _smallest(names)) for family, names in families if names]
+    found += [Subject("timm", family, _smallest(names)) for family, names in families if names]
+    return found + [
+        Subject(library, f"{library} {version(library)}", name)
+        for library in survey_families.installed()
+        for name in FAMILIES[library]
+    ]
 
 
 def _by_task() -> Iterator[tuple[str, str]]:

@@ -14,12 +14,13 @@ from hf_tract.patches import is_supported, patch_size
 
 # What grows with the ecosystem is data: names that configs and forwards use.
 CHANNELS = ("num_channels", "in_channels", "in_chans")
-SIZES = ("image_size", "img_size", "input_size")
+SIZES = ("image_size", "img_size", "input_size", "sample_size")
 FRAMES = ("num_frames", "frames_per_clip")
 PARTS = ("vision_config", "backbone_config", "encoder_config")
 PIXELS = ("pixel_values", "pixel_values_videos", "input_values", "flattened_patches", "image", "x", "hidden_states")
 COMMON_SIZES = (224, 32, 28, 96, 1536)
 VOLUMES = (32, 96)  # sides of a cube
+SERIES = (("max_length", "num_mel_bins"), ("context_length", "num_input_channels"))  # of spectrograms and of time series
 AXES = {"aspect_ratio_ids": (1, 4)}  # before an image's, where a forward has this argument
 GRID = 4  # patches along each side, where a model wants to be told
 TOKENS = 8
@@ -166,9 +167,10 @@ def _shapes(
     traits = getattr(model, "pretrained_cfg", None) or {}  # timm's
     given = _entry(config, SIZES) or tuple(traits.get("input_size", ()))[1:]
     sizes = [side_lengths(given)] if given else [(size, size) for size in COMMON_SIZES]
-    spectrum = _entry(config, ("max_length",)), _entry(config, ("num_mel_bins",))
-    if all(spectrum):
-        yield (1, *spectrum), _Guess(device, spectrum, frames)
+    for length, width in SERIES:
+        series = _entry(config, (length,)), _entry(config, (width,))
+        if all(series):
+            yield (1, *series), _Guess(device, series, frames)
     axes = [a for name, a in AXES.items() if name in parameters]
     rows, guess = _rows(layers, parameters), _Guess(device, sizes[0], frames)
     if "grid_thw" in parameters:  # which counts the patches that the pixels have been cut into before
