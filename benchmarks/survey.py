@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import survey_families
 import torch
 import transformers
 from rich.progress import track
@@ -77,7 +78,7 @@ def _without_zeros(model: nn.Module) -> nn.Module:
 
 
 def _checked(subject: Subject, model: nn.Module, found: list[str]) -> str:
-    special = special_batch(subject.name, model)
+    special = survey_families.batch(subject.name) or special_batch(subject.name, model)
     try:
         batch = _accepted(copy.deepcopy(model)) if special is None else special  # a forward may leave a cache behind
     except Exception as error:

@@ -6,6 +6,7 @@ import importlib
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 
@@ -20,6 +21,7 @@ _VIT = {"image_size": 32, "num_classes": 10, "dim": 32, "depth": 1, "heads": 2, 
 _HEADS = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 _UNET = {"block_out_channels": (32, 64), "layers_per_block": 1}
 _BLOCKS = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
+_JOINT = {"num_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
 _RANDOM = {"weights": None}
 _VOLUME = {"in_channels": 1, "out_channels": 2}
 _PATCHES = {"img_size": (32, 32, 32), "hidden_size": 48, "num_heads": 4, "mlp_dim": 64}
@@ -36,12 +38,13 @@ FAMILIES: dict[str, dict[str, Family]] = {
         "UNet2DModel": Family("diffusers.UNet2DModel", {**_UNET, **_BLOCKS, "sample_size": 32, "norm_num_groups": 8}),
         "AutoencoderKL": Family("diffusers.AutoencoderKL", {"sample_size": 32}),
         "VQModel": Family("diffusers.VQModel", {"sample_size": 32}),
-        "AutoencoderTiny": Family("diffusers.AutoencoderTiny", {}),
         "DiTTransformer2DModel": Family("diffusers.DiTTransformer2DModel", _HEADS),
-        "SD3Transformer2DModel": Family("diffusers.SD3Transformer2DModel", {"num_layers": 1, "pooled_projection_dim": 64}),
-        "FluxTransformer2DModel": Family("diffusers.FluxTransformer2DModel", {"num_layers": 1, "num_single_layers": 1}),
-        "ChromaTransformer2DModel": Family("diffusers.ChromaTransformer2DModel", {"num_layers": 1, "num_single_layers": 1}),
-        "QwenImageTransformer2DModel": Family("diffusers.QwenImageTransformer2DModel", {"num_layers": 1}),
+        "SD3Transformer2DModel": Family("diffusers.SD3Transformer2DModel", {**_JOINT, "pooled_projection_dim": 64}),
+        "FluxTransformer2DModel": Family(
+            "diffusers.FluxTransformer2DModel", {**_JOINT, "num_single_layers": 1, "pooled_projection_dim": 64}
+        ),
+        "ChromaTransformer2DModel": Family("diffusers.ChromaTransformer2DModel", {**_JOINT, "num_single_layers": 1}),
+        "QwenImageTransformer2DModel": Family("diffusers.QwenImageTransformer2DModel", _JOINT),
     },
     "monai": {
         "UNet": Family("monai.networks.nets.UNet", {"spatial_dims": 3, **_VOLUME, "channels": (8, 16), "strides": (2,)}),
@@ -62,6 +65,30 @@ FAMILIES: dict[str, dict[str, Family]] = {
         "T2TViT": Family("vit_pytorch.t2t.T2TViT", _VIT),
     },
 }  # fmt: skip
+
+
+def batch(name: str) -> dict[str, Any] | None:
+    """What the forward of a diffusion transformer takes, of which nobody could guess all."""
+    if name not in FAMILIES["diffusers"] or not name.endswith("Transformer2DModel"):
+        return None
+    common: dict[str, Any] = {"timestep": torch.ones(1)}
+    text = {"encoder_hidden_states": torch.rand(1, 8, 64)}
+    rows = {"hidden_states": torch.rand(1, 16, 64)}
+    ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3)}
+    pooled = {"pooled_projections": torch.rand(1, 64)}
+    batches: dict[str, dict[str, Any]] = {
+        "DiTTransformer2DModel": {"hidden_states": torch.rand(1, 4, 32, 32), "class_labels": torch.ones(1, dtype=torch.long)},
+        "SD3Transformer2DModel": {"hidden_states": torch.rand(1, 16, 32, 32), **text, **pooled},
+        "FluxTransformer2DModel": {**rows, **text, **pooled, **ids},
+        "ChromaTransformer2DModel": {**rows, **text, **ids, "attention_mask": torch.ones(1, 24, dtype=torch.bool)},
+        "QwenImageTransformer2DModel": {
+            **rows,
+            **text,
+            "encoder_hidden_states_mask": torch.ones(1, 8),
+            "img_shapes": [[(1, 4, 4)]],
+        },
+    }
+    return batches[name] | common
 
 
 def installed() -> list[str]:

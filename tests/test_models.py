@@ -1,4 +1,8 @@
-"""docs/models.md is what `benchmarks/survey.py` finds with the installed versions."""
+"""The search on one model of each kind; and docs/models.md is what `benchmarks/survey.py` finds with the installed versions.
+
+A new release of transformers or timm changes the table, so what compares with it runs on a schedule (.github/workflows) and by
+`pytest -m survey`, and not with the other tests.
+"""
 
 import re
 from pathlib import Path
@@ -35,18 +39,20 @@ SAMPLE = [
 ]
 
 
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_model_of_each_kind_has_the_right_layer_and_gradient(name):
+    status = survey.look(ALL[name])["status"]
+    assert status.startswith("refused: `model`" if "ImageGPT" in name else survey.WORKS)
+
+
+@pytest.mark.survey
 def test_the_table_has_every_model_of_these_versions():
     assert all(f"{name} {number}" in TABLE for name, number in survey.versions().items() if name != "torch"), STALE
     listed = [line.split(" | ")[1] for line in TABLE.splitlines() if line.startswith("| ")]
     assert set(ALL) <= set(listed), STALE
 
 
-@pytest.mark.parametrize("name", SAMPLE)
-def test_a_line_of_the_table_is_true(name):
-    assert survey.line(survey.look(ALL[name])) == LINES[name], STALE
-
-
-@pytest.mark.slow
+@pytest.mark.survey
 def test_every_line_of_the_table_is_true(tmp_path):
     found = survey.rows(list(ALL.values()), tmp_path / "survey.jsonl", workers=2)
     assert [survey.line(row) for row in found] == [LINES[row["name"]] for row in found], STALE

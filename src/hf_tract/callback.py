@@ -37,7 +37,7 @@ class TrActCallback(TrainerCallback):
     Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
 
     Args:
-        lam: damping; 0.1 to start with, 0.2 for long training, 0.05 for short.
+        lam: damping, in the units of C's eigenvalues: 0.1 for standardised pixels (see docs/usage.md).
         layers: "auto", or names, glob patterns or modules.
         scope: "global" for one second moment per optimizer step, whatever the accumulation and the number of ranks;
             "local" for one per forward call.

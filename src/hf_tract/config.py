@@ -24,7 +24,7 @@ class TrActConfig:
 
     Args:
         lam: damping lambda of inv(C + lam I), in the units of C's eigenvalues, so of squared pixels after
-            normalisation. The paper's start is 0.1; 0.2 for long training, 0.05 for short.
+            normalisation. 0.1 for standardised pixels: see docs/usage.md.
         layers: "auto" for the first layer, or names or glob patterns of layers.
         scope: "global" for one second moment per optimizer step, over accumulated micro-steps and data-parallel ranks;
             "local" for one per forward call of each process, as in the paper's code.
