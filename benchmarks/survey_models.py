@@ -41,7 +41,12 @@ TASKS = (
     "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "ZERO_SHOT_OBJECT_DETECTION",
 )
-SPECTROGRAMS = ("ASTForAudioClassification",)
+OTHER_PIXELS = (
+    "ASTForAudioClassification",
+    "HubertModel",
+    "PatchTSTForClassification",
+    "PatchTSMixerForTimeSeriesClassification",
+)
 SMALLEST = ("atto", "femto", "pico", "nano", "xxs", "tiny", "xs", "small", "_s", "base")  # of timm's names
 
 # The first layer does not depend on how many follow: they are cut, so that any CPU takes a step in a moment.
@@ -99,7 +104,7 @@ def _by_task() -> Iterator[tuple[str, str]]:
                     yield family, name
                     seen.add(name)
             seen.add(family)
-    for name in SPECTROGRAMS:
+    for name in OTHER_PIXELS:
         yield getattr(transformers, name).config_class.model_type, name
 
 
