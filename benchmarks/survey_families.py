@@ -39,7 +39,9 @@ FAMILIES: dict[str, dict[str, Family]] = {
         "AutoencoderKL": Family("diffusers.AutoencoderKL", {"sample_size": 32}),
         "VQModel": Family("diffusers.VQModel", {"sample_size": 32}),
         "DiTTransformer2DModel": Family("diffusers.DiTTransformer2DModel", _HEADS),
-        "SD3Transformer2DModel": Family("diffusers.SD3Transformer2DModel", {**_JOINT, "pooled_projection_dim": 64}),
+        "SD3Transformer2DModel": Family(
+            "diffusers.SD3Transformer2DModel", {**_JOINT, "pooled_projection_dim": 64, "caption_projection_dim": 128}
+        ),
         "FluxTransformer2DModel": Family(
             "diffusers.FluxTransformer2DModel", {**_JOINT, "num_single_layers": 1, "pooled_projection_dim": 64}
         ),

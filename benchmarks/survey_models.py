@@ -41,12 +41,7 @@ TASKS = (
     "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "ZERO_SHOT_OBJECT_DETECTION",
 )
-OTHER_PIXELS = (
-    "ASTForAudioClassification",
-    "HubertModel",
-    "PatchTSTForClassification",
-    "PatchTSMixerForTimeSeriesClassification",
-)
+OTHER_PIXELS = ("ASTForAudioClassification", "PatchTSTForClassification", "PatchTSMixerForTimeSeriesClassification")
 SMALLEST = ("atto", "femto", "pico", "nano", "xxs", "tiny", "xs", "small", "_s", "base")  # of timm's names
 
 # The first layer does not depend on how many follow: they are cut, so that any CPU takes a step in a moment.
