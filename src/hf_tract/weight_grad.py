@@ -36,11 +36,35 @@ def weight_grad(x: Tensor, output_grad: Tensor, window: Window, like: Tensor) ->
     bytes_each = 4 * (x[0].numel() + output_grad[0].numel())
     pieces = max(1, SCRATCH_BYTES // bytes_each)
     for part, part_grad in zip(x.split(pieces), output_grad.split(pieces), strict=True):
-        if window.kernel:
-            total += _convolution(part.float(), part_grad.float(), window, total)
+        if not window.kernel:
+            _add_product(total, part_grad.mT, part)
+        elif _is_side_by_side(window):
+            _add_product(total.flatten(1), part_grad.transpose(0, 1).flatten(1), _patch_rows(part, window))
         else:
-            total.addmm_(part_grad.float().mT, part.float())
+            total += _convolution(part.float(), part_grad.float(), window, total)
     return total
+
+
+def _is_side_by_side(window: Window) -> bool:
+    """Says whether patches neither overlap nor leave a pixel between them, so that they are the pixels in another order."""
+    return window.kernel == window.stride and window.groups == 1 and not any(window.padding) and set(window.dilation) == {1}
+
+
+def _patch_rows(x: Tensor, window: Window) -> Tensor:
+    """Returns the patches of (N, c, *size) that lie side by side, as (b, n)."""
+    dims = len(window.kernel)
+    for dim, (size, count) in enumerate(zip(window.kernel, window.positions(x.shape[2:]), strict=True)):
+        x = x.narrow(2 + 2 * dim, 0, size * count).unflatten(2 + 2 * dim, (count, size))  # (N, c, o, k, o, k, ...)
+    positions, kernel = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    return x.permute(0, *positions, 1, *kernel).flatten(0, dims).flatten(1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left` @ `right` in float32: on a GPU tensor cores multiply 16-bit numbers exactly and sum in float32."""
+    if total.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        total += torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.float(), right.float())
 
 
 def _convolution(x: Tensor, output_grad: Tensor, window: Window, weight: Tensor) -> Tensor:
