@@ -59,4 +59,5 @@ def test_equals_one_process_with_one_collective_for_each_backward(results, name)
     # Without the original parameters there is one flat one a unit, and another order of all of them.
     assert_close(weights.sort().values, want.sort().values, 1e-10)
     assert collectives == [COLUMNS**2 + 1] * STEPS * 2
-    assert said == []
+    # A model that is sharded already cannot be tried, and the layer is taken by the order of the modules: told once.
+    assert ["in the order of the modules" in message for message in said] == [True] * ("after" in name)
