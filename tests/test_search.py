@@ -2,10 +2,14 @@
 
 import copy
 import logging
+import random
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -408,3 +412,127 @@ def test_the_order_of_the_modules_is_followed_with_a_warning_only(caplog):
     assert "stems.s1, stems.s2" in record.getMessage()
     assert "`example_batch=`" in record.getMessage()
     assert names(Chosen(), example_batch=(torch.rand(1, 13, 32, 32), "s2")) == ["stems.s2"]
+
+
+def test_a_layer_around_a_timm_model_meets_the_pixels_before_it():
+    import timm
+
+    model = nn.Sequential(nn.Conv2d(13, 3, 1), timm.create_model("resnet18", num_classes=2))
+    assert names(model) == ["0"]
+    assert names(model[1]) == ["conv1"]
+
+
+def test_a_forward_of_the_instance_is_the_one_that_runs():
+    model = Net(lambda net, x: net.tail(net.old(x)), old=nn.Conv2d(3, 8, 4, 4), new=nn.Conv2d(3, 8, 4, 4))
+    model.forward = (lambda self, x: self.tail(self.new(x))).__get__(model)
+    assert names(model) == ["new"]
+
+
+def test_a_mapping_of_two_images_has_two_stems():
+    class Depth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tail, self.rgb, self.depth = tail(), nn.Conv2d(3, 8, 4, 4), nn.Conv2d(1, 8, 4, 4)
+
+        def forward(self, image, depth):
+            return self.tail(self.rgb(image) + self.depth(depth))
+
+    example = {"image": torch.rand(2, 3, 32, 32), "depth": torch.rand(2, 1, 32, 32)}
+    assert names(Depth(), example_batch=example) == ["rgb", "depth"]
+
+
+@pytest.mark.parametrize(
+    "operation, model",
+    [
+        ("mul", Net(lambda net, x: net.tail((x.unsqueeze(1) * net.w).sum(2)), w=weight(8, 3, 1, 1))),
+        ("mv", Net(lambda net, x: net.tail((x.movedim(1, -1) @ net.w)[:, None].expand(-1, 8, -1, -1)), w=weight(3))),
+        (
+            "conv_transpose",
+            Net(lambda net, x: net.tail(net.up(x[:, :1]).expand(-1, 8, -1, -1)), up=nn.ConvTranspose2d(1, 1, 1)),
+        ),
+    ],
+)
+def test_small_weights_that_mix_pixels_end_the_search_too(operation, model):
+    with pytest.raises(TrActError, match=says(f"`{operation}`")):
+        find_first_layers(model)
+
+
+def test_tokens_that_are_placed_among_patches_mix_nothing():
+    def run(net, x):
+        patches = rows(x)
+        place = torch.zeros(1, dtype=torch.long, device=x.device)
+        return net.tail(grid(net.stem(patches.index_copy(1, place, net.token.expand(len(x), 1, 48)))))
+
+    assert names(Net(run, token=weight(1, 1, 48), stem=nn.Linear(48, 8))) == ["stem"]
+
+
+def test_the_search_writes_into_nothing_of_the_users():
+    class Momentum(nn.Module):
+        """A forward that looks at values, and moves its weights, its input and all random numbers."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.register = nn.Conv2d(3, 8, 4, 4), nn.Linear(1, 1)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.register.weight.add_(1)
+                self.count.add_(1)
+                x.sub_(float(x.mean()) + random.random() + np.random.rand())
+            return self.stem(x)
+
+    model, example = Momentum(), torch.rand(2, 3, 8, 8)
+    state, kept = copy.deepcopy(model.state_dict()), example.clone()
+    numbers = random.getstate(), np.random.get_state()[1].tolist()
+    assert names(model, example_batch=example) == names(model) == ["stem"]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(example, kept)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == numbers
+
+
+def test_named_tuples_and_other_mappings_stay_what_they_are():
+    class Sample(NamedTuple):
+        image: torch.Tensor
+        label: int
+
+    class ByName(Bands):
+        def forward(self, batch):
+            return super().forward(batch.image if isinstance(batch, Sample) else batch["pixels"])
+
+    x = torch.rand(2, 13, 32, 32)
+    assert names(ByName(), example_batch=(Sample(x, 1),)) == ["stem"]
+    assert names(ByName(), example_batch=(hf.BatchFeature({"pixels": x}),)) == ["stem"]
+
+
+def test_an_example_without_pixels_is_told():
+    model = Net(lambda net, x: net.tail(torch.ones(1, 8, 4, 4, device=net.w.device)), w=weight(2))
+    with pytest.raises(TrActError, match=says("no tensor of the batch met a weight", "`layers=`")):
+        find_first_layers(model, example_batch=torch.ones(3))
+
+
+def test_a_guess_that_failed_with_several_arguments_is_told(caplog):
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.condition, self.stem = nn.Linear(32, 8), nn.Conv2d(3, 8, 4, 4)
+
+        def forward(self, condition, image, mode):
+            return self.stem(image) + self.condition(condition)[:, :, None, None] + mode["missing"]
+
+    find_first_layers(Conditional())
+    (record,) = caplog.records
+    assert "no guess of a batch fitted" in record.getMessage() or "no forward of the model" in record.getMessage()
+
+
+def test_a_model_of_text_and_images_is_searched_with_an_example():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text, self.stem = nn.Embedding(9, 8), nn.Conv2d(3, 8, 4, 4)
+
+        def forward(self, input_ids, images=None):
+            return self.text(input_ids).mean(1) + self.stem(images).mean((2, 3))
+
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "images": torch.rand(2, 3, 32, 32)}
+    assert names(Both(), example_batch=batch) == ["stem"]

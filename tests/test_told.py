@@ -174,6 +174,19 @@ def test_a_trainable_layer_beside_a_frozen_one_is_watched_too(told):
     assert "lora has handed on no preconditioned gradient" in message
 
 
+def test_a_step_of_another_optimizer_is_not_the_layers_first(told):
+    """As a GAN's, or that of a head alone."""
+    model = Net()
+    apply_tract(model)
+    head, stem = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.head, model.stem))
+    model(torch.randn(4, 3, 8, 8), without=True).backward()
+    head.step()
+    assert told() == []
+    stem.step()
+    (message,) = told()
+    assert "stem has handed on no preconditioned gradient" in message
+
+
 def test_find_unused_parameters(told, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ CHANNELS = ("num_channels", "in_channels", "in_chans")
 SIZES = ("image_size", "img_size", "input_size", "sample_size")
 FRAMES = ("num_frames", "frames_per_clip")
 PARTS = ("vision_config", "backbone_config", "encoder_config")
-PIXELS = ("pixel_values", "pixel_values_videos", "input_values", "flattened_patches", "image", "x", "hidden_states")
+PIXELS = ("pixel_values", "pixel_values_videos", "input_values", "flattened_patches", "image", "images", "x", "hidden_states")
 COMMON_SIZES = (224, 32, 28, 96, 1536)
 VOLUMES = (32, 96)  # sides of a cube
 SERIES = (("max_length", "num_mel_bins"), ("context_length", "num_input_channels"))  # of spectrograms and of time series
@@ -38,7 +39,7 @@ class _Guess(NamedTuple):
 
 
 def _integers(values: Any) -> Callable[[_Guess], Tensor]:
-    return lambda guess: torch.tensor(values)
+    return lambda guess: torch.tensor(values, device="cpu")
 
 
 # Integers are read by forwards that cut and loop by them: beside pixels without values they are on the CPU.
@@ -82,7 +83,7 @@ def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
     def pixels(shape: Sequence[int]) -> Tensor:
         if device == "meta":
             return torch.empty(shape, device=device, dtype=dtype)
-        return torch.rand(shape, generator=generator).to(device, dtype)
+        return torch.rand(shape, generator=generator, device="cpu").to(device, dtype)
 
     required = [p for p in parameters.values() if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
     for shape, guess in _shapes(model, config, device, parameters):
@@ -128,11 +129,25 @@ def precision(model: nn.Module) -> torch.dtype:
 def each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch with `change` done to each tensor in its mappings, lists and tuples."""
     if isinstance(batch, Mapping):
-        return {name: each_tensor(value, change) for name, value in batch.items()}
+        changed = {name: each_tensor(value, change) for name, value in batch.items()}
+        return _like(batch, changed) if type(batch) is not dict else changed
     if isinstance(batch, (list, tuple)):
-        changed = [each_tensor(value, change) for value in batch]
-        return tuple(changed) if isinstance(batch, tuple) else changed
+        values = [each_tensor(value, change) for value in batch]
+        if isinstance(batch, list):
+            return values
+        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
     return change(batch) if isinstance(batch, Tensor) else batch
+
+
+def _like(batch: Mapping[str, Any], changed: dict[str, Any]) -> Mapping[str, Any]:
+    """Returns `changed` as a mapping of the type of `batch`, such as transformers' `BatchFeature`."""
+    same: Any = copy.copy(batch)
+    try:
+        for name, value in changed.items():
+            same[name] = value
+    except TypeError:  # a mapping that cannot be changed
+        return changed
+    return same  # type: ignore[no-any-return]
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,12 +79,12 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
             f"`batches` (={type(loader).__name__}) reads once, and training would miss what is read of it: give "
             f"`whiten_first_layer` a batch or a few of its like."
         )
-    with _random_state_kept():
+    with random_state_kept():
         return list(itertools.islice(loader, count))
 
 
 def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
-    with _random_state_kept():
+    with random_state_kept():
         try:
             return _first_of(_fresh(loader), count)
         except Exception as error:  # data that cannot go to another process, a sampler that cannot be copied
@@ -139,7 +139,8 @@ def sent(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
+    """Leaves the random numbers of torch (on the CPU), numpy and Python as they were."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     arrays = numpy.random.get_state() if numpy else None
     try:

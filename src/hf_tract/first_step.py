@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class FirstStepWatch:
-    """Waits for the first step of an optimizer that holds a parameter of the model, and then looks at the layers."""
+    """Waits for the first step of an optimizer that holds a layer's weight, and then looks at the layers."""
 
     def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
         """Begins to wait.
@@ -62,12 +62,17 @@ class FirstStepWatch:
                 look_at_scale(name, step.inverse.mean_eigenvalue, preconditioner.config.lam)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Looks, if `optimizer` holds a parameter of the model."""
+        """Looks, if `optimizer` holds a weight of the layers."""
         model = self._model()
         if model is None:
             self.stop()
             return
-        mine = {id(parameter) for parameter in model.parameters()}
+        inside = {id(module) for module in model.modules()}
+        layers = [layer for _, reference in self._layers if (layer := reference()) is not None and id(layer) in inside]
+        weights = [parameter for layer in layers for parameter in weight_parameters(layer)]
+        # Where a layer was exchanged, or an engine keeps its weight, any parameter of the model tells.
+        whole = len(layers) < len(self._layers) or not weights
+        mine = {id(parameter) for parameter in (model.parameters() if whole else weights)}
         if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
             self.look()
 

@@ -131,12 +131,16 @@ class _Collector(PatchOpMode):
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside, as before outside; batches that are drawn inside cost no random numbers either."""
-    training = [module for module in model.modules() if module.training]
+    """In evaluation mode inside, as before outside, with the buffers of before; batches draw no random numbers either."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
         with torch.random.fork_rng([]):
             yield
     finally:
-        for module in training:
-            module.training = True
+        model.train(training[0][1])  # by their own `train`, which may do more
+        for module, was_training in training:
+            module.training = was_training
+        for buffer, before in buffers:
+            buffer.copy_(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_leaves
 
-from hf_tract.batches import batches, each_tensor, pixel_argument, precision
+from hf_tract.batches import batches, each_tensor, forward_parameters, pixel_argument, precision
 from hf_tract.config import TrActError
 from hf_tract.patches import is_supported
 from hf_tract.probe import Probe, functional_callers, probe, twin
@@ -23,9 +25,10 @@ Layers = str | nn.Module | Sequence[str | nn.Module]
 
 # What grows with the ecosystem is data: names that wrappers add, that models give their vision part.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-MOST_PARAMETERS = 10**9  # up to which a forward with values is made where the meta device does not suffice
+MOST_PARAMETERS = 5 * 10**8  # up to which a forward is made on copies of them, where the meta device does not suffice
 FEW_PARAMETERS = 10**8  # likewise, where a forward on the meta device has told something before it failed
 MOST_GUESSES, FEW_GUESSES = 24, 3  # of batches that reach a weight, without and with values
+MOST_NUMBERS = 4 * 10**6  # of a guess with values
 TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
 
 
@@ -66,7 +69,7 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: 
     model = unwrap(model)
     if not (isinstance(layers, str) and layers == "auto"):
         return _asked_for(model, [layers] if isinstance(layers, (str, nn.Module)) else list(layers))
-    if pixel_argument(model) == "input_ids":
+    if example_batch is None and pixel_argument(model) == "input_ids":
         raise TrActError(
             f"`model` (={type(model).__name__}) reads `input_ids` and no pixels: its first layer is an embedding already. "
             f"Name a layer with `layers=` if that is what you want."
@@ -136,16 +139,14 @@ def _described(module: nn.Module) -> str:
 
 
 def _by_timm(model: nn.Module) -> list[FirstLayer]:
-    """What timm says of a model or of a part of it, when all of it resolves."""
+    """Takes what timm says of a model of its own; what stands around one may have met the pixels before."""
     candidates = _candidates(model)
-    for prefix, module in model.named_modules():
-        cfg = getattr(module, "pretrained_cfg", None)
-        first = cfg.get("first_conv") if isinstance(cfg, Mapping) else None
-        names = [first] if isinstance(first, str) else list(first or ())
-        names = [plain(f"{prefix}.{name}" if prefix else name) for name in names]
-        if names and all(name in candidates for name in names):
-            return [FirstLayer(name, candidates[name], "timm's first_conv") for name in names]
-    return []
+    traits = getattr(model, "pretrained_cfg", None)
+    first = traits.get("first_conv") if isinstance(traits, Mapping) else None
+    names = [first] if isinstance(first, str) else list(first or ())
+    if not names or any(name not in candidates for name in names):
+        return []
+    return [FirstLayer(name, candidates[name], "timm's first_conv") for name in names]
 
 
 def _by_order(model: nn.Module) -> list[FirstLayer]:
@@ -175,6 +176,12 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
 def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     """Takes every layer that the pixels meet first in one forward of a copy."""
     found = _probe_guesses(model) if example_batch is None else _probe_example(model, example_batch)
+    if found is not None and not found.meetings and example_batch is not None:
+        raise TrActError(
+            f"`example_batch` (={_shapes(example_batch)}): the forward of `model` (={type(model).__name__}) ran, and no tensor "
+            f"of the batch met a weight. Give pixels as tensors, in tuples, lists or mappings, or name the layer with "
+            f"`layers=`."
+        )
     if found is None or not found.meetings:
         return []
     first, others = found.meetings[0], found.others
@@ -200,6 +207,7 @@ def _probe_guesses(model: nn.Module) -> Probe | None:
     affordable, a second copy shares the model's weights.
     """
     partial: Probe | None = None
+    is_uncertain = False  # which of several arguments are pixels
     for device in ("meta", *_devices_with_values(model, MOST_PARAMETERS)):
         try:
             copied = twin(model, device if device == "meta" else None)
@@ -208,16 +216,25 @@ def _probe_guesses(model: nn.Module) -> Probe | None:
         if partial is not None and not _devices_with_values(model, FEW_PARAMETERS):
             break
         tries = 0
-        for batch in batches(copied, device):
+        guesses = batches(copied, device)
+        if device != "meta":
+            guesses = itertools.islice((batch for batch in guesses if _numbers(batch) <= MOST_NUMBERS), MOST_GUESSES)
+        for batch in guesses:
             found = probe(copied, batch)
             if found.meetings and found.error is None:
                 return found
             if found.meetings and (partial is None or (found.layers and not partial.layers)):
-                partial = found
+                partial, is_uncertain = found, isinstance(batch, tuple)
             tries += bool(found.meetings)
             if tries == (MOST_GUESSES if device == "meta" else FEW_GUESSES):
                 break
+    if is_uncertain and partial is not None and partial.layers:
+        logger.warning(UNCERTAIN, ", ".join(map(plain, partial.layers)))
     return partial
+
+
+def _numbers(batch: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 def _probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
@@ -232,16 +249,17 @@ def _probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
             copied = twin(model, device if device == "meta" else None)
         except Exception:  # a model that cannot be copied
             return None
-        found = probe(copied, _moved(example_batch, device, precision(model)))
+        found = probe(copied, _moved(example_batch, device, precision(model)), grad=device != "meta")
         if found.error is None:
             return found
     assert found is not None
+    argument = next(iter(forward_parameters(model)), "batch")
     if found.meetings and device == "meta":  # the forward may have failed for want of values
         return found
     raise TrActError(
         f"`example_batch` (={_shapes(example_batch)}): the forward of `model` (={type(model).__name__}) failed on it with "
         f"{type(found.error).__name__}: {found.error}. A tuple is passed as positional arguments and a mapping as keyword "
-        f"arguments; give {{'batch': batch}} to a forward that takes a mapping."
+        f"arguments; give {{{argument!r}: batch}} if the forward takes a mapping."
     ) from found.error
 
 
@@ -266,9 +284,10 @@ def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
     """Returns the caller's batch in the model's precision; on the meta device, only its shapes, and its integers."""
 
     def moved(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
         if not tensor.is_floating_point():
-            return tensor.to("cpu" if device == "meta" else device)
-        return tensor.to(device, dtype)
+            return tensor.to("cpu" if device == "meta" else device, copy=True)
+        return tensor.to(device, dtype, copy=True)
 
     return each_tensor(batch, moved)
 
@@ -285,13 +304,18 @@ def find_functional_callers(
     names = {layer.name for layer in layers if layer.source in (NAMED, BY_ORDER, IN_PARENT)}  # what else there is ran by itself
     if not names or is_sharded(model):  # whose hooks would take the trial run for a step
         return []
-    try:
-        copied = twin(model)
-    except Exception:  # such as FSDP2's, which cannot be copied
-        return []
-    guesses = batches(copied) if example_batch is None else [_moved(example_batch, "meta", precision(model))]
-    found = (functional_callers(copied, batch) for batch in guesses)
-    callers = next((callers for callers in found if callers is not None), {})
+    callers: dict[str, list[str]] = {}
+    for device in ("meta", *_devices_with_values(model, FEW_PARAMETERS)):
+        try:
+            copied = twin(model, device if device == "meta" else None)
+        except Exception:  # such as FSDP2's, which cannot be copied
+            return []
+        guesses = batches(copied, device) if example_batch is None else [_moved(example_batch, device, precision(model))]
+        small = (batch for batch in guesses if device == "meta" or _numbers(batch) <= MOST_NUMBERS)
+        found = (functional_callers(copied, batch) for batch in itertools.islice(small, 4 * MOST_GUESSES))
+        if (first := next((each for each in found if each is not None), None)) is not None:
+            callers = first
+            break
     read = {caller: [layer for layer in owned if plain(layer) in names] for caller, owned in callers.items()}
     return [(modules[caller], [modules[name] for name in owned]) for caller, owned in read.items() if owned]
 
@@ -299,6 +323,11 @@ def find_functional_callers(
 BY_ORDER_WARNING = (
     "TrAct: no forward of the model could be tried, so its first convolution or linear layer in the order of the modules is "
     "taken: %s. If that is not where the pixels come in, name the layer with `layers=`, or give a batch with `example_batch=`."
+)
+UNCERTAIN = (
+    "TrAct: no guess of a batch fitted the forward of the model, which takes several arguments; one went far enough to meet "
+    "%s, which is taken. If that is not where the pixels come in, give a batch with `example_batch=`, or name the layer with "
+    "`layers=`."
 )
 OTHER_WEIGHTS = (
     "TrAct: pixels also meet a weight in %s, in an operation (`%s`) that is no convolution or linear layer's own. That weight "

@@ -32,8 +32,9 @@ def advice_on_lam(mean: float, lam: float) -> str:
     effect = "most directions are scaled alike" if mean < low else "the first layer learns slowly"
     return (
         f"the mean eigenvalue of C, the mean square of what the layer reads, is about {mean:.2g}. A lam of 0.05 to 0.2 is for "
-        f"standardised pixels, where it is 1; with lam={lam:g} {effect}. Standardise the pixels (each band by itself, a CT's "
-        f"window, empty pixels set to 0 afterwards), or use a lam of {LAM_SHARE[0] * mean:.2g} to {LAM_SHARE[1] * mean:.2g}."
+        f"standardised pixels, where it is 1; with lam={lam:g} {effect}. If these are pixels, standardise them (each band by "
+        f"itself, a CT's window, empty pixels set to 0 afterwards), or use a lam of {LAM_SHARE[0] * mean:.2g} to "
+        f"{LAM_SHARE[1] * mean:.2g}."
     )
 
 

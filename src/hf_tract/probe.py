@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_tract.batches import each_tensor, forward_parameters, has_open_keywords, pixel_argument
+from hf_tract.first_batches import random_state_kept
 from hf_tract.moments import Window
 from hf_tract.patches import PATCH_OPS, PatchOpMode, is_supported
 from hf_tract.tracing import EveryOp, LayerOps, Mark, Meeting, PixelTrace
+
+ANY_PIXELS = ("image", "x")  # names of arguments beside which others may be pixels too
 
 
 class Reading(NamedTuple):
@@ -44,10 +48,14 @@ class Probe(NamedTuple):
 
 
 def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
-    """Returns a copy of `model` whose weights are on the meta device, or where None shared; buffers are copies then."""
+    """Returns a copy of `model` whose weights are on the meta device, or where None copies: forwards may write into them.
+
+    Raises:
+        Exception: for a model that cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        alike = parameter.detach() if device is None else torch.empty_like(parameter, device=device, requires_grad=False)
+        alike = torch.empty_like(parameter, device=device, requires_grad=False) if device else parameter.detach().clone()
         memo[id(parameter)] = nn.Parameter(alike, requires_grad=parameter.requires_grad)
     for tensor in (*model.buffers(), *_cached_tensors(model)):
         memo[id(tensor)] = tensor.detach().clone() if device is None else torch.empty_like(tensor, device=device)
@@ -55,8 +63,10 @@ def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
     for module in copied.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             module._forward_hooks.clear()  # the user's; those that make weights run before a forward
-        if "_orig_mod" not in module._modules:  # torch.compile's own
-            module.__dict__.pop("forward", None)  # accelerate's wrappers would call the original
+        if "_old_forward" in vars(module) or "_original_forward" in vars(module):  # accelerate's
+            module.__dict__.pop("forward", None)
+        elif isinstance(vars(module).get("forward"), FunctionType) and "_orig_mod" not in module._modules:
+            raise TypeError("a forward that is a plain function of the instance calls the original")
     return copied
 
 
@@ -66,7 +76,7 @@ def _cached_tensors(model: nn.Module) -> list[Tensor]:
     return [value for values in attributes for value in values if isinstance(value, Tensor) and not value.is_leaf]
 
 
-def probe(copied: nn.Module, batch: Any) -> Probe:
+def probe(copied: nn.Module, batch: Any, grad: bool = False) -> Probe:
     """Finds what the pixels of `batch` meet first in one forward of a `twin`.
 
     Args:
@@ -74,6 +84,7 @@ def probe(copied: nn.Module, batch: Any) -> Probe:
         batch: on the twin's device, but for integers: forwards that cut and loop by them want to see them. Its pixels are
             what the forward calls so; else its images, rows and series (see `_may_be_pixels`). A layer that reads pixels
             beside what other layers made of them, as at the end of a skip connection, is not first.
+        grad: run it as in training, for forwards that differentiate inside.
 
     Returns:
         The meetings, and the error by which the forward ended, if it did.
@@ -82,7 +93,13 @@ def probe(copied: nn.Module, batch: Any) -> Probe:
     for tensor in _pixels(copied, batch):
         trace.mark(tensor, Mark.PIXELS)
     error: Exception | None = None
-    with warnings.catch_warnings(), torch.no_grad(), watched(copied, trace.running), EveryOp(trace), LayerOps(trace):
+    with (
+        warnings.catch_warnings(),
+        torch.set_grad_enabled(grad),
+        watched(copied, trace.running),
+        EveryOp(trace),
+        LayerOps(trace),
+    ):
         warnings.simplefilter("ignore")
         try:
             call(copied, batch)
@@ -93,7 +110,7 @@ def probe(copied: nn.Module, batch: Any) -> Probe:
 
 def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
     """Returns the tensors of a batch that may be pixels."""
-    if isinstance(batch, Mapping) and (argument := pixel_argument(copied)) in batch:
+    if isinstance(batch, Mapping) and (argument := pixel_argument(copied)) in batch and argument not in ANY_PIXELS:
         batch = batch[argument]
     found = list[Tensor]()
     each_tensor(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
@@ -108,9 +125,9 @@ def _may_be_pixels(tensor: Tensor) -> bool:
 def call(model: nn.Module, batch: Any) -> Any:
     """Runs a forward: a tuple holds positional arguments, a mapping keywords, unless it is the one argument itself.
 
-    The random numbers of the CPU stay as they are.
+    Random numbers stay as they are.
     """
-    with torch.random.fork_rng([]), torch.compiler.set_stance("force_eager"):
+    with random_state_kept(), torch.compiler.set_stance("force_eager"):
         if isinstance(batch, tuple):
             return model(*batch)
         if isinstance(batch, Mapping) and _are_keywords(model, batch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +20,15 @@ from hf_tract.patches import PatchOpMode, is_supported
 ELEMENTWISE = {
     *("cat", "stack", "copy", "copy_", "where", "lerp", "addcmul", "addcdiv", "constant_pad_nd"),
     *("index_put", "index_put_", "_unsafe_index_put", "masked_scatter"),
-    *("slice_scatter", "select_scatter", "diagonal_scatter"),
+    *("slice_scatter", "select_scatter", "diagonal_scatter", "index_copy", "index_copy_", "index_add", "index_add_"),
+    *("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"),
     *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm", "cudnn_batch_norm"),
     *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+}
+# Products: their operands, without the one that is added.
+PRODUCTS = {
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "convolution"), slice(0, 2)),
+    **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm"), slice(1, 3)),
 }
 
 
@@ -146,12 +153,21 @@ class EveryOp(TorchDispatchMode):
 
 def _mixes(func: Any, operands: list[Tensor], marks: list[Mark]) -> bool:
     """Says whether `func` sums over the products of pixels with a weight, or looks a weight up by them."""
-    if torch.Tag.pointwise in func.tags or func.is_view or func.overloadpacket.__name__ in ELEMENTWISE:
-        return False
-    return any(
-        mark == Mark.WEIGHTS and sum(size != 1 for size in operand.shape) >= 2
+    name = func.overloadpacket.__name__
+    if name in PRODUCTS:
+        return set(marks[PRODUCTS[name]]) == {Mark.PIXELS, Mark.WEIGHTS}
+    matrices = [
+        operand
         for operand, mark in zip(operands, marks, strict=True)
-    )
+        if mark == Mark.WEIGHTS and sum(size != 1 for size in operand.shape) >= 2
+    ]
+    if name == "mul":  # which repeats each pixel for several weights, for a sum to follow
+        pixels = sum(operand.numel() for operand, mark in zip(operands, marks, strict=True) if mark == Mark.PIXELS)
+        shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
+        return bool(matrices) and math.prod(shape) > pixels
+    if torch.Tag.pointwise in func.tags or func.is_view or name in ELEMENTWISE:
+        return False
+    return bool(matrices)
 
 
 def _name(func: Any, args: Any) -> str:
