@@ -175,6 +175,8 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
 
 def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     """Takes every layer that the pixels meet first in one forward of a copy."""
+    if is_sharded(model):  # whose hooks would take the trial run for a step
+        return []
     found = _probe_guesses(model) if example_batch is None else _probe_example(model, example_batch)
     if found is not None and not found.meetings and example_batch is not None:
         raise TrActError(
