@@ -47,7 +47,13 @@ def as_batches(batches: Any, model: nn.Module) -> list[Any]:
                 f"`batches` has a tensor of {pixels.dtype}, and pixels are floats: give one batch with its labels as "
                 f"[(pixels, labels)], and images normalised as in training."
             )
-    return [accepted(model, batch) if isinstance(batch, Mapping) else batch for batch in each]
+    return [_as_taken(model, batch) for batch in each]
+
+
+def _as_taken(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return accepted(model, batch)
+    return list(batch) if isinstance(batch, tuple) else batch  # images of any sizes are one argument
 
 
 def _are_images(batch: Any) -> bool:

@@ -66,7 +66,7 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: 
         >>> find_first_layers(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10)))[0].name
         '0'
     """
-    model = unwrap(model)
+    sharded, model = is_sharded(model), unwrap(model)
     if not (isinstance(layers, str) and layers == "auto"):
         return _asked_for(model, [layers] if isinstance(layers, (str, nn.Module)) else list(layers))
     if example_batch is None and pixel_argument(model) == "input_ids":
@@ -79,7 +79,10 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: 
         raise TrActError(
             f"`model` (={type(model).__name__}) has no convolution or linear layer that TrAct could take; it has {looked_at}."
         )
-    return _by_timm(model) or _by_probe(model, example_batch) or _by_order(model)
+    if found := _by_timm(model):
+        return found
+    # The hooks of a sharded model would take a trial run for a step of its own.
+    return ([] if sharded else _by_probe(model, example_batch)) or _by_order(model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -175,8 +178,6 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
 
 def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     """Takes every layer that the pixels meet first in one forward of a copy."""
-    if is_sharded(model):  # whose hooks would take the trial run for a step
-        return []
     found = _probe_guesses(model) if example_batch is None else _probe_example(model, example_batch)
     if found is not None and not found.meetings and example_batch is not None:
         raise TrActError(
@@ -301,10 +302,10 @@ def find_functional_callers(
 
     A trial run on the meta device tells; where none reaches a layer, nothing is returned.
     """
-    model = unwrap(model)
+    sharded, model = is_sharded(model), unwrap(model)
     modules = dict(model.named_modules())
     names = {layer.name for layer in layers if layer.source in (NAMED, BY_ORDER, IN_PARENT)}  # what else there is ran by itself
-    if not names or is_sharded(model):  # whose hooks would take the trial run for a step
+    if not names or sharded:
         return []
     callers: dict[str, list[str]] = {}
     for device in ("meta", *_devices_with_values(model, FEW_PARAMETERS)):
