@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from helpers import STEM, small_vit, stem_of
 from hf_tract import TrActError, whiten_first_layer
 from hf_tract.first_batches import sent
-from hf_tract.layers import unwrap
+from hf_tract.names import unwrap
 from hf_tract.sharding import read_weight, whole_weights
 from oracle import assert_close, moment, says
 from ranks import on_two_ranks

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tract.batches import batches
 from hf_tract.cost import Cost, moment_cost, patches, solve_cost
-from hf_tract.layers import FirstLayer, Layers, find_first_layers, plain, unwrap
+from hf_tract.layers import FirstLayer, Layers, find_first_layers
 from hf_tract.moments import Window
+from hf_tract.names import plain, unwrap
 from hf_tract.patches import out_features, patch_size
 from hf_tract.probe import Reading, Recorder, call, twin, watched
 from hf_tract.weights import is_frozen

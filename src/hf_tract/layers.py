@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
-from hf_tract.batches import batches, each_tensor, forward_parameters, pixel_argument, precision
+from hf_tract.batches import pixel_argument
 from hf_tract.config import TrActError
+from hf_tract.names import plain, unwrap
 from hf_tract.patches import is_supported
-from hf_tract.probe import Probe, functional_callers, probe, twin
 from hf_tract.sharding import is_sharded
+from hf_tract.trials import callers_in_a_trial, described, probe_example, probe_guesses
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 
 # What grows with the ecosystem is data: names that wrappers add, that models give their vision part.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-MOST_PARAMETERS = 5 * 10**8  # up to which a forward is made on copies of them, where the meta device does not suffice
-FEW_PARAMETERS = 10**8  # likewise, where a forward on the meta device has told something before it failed
-MOST_GUESSES, FEW_GUESSES = 24, 3  # of batches that reach a weight, without and with values
-MOST_NUMBERS = 4 * 10**6  # of a guess with values
 TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
 
 
@@ -83,20 +75,6 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: 
         return found
     # The hooks of a sharded model would take a trial run for a step of its own.
     return ([] if sharded else _by_probe(model, example_batch)) or _by_order(model)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of DDP, FSDP1, DataParallel, `torch.compile` and what looks like them."""
-    children = dict(model.named_children())
-    while len(children) == 1 and next(iter(children)) in WRAPPERS:
-        (model,) = children.values()
-        children = dict(model.named_children())
-    return model
-
-
-def plain(name: str) -> str:
-    """`name` without what wrappers added to it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -178,11 +156,11 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
 
 def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     """Takes every layer that the pixels meet first in one forward of a copy."""
-    found = _probe_guesses(model) if example_batch is None else _probe_example(model, example_batch)
+    found = probe_guesses(model) if example_batch is None else probe_example(model, example_batch)
     if found is not None and not found.meetings and example_batch is not None:
         raise TrActError(
-            f"`example_batch` (={_shapes(example_batch)}): the forward of `model` (={type(model).__name__}) ran, and no tensor "
-            f"of the batch met a weight. Give pixels as tensors, in tuples, lists or mappings, or name the layer with "
+            f"`example_batch` (={described(example_batch)}): the forward of `model` (={type(model).__name__}) ran, and no "
+            f"tensor of the batch met a weight. Give pixels as tensors, in tuples, lists or mappings, or name the layer with "
             f"`layers=`."
         )
     if found is None or not found.meetings:
@@ -203,98 +181,6 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     return [FirstLayer(plain(name), modules[name], IN_PARENT if name in in_parents else REACHED) for name in found.layers]
 
 
-def _probe_guesses(model: nn.Module) -> Probe | None:
-    """Returns what the pixels meet in the first guess of a batch that the forward takes, or else what a part of one tells.
-
-    The copy is on the meta device, where a forward costs next to nothing. Some forwards look at values: where that is
-    affordable, a second copy shares the model's weights.
-    """
-    partial: Probe | None = None
-    is_uncertain = False  # which of several arguments are pixels
-    for device in ("meta", *_devices_with_values(model, MOST_PARAMETERS)):
-        try:
-            copied = twin(model, device if device == "meta" else None)
-        except Exception:  # a model that cannot be copied, such as FSDP2's, is no error: the module order is left
-            return partial
-        if partial is not None and not _devices_with_values(model, FEW_PARAMETERS):
-            break
-        tries = 0
-        guesses = batches(copied, device)
-        if device != "meta":
-            guesses = itertools.islice((batch for batch in guesses if _numbers(batch) <= MOST_NUMBERS), MOST_GUESSES)
-        for batch in guesses:
-            found = probe(copied, batch)
-            if found.meetings and found.error is None:
-                return found
-            if found.meetings and (partial is None or (found.layers and not partial.layers)):
-                partial, is_uncertain = found, isinstance(batch, tuple)
-            tries += bool(found.meetings)
-            if tries == (MOST_GUESSES if device == "meta" else FEW_GUESSES):
-                break
-    if is_uncertain and partial is not None and partial.layers:
-        logger.warning(UNCERTAIN, ", ".join(map(plain, partial.layers)))
-    return partial
-
-
-def _numbers(batch: Any) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-
-
-def _probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
-    """Returns what the pixels of the user's batch meet.
-
-    Raises:
-        TrActError: from the forward's own error, if it does not take the batch.
-    """
-    found: Probe | None = None
-    for device in ("meta", *_devices_with_values(model, MOST_PARAMETERS)):
-        try:
-            copied = twin(model, device if device == "meta" else None)
-        except Exception:  # a model that cannot be copied
-            return None
-        found = probe(copied, _moved(example_batch, device, precision(model)), grad=device != "meta")
-        if found.error is None:
-            return found
-    assert found is not None
-    argument = next(iter(forward_parameters(model)), "batch")
-    if found.meetings and device == "meta":  # the forward may have failed for want of values
-        return found
-    raise TrActError(
-        f"`example_batch` (={_shapes(example_batch)}): the forward of `model` (={type(model).__name__}) failed on it with "
-        f"{type(found.error).__name__}: {found.error}. A tuple is passed as positional arguments and a mapping as keyword "
-        f"arguments; give {{{argument!r}: batch}} if the forward takes a mapping."
-    ) from found.error
-
-
-def _shapes(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_shapes(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, (list, tuple)):
-        return f"{type(batch).__name__} of " + ", ".join(map(_shapes, batch))
-    return f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-
-
-def _devices_with_values(model: nn.Module, most: int) -> list[str]:
-    """Returns the device of a model of at most `most` parameters, if it is a single one."""
-    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
-        return []
-    devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
-    small = sum(parameter.numel() for parameter in model.parameters()) <= most
-    return [str(next(iter(devices)))] if small and len(devices) == 1 else []
-
-
-def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
-    """Returns the caller's batch in the model's precision; on the meta device, only its shapes, and its integers."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if not tensor.is_floating_point():
-            return tensor.to("cpu" if device == "meta" else device, copy=True)
-        return tensor.to(device, dtype, copy=True)
-
-    return each_tensor(batch, moved)
-
-
 def find_functional_callers(
     model: nn.Module, layers: Sequence[FirstLayer], example_batch: Any = None
 ) -> list[tuple[nn.Module, list[nn.Module]]]:
@@ -307,18 +193,7 @@ def find_functional_callers(
     names = {layer.name for layer in layers if layer.source in (NAMED, BY_ORDER, IN_PARENT)}  # what else there is ran by itself
     if not names or sharded:
         return []
-    callers: dict[str, list[str]] = {}
-    for device in ("meta", *_devices_with_values(model, FEW_PARAMETERS)):
-        try:
-            copied = twin(model, device if device == "meta" else None)
-        except Exception:  # such as FSDP2's, which cannot be copied
-            return []
-        guesses = batches(copied, device) if example_batch is None else [_moved(example_batch, device, precision(model))]
-        small = (batch for batch in guesses if device == "meta" or _numbers(batch) <= MOST_NUMBERS)
-        found = (functional_callers(copied, batch) for batch in itertools.islice(small, 4 * MOST_GUESSES))
-        if (first := next((each for each in found if each is not None), None)) is not None:
-            callers = first
-            break
+    callers = callers_in_a_trial(model, example_batch)
     read = {caller: [layer for layer in owned if plain(layer) in names] for caller, owned in callers.items()}
     return [(modules[caller], [modules[name] for name in owned]) for caller, owned in read.items() if owned]
 
@@ -326,11 +201,6 @@ def find_functional_callers(
 BY_ORDER_WARNING = (
     "TrAct: no forward of the model could be tried, so its first convolution or linear layer in the order of the modules is "
     "taken: %s. If that is not where the pixels come in, name the layer with `layers=`, or give a batch with `example_batch=`."
-)
-UNCERTAIN = (
-    "TrAct: no guess of a batch fitted the forward of the model, which takes several arguments; one went far enough to meet "
-    "%s, which is taken. If that is not where the pixels come in, give a batch with `example_batch=`, or name the layer with "
-    "`layers=`."
 )
 OTHER_WEIGHTS = (
     "TrAct: pixels also meet a weight in %s, in an operation (`%s`) that is no convolution or linear layer's own. That weight "

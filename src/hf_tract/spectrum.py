@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hf_tract.config import TrActConfig
 from hf_tract.first_batches import as_batches, sent
 from hf_tract.input_moments import input_moments
-from hf_tract.layers import Layers, find_first_layers, unwrap
+from hf_tract.layers import Layers, find_first_layers
+from hf_tract.names import unwrap
 from hf_tract.sharding import is_sharded
 
 

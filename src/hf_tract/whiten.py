@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.first_batches import as_batches, sent
 from hf_tract.input_moments import input_moments
-from hf_tract.layers import FirstLayer, Layers, find_first_layers, unwrap
+from hf_tract.layers import FirstLayer, Layers, find_first_layers
+from hf_tract.names import unwrap
 from hf_tract.patches import out_features, patch_size
 from hf_tract.provenance import checkpoint_of
 from hf_tract.sharding import is_sharded, read_weight, whole_weights, write_weight
