@@ -130,8 +130,14 @@ def test_a_complex_convolution_is_not_passed_over():
 
 
 def test_a_lazy_first_layer_must_be_made_first():
-    with pytest.raises(TrActError, match=says("0 has no weight yet", "run a batch")):
-        find_first_layers(nn.Sequential(nn.LazyConv2d(8, 4, 4), tail()))
+    wrapped = nn.DataParallel(nn.Conv2d(8, 8, 3))
+    for model in (
+        nn.Sequential(nn.LazyConv2d(8, 4, 4), tail()),
+        nn.Sequential(nn.LazyConv2d(8, 4, 4), nn.ReLU()),
+        nn.Sequential(nn.LazyConv2d(8, 4, 4), wrapped),
+    ):
+        with pytest.raises(TrActError, match=says("0 has no weight yet", "run a batch")):
+            find_first_layers(model)
 
 
 def test_another_weight_behind_the_first_layer_is_told(caplog):

@@ -138,16 +138,14 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
     prefix = next((name for name, _ in model.named_modules() if name.split(".")[-1] in TOWERS), "")
     candidates = {name: m for name, m in _candidates(model).items() if name.startswith(plain(prefix))}
     ordered = sorted(candidates, key=lambda name: isinstance(candidates[name], nn.Linear))  # stable
+    modules = {plain(name): module for name, module in model.named_modules()}
+    order = list(modules)
+    lazy = next((name for name, module in modules.items() if isinstance(module, LazyModuleMixin)), None)
+    if lazy is not None and (not ordered or order.index(lazy) < order.index(ordered[0])):
+        raise TrActError(f"`model` (={type(model).__name__}): {lazy} has no weight yet; run a batch through the model first.")
     if not ordered:
         return []
-    lazy = [name for name, module in model.named_modules() if isinstance(module, LazyModuleMixin)]
-    order = [name for name, _ in model.named_modules()]
-    if lazy and order.index(lazy[0]) < order.index(ordered[0]):
-        raise TrActError(
-            f"`model` (={type(model).__name__}): {lazy[0]} has no weight yet; run a batch through the model first."
-        )
     parent = ordered[0].rpartition(".")[0]
-    modules = {plain(name): module for name, module in model.named_modules()}
     together = [name for name in ordered if name.rpartition(".")[0] == parent]
     taken = together if isinstance(modules[parent], nn.ModuleDict) else ordered[:1]
     logger.warning(BY_ORDER_WARNING, ", ".join(taken))
