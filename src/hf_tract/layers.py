@@ -20,7 +20,7 @@ from hf_tract.trials import callers_in_a_trial, described, probe_example, probe_
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 
-# What grows with the ecosystem is data: names that wrappers add, that models give their vision part.
+# What grows with the ecosystem is data: names that models give their vision part.
 TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
 
 

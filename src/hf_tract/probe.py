@@ -17,7 +17,7 @@ from hf_tract.batches import each_tensor, forward_parameters, has_open_keywords,
 from hf_tract.first_batches import random_state_kept
 from hf_tract.moments import Window
 from hf_tract.patches import PATCH_OPS, PatchOpMode, is_supported
-from hf_tract.tracing import EveryOp, LayerOps, Mark, Meeting, PixelTrace
+from hf_tract.tracing import EveryOp, LayerOps, Mark, Meeting, PixelTrace, owners_of_weights
 
 ANY_PIXELS = ("image", "x")  # names of arguments beside which others may be pixels too
 
@@ -184,8 +184,7 @@ class WeightUses(PatchOpMode):
     def __init__(self, copied: nn.Module) -> None:
         super().__init__()
         self.running = list[str]()
-        layers = [(name, module) for name, module in copied.named_modules() if is_supported(module)]
-        self.owners = {id(layer._parameters["weight"]): name for name, layer in layers if "weight" in layer._parameters}
+        self.owners = owners_of_weights({name: module for name, module in copied.named_modules() if is_supported(module)})
         self.callers: dict[str, dict[str, None]] = {}  # and whose weights they read
         self.ran = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class PixelTrace:
         self.running = list[str]()  # names of modules, the innermost last
         self.meetings = list[Meeting]()
         self.layers = {name: module for name, module in copied.named_modules() if is_supported(module)}
-        self._owners = {id(layer._parameters.get("weight")): name for name, layer in self.layers.items()}
+        self._owners = owners_of_weights(self.layers)
         self._marks: dict[int, tuple[StorageWeakRef, Mark]] = {}  # a weak reference keeps the key from being used again
         for parameter in copied.parameters():
             if parameter.requires_grad:
@@ -89,15 +89,18 @@ class PixelTrace:
         """Returns the layer that an operation with `weight` belongs to: the running one, or whose parameter it is."""
         if self.running and self.running[-1] in self.layers:
             return self.running[-1]
-        return next(
-            (name for name, layer in self.layers.items() if layer.__dict__["_parameters"].get("weight") is weight), None
-        )
+        return self._owners.get(id(weight))
 
     def note(self, operation: str, layer: str | None) -> None:
         """Notes a meeting, once."""
         meeting = Meeting(operation, self.running[-1] if self.running else "", layer)
         if meeting not in self.meetings:
             self.meetings.append(meeting)
+
+
+def owners_of_weights(layers: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Returns the names of layers by the `id` of the parameter that is their weight; computed weights are left out."""
+    return {id(layer._parameters["weight"]): name for name, layer in layers.items() if "weight" in layer._parameters}
 
 
 class LayerOps(PatchOpMode):

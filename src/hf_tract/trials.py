@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,25 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def probe_guesses(model: nn.Module) -> Probe | None:
-    """Returns what the pixels meet in the first guess of a batch that the forward takes, or else what a part of one tells.
-
-    The copy is on the meta device, where a forward costs next to nothing. Some forwards look at values: where that is
-    affordable, a second copy shares the model's weights.
-    """
+    """Returns what the pixels meet in the first guess of a batch that the forward takes, or else what a part of one tells."""
     partial: Probe | None = None
     is_uncertain = False  # which of several arguments are pixels
-    for device in ("meta", *_devices_with_values(model, MOST_PARAMETERS)):
-        try:
-            copied = twin(model, device if device == "meta" else None)
-        except Exception:  # a model that cannot be copied, such as FSDP2's, is no error: the module order is left
-            return partial
-        if partial is not None and not _devices_with_values(model, FEW_PARAMETERS):
-            break
+    for device, copied in _copies(model, MOST_PARAMETERS):
         tries = 0
-        guesses = batches(copied, device)
-        if device != "meta":
-            guesses = itertools.islice((batch for batch in guesses if _numbers(batch) <= MOST_NUMBERS), MOST_GUESSES)
-        for batch in guesses:
+        for batch in itertools.islice(_guesses(copied, device), None if device == "meta" else MOST_GUESSES):
             found = probe(copied, batch)
             if found.meetings and found.error is None:
                 return found
@@ -52,9 +39,30 @@ def probe_guesses(model: nn.Module) -> Probe | None:
             tries += bool(found.meetings)
             if tries == (MOST_GUESSES if device == "meta" else FEW_GUESSES):
                 break
+        if partial is not None and not _devices_with_values(model, FEW_PARAMETERS):
+            break
     if is_uncertain and partial is not None and partial.layers:
         logger.warning(UNCERTAIN, ", ".join(map(plain, partial.layers)))
     return partial
+
+
+def _copies(model: nn.Module, most: int) -> Iterator[tuple[str, nn.Module]]:
+    """Makes the copies to try, with their devices: none of a model that cannot be copied, such as FSDP2's.
+
+    The first is on the meta device, where a forward costs next to nothing. Some forwards look at values: a model of at most
+    `most` parameters is copied with them too.
+    """
+    for device in ("meta", *_devices_with_values(model, most)):
+        try:
+            copied = twin(model, device if device == "meta" else None)
+        except Exception:  # whatever a model's own copying raises
+            return
+        yield device, copied
+
+
+def _guesses(copied: nn.Module, device: str) -> Iterator[Any]:
+    """Guesses batches; with values, none that are large."""
+    return (batch for batch in batches(copied, device) if device == "meta" or _numbers(batch) <= MOST_NUMBERS)
 
 
 def _numbers(batch: Any) -> int:
@@ -68,15 +76,13 @@ def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
         TrActError: from the forward's own error, if it does not take the batch.
     """
     found: Probe | None = None
-    for device in ("meta", *_devices_with_values(model, MOST_PARAMETERS)):
-        try:
-            copied = twin(model, device if device == "meta" else None)
-        except Exception:  # a model that cannot be copied
-            return None
+    device = "meta"
+    for device, copied in _copies(model, MOST_PARAMETERS):
         found = probe(copied, _moved(example_batch, device, precision(model)), grad=device != "meta")
         if found.error is None:
             return found
-    assert found is not None
+    if found is None:  # the model cannot be copied
+        return None
     argument = next(iter(forward_parameters(model)), "batch")
     if found.meetings and device == "meta":  # the forward may have failed for want of values
         return found
@@ -119,14 +125,9 @@ def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
 
 def callers_in_a_trial(model: nn.Module, example_batch: Any) -> dict[str, list[str]]:
     """Returns what `functional_callers` does for the first batch that reaches a layer; nothing where none does."""
-    for device in ("meta", *_devices_with_values(model, FEW_PARAMETERS)):
-        try:
-            copied = twin(model, device if device == "meta" else None)
-        except Exception:  # such as FSDP2's, which cannot be copied
-            return {}
-        guesses = batches(copied, device) if example_batch is None else [_moved(example_batch, device, precision(model))]
-        small = (batch for batch in guesses if device == "meta" or _numbers(batch) <= MOST_NUMBERS)
-        found = (functional_callers(copied, batch) for batch in itertools.islice(small, 4 * MOST_GUESSES))
+    for device, copied in _copies(model, FEW_PARAMETERS):
+        guesses = _guesses(copied, device) if example_batch is None else iter([_moved(example_batch, device, precision(model))])
+        found = (functional_callers(copied, batch) for batch in itertools.islice(guesses, 4 * MOST_GUESSES))
         if (callers := next((each for each in found if each is not None), None)) is not None:
             return callers
     return {}
