@@ -39,6 +39,14 @@ def test_the_figures_are_those_of_a_dense_float64_c(kind):
     assert (found["0"].above, found["0"].n) == (int((values > 0.2).sum()), 48)
 
 
+def test_the_buffers_of_a_spectral_norm_stay_as_they_are():
+    net = model()
+    nn.utils.parametrizations.spectral_norm(net[0])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    first_layer_spectrum(net.train(), torch.randn(2, 3, 16, 16))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_a_lam_that_is_none_is_refused():
     with pytest.raises(TrActError, match=says("`lam` (=0")):
         first_layer_spectrum(model(), torch.randn(2, 3, 16, 16), lam=0)

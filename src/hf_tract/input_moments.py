@@ -14,10 +14,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_tract.config import TrActError
+from hf_tract.first_batches import sent
 from hf_tract.layers import FirstLayer
 from hf_tract.moments import patch_moments
+from hf_tract.names import unwrap
 from hf_tract.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.probe import call
+from hf_tract.sharding import is_sharded
+from hf_tract.weights import weight_like
+
+
+def moments_over(model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], group: Any = None) -> list[Tensor]:
+    """Returns what `input_moments` does, for a model that may be wrapped or sharded and batches that may lie elsewhere."""
+    sharded = is_sharded(model)  # whose weights may wait on another device than the one they work on
+    like = weight_like(layers[0].module)
+    each = [sent(batch, None if sharded else like.device, like.dtype) for batch in batches]
+    return input_moments(model if sharded else unwrap(model), each, layers, group, whole_forward=sharded)
 
 
 def input_moments(
@@ -102,7 +114,7 @@ class _Collector(PatchOpMode):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         n, groups = patch_size(layer), getattr(layer, "groups", 1)
-        weight: Any = layer.weight
+        weight = weight_like(layer)
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # which mps does not have
         self.sums = torch.zeros(groups, n, n, dtype=dtype, device=weight.device)
         self.count, self.met = 0, False

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig
-from hf_tract.first_batches import as_batches, sent
-from hf_tract.input_moments import input_moments
+from hf_tract.first_batches import as_batches
+from hf_tract.input_moments import moments_over
 from hf_tract.layers import Layers, find_first_layers
 from hf_tract.names import unwrap
-from hf_tract.sharding import is_sharded
 
 
 class Spectrum(NamedTuple):
@@ -55,10 +54,7 @@ def first_layer_spectrum(model: nn.Module, batches: Any, lam: float = 0.1, layer
     lam = TrActConfig(lam=lam).lam  # checked
     each = as_batches(batches, unwrap(model))
     found = find_first_layers(model, layers, each[0] if each else None)
-    sharded = is_sharded(model)
-    weight: Any = found[0].module.weight
-    each = [sent(batch, None if sharded else weight.device, weight.dtype) for batch in each]
-    moments = input_moments(model if sharded else unwrap(model), each, found, whole_forward=sharded)
+    moments = moments_over(model, each, found)
     return {layer.name: spectrum_of(moment, lam) for layer, moment in zip(found, moments, strict=True)}
 
 

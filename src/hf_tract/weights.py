@@ -16,6 +16,12 @@ def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
     ]
 
 
+def weight_like(layer: nn.Module) -> Tensor:
+    """Returns a tensor of the weight's device and dtype; to read a computed weight may change buffers, as spectral norm's."""
+    tensor: Tensor = next(layer.parameters(), layer.__dict__.get("weight"))  # type: ignore[assignment]
+    return tensor
+
+
 def is_frozen(layer: nn.Module) -> bool:
     """Says whether nothing that the weight of `layer` is made of can be trained."""
     if weight_parameters(layer):

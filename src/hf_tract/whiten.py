@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig, TrActError
-from hf_tract.first_batches import as_batches, sent
-from hf_tract.input_moments import input_moments
+from hf_tract.first_batches import as_batches
+from hf_tract.input_moments import moments_over
 from hf_tract.layers import FirstLayer, Layers, find_first_layers
 from hf_tract.names import unwrap
 from hf_tract.patches import out_features, patch_size
 from hf_tract.provenance import checkpoint_of
-from hf_tract.sharding import is_sharded, read_weight, whole_weights, write_weight
+from hf_tract.sharding import read_weight, whole_weights, write_weight
 
 ROUND = 2.0  # how far the spectrum of fresh weights may be from that of independent entries
 _MARK = "_tract_whitened"  # in a layer's `__dict__`, so that copies have it: the digest of its fresh weight
@@ -79,9 +79,7 @@ def whiten_first_layer(
         fresh = [read_weight(module).clone() for module in modules]
     for layer, weight in zip(found, fresh, strict=True):
         _check(model, layer, weight, force)
-    sharded = is_sharded(model)  # whose weights may wait on another device than the one they work on
-    each = [sent(batch, None if sharded else fresh[0].device, fresh[0].dtype) for batch in each]
-    moments = input_moments(model if sharded else unwrap(model), each, found, process_group, whole_forward=sharded)
+    moments = moments_over(model, each, found, process_group)
     with whole_weights(model, modules):
         for module, weight, moment in zip(modules, fresh, moments, strict=True):
             root = _inverse_root(moment, lam, match_scale)
