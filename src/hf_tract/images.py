@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_tract.config import TrActError
+from hf_tract.loading import in_a_line
 
 BUFFER = 1000  # rows of a streamed data set among which samples are drawn
 
@@ -70,7 +71,7 @@ def _rows(name: str, split: str, samples: int) -> list[dict[str, Any]]:
             return list(stream.take(samples))
         return list(rows.shuffle(seed=0).select(range(min(samples, len(rows)))))
     except Exception as error:  # what a data set's files and the Hub raise has no common class
-        raise TrActError(f"`dataset` (={name!r}) cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise TrActError(f"`dataset` (={name!r}) cannot be read: {in_a_line(error)}") from error
 
 
 def _is_image(value: Any) -> bool:

@@ -78,7 +78,7 @@ def _from_timm_on_the_hub(name: str) -> Loaded:
     try:
         return _from_timm(timm, name)
     except Exception as error:  # what the Hub and timm raise has no common class
-        raise TrActError(f"`model` (={name!r}) is no timm model that the Hub gives: {_in_a_line(error)}") from error
+        raise TrActError(f"`model` (={name!r}) is no timm model that the Hub gives: {in_a_line(error)}") from error
 
 
 def _made(config: Any, trust_remote_code: bool = False) -> nn.Module:
@@ -118,10 +118,11 @@ def _unknown(name: str, error: Exception) -> str:
     names = timm.list_models() if (timm := _timm()) is not None else []
     near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
     what = "is a folder without a config that transformers knows" if Path(name).exists() else NO_NAME.format(near)
-    return f"`model` (={name!r}) {what}: {_in_a_line(error)}"
+    return f"`model` (={name!r}) {what}: {in_a_line(error)}"
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """Returns the start of an error's text without line breaks."""
     return " ".join(str(error).split())[:300]
 
 
