@@ -523,12 +523,15 @@ def test_a_guess_that_failed_with_several_arguments_is_told(caplog):
             super().__init__()
             self.condition, self.stem = nn.Linear(32, 8), nn.Conv2d(3, 8, 4, 4)
 
-        def forward(self, condition, image, mode):
-            return self.stem(image) + self.condition(condition)[:, :, None, None] + mode["missing"]
+        def forward(self, condition, image):
+            shift = self.condition(condition)
+            assert shift.dim() == 2
+            return self.stem(image) + shift[:, :, None, None]
 
-    find_first_layers(Conditional())
+    assert names(Conditional()) == ["condition"]
     (record,) = caplog.records
-    assert "no guess of a batch fitted" in record.getMessage() or "no forward of the model" in record.getMessage()
+    assert "no guess of a batch fitted the forward of the model" in record.getMessage()
+    assert "far enough to meet condition, which is taken" in record.getMessage()
 
 
 def test_a_model_of_text_and_images_is_searched_with_an_example():
