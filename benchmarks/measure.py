@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hf_tract import provenance
+from hf_tract.integrations import provenance
 
 PACKAGES = ("hf-tract", "torch", "transformers", "timm", "torch_tract")
 Arms = dict[str, Callable[[], object]]

@@ -27,9 +27,9 @@ from rich.progress import track
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
-from hf_tract.cost import moment_cost
-from hf_tract.moments import Window, patch_moments
-from hf_tract.precondition import DampedInverse
+from hf_tract.cli.cost import moment_cost
+from hf_tract.core.moments import Window, patch_moments
+from hf_tract.core.solve import DampedInverse
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -37,8 +37,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from hf_tract import TrActError, apply_tract, find_first_layers
-from hf_tract.batches import batches, pixel_argument
-from hf_tract.inspection import inspect_model
+from hf_tract.cli.report import inspect_model
+from hf_tract.discovery.inputs import batches, pixel_argument
 
 LAM = 0.1
 BATCH = 64  # of the share of operations

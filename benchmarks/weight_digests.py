@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -43,8 +43,8 @@ class Logits(nn.Module):
             intermediate_size=32,
             image_size=16,
             patch_size=4,
-            num_labels=4,
         )
+        config.num_labels = 4
         self.vit = ViTForImageClassification(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def all_digests() -> dict[str, str]:
         found[f"{name}, one batch"] = digest(name)
         found[f"{name}, {MICRO_STEPS} micro-steps"] = digest(name, micro_steps=MICRO_STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (folder,), nprocs=RANKS)
+        spawn(_rank, (folder,), nprocs=RANKS)
         for rank in range(RANKS):
             digests = json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8"))
             found.update({f"{name}, {RANKS} ranks, rank {rank}": value for name, value in digests.items()})

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from hf_tract import provenance
+from hf_tract.integrations import provenance
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

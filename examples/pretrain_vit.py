@@ -29,10 +29,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract, whiten_first_layer
-from hf_tract.hub import TrainingRecord, public_name, save_card
+from hf_tract.integrations.model_card import TrainingRecord, public_name, save_card
+from hf_tract.integrations.provenance import command
+from hf_tract.integrations.upload import check_token, push_folder
 from hf_tract.metrics import TopK
-from hf_tract.provenance import command
-from hf_tract.upload import check_token, push_folder
 from image_data import Splits, normalization
 from loaders import make_loaders
 from modeling import Preprocessing, logits_of, make_model, save_model

@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 
 from hf_tract import TrActError
-from hf_tract.hub import RECORD_NAME, TrainingRecord, save_card
-from hf_tract.upload import push_folder
+from hf_tract.integrations.model_card import RECORD_NAME, TrainingRecord, save_card
+from hf_tract.integrations.upload import push_folder
 
 
 def main() -> None:

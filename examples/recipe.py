@@ -56,7 +56,7 @@ class Recipe(DataArguments):
     lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
     scope: str = field(default="global", metadata={"help": "global or local: see hf_tract.apply_tract"})
     whiten_init: bool = field(
-        default=False, metadata={"help": "start the first layer as W0 (C + lam I)^-1/2: see hf_tract.whiten"}
+        default=False, metadata={"help": "start the first layer as W0 (C + lam I)^-1/2: see hf_tract.whiten_first_layer"}
     )
     whiten_unscaled: bool = field(default=False, metadata={"help": "leave that start as small as it comes out"})
     seed: int = 0

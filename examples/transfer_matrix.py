@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from comparison import spread
-from hf_tract.hub import RECORD_NAME, TrainingRecord, public_name
+from hf_tract.integrations.model_card import RECORD_NAME, TrainingRecord, public_name
 from jobs import Work, run_all
 
 mpl.use("Agg")

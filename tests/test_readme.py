@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import hf_tract
-from helpers import STEM, Images, small_vit, trainer
-from hf_tract.whiten import were_whitened
+from helpers.models import STEM, Images, small_vit, trainer
+from hf_tract.whitening.whiten import were_whitened
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

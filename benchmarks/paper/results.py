@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_tract import provenance
+from hf_tract.integrations import provenance
 
 PACKAGES = (*provenance.PACKAGES, "torch_tract")
 RAN_ON = "ran_on.json"  # versions and hardware, which a run leaves in its folder

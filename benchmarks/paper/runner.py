@@ -12,7 +12,7 @@ import yaml
 from experiments import HERE, Job
 from results import RAN_ON, Result
 
-from hf_tract.hub import public_name
+from hf_tract.integrations.model_card import public_name
 from jobs import Work, run_all
 
 

@@ -18,7 +18,7 @@ from arms import VARIANTS, maker, optimizer_maker
 from emulated_bf16 import EmulatedBF16
 from results import PACKAGES, RAN_ON
 
-from hf_tract import provenance
+from hf_tract.integrations import provenance
 from modeling import save_model
 from pretrain_vit import train
 from recipe import parse

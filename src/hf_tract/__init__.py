@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_tract.apply import TrActHandle, apply_tract, remove_tract
 from hf_tract.config import TrActConfig, TrActError
-from hf_tract.layers import FirstLayer, find_first_layers
-from hf_tract.spectrum import Spectrum, first_layer_spectrum
-from hf_tract.whiten import whiten_first_layer
+from hf_tract.discovery.first_layer import FirstLayer, find_first_layers
+from hf_tract.whitening.spectrum import Spectrum, first_layer_spectrum
+from hf_tract.whitening.whiten import whiten_first_layer
 
 if TYPE_CHECKING:
-    from hf_tract.callback import TrActCallback, TrActTrainerCallback
-    from hf_tract.hook import TrActHook
+    from hf_tract.integrations import TrActCallback, TrActHook, TrActTrainerCallback
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 # transformers and accelerate take seconds to import: only who asks for these pays.
-_LAZY = {"TrActCallback": "callback", "TrActTrainerCallback": "callback", "TrActHook": "hook"}
+_LAZY = ("TrActCallback", "TrActHook", "TrActTrainerCallback")
 
 
 def __getattr__(name: str) -> Any:
@@ -38,7 +37,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(import_module(f"{__name__}.integrations"), name)
 
 
 def __dir__() -> list[str]:

@@ -12,15 +12,15 @@ from weakref import ref
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_tract.attach import attach, detach, foreign_forward, preconditioner_of
-from hf_tract.callers import attach_caller, detach_caller
 from hf_tract.config import Scope, TrActConfig, TrActError
-from hf_tract.first_step import FirstStepWatch
-from hf_tract.layers import FirstLayer, Layers, find_first_layers, find_functional_callers
-from hf_tract.patches import patch_size
-from hf_tract.preconditioner import LayerPreconditioner
-from hf_tract.tract_class import original_class
-from hf_tract.weights import is_frozen
+from hf_tract.core.attach import attach, detach, foreign_forward, preconditioner_of
+from hf_tract.core.callers import attach_caller, detach_caller
+from hf_tract.core.first_step import FirstStepWatch
+from hf_tract.core.patches import patch_size
+from hf_tract.core.preconditioner import LayerPreconditioner
+from hf_tract.core.tract_class import original_class
+from hf_tract.core.weights import is_frozen
+from hf_tract.discovery.first_layer import FirstLayer, Layers, find_first_layers, find_functional_callers
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,44 @@
+"""`TrActHook`: TrAct as an accelerate `ModelHook`, so that accelerate's own tools carry it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.hooks import ModelHook
+from torch import nn
+
+from hf_tract.apply import TrActHandle, apply_tract
+from hf_tract.config import Scope
+from hf_tract.discovery.first_layer import Layers
+
+
+class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
+    """Applies TrAct when accelerate adds this hook to a model or to a layer, and removes it with the hook.
+
+    Args:
+        lam: as in `apply_tract`; so are the others.
+        layers: which layers of the module that carries the hook.
+        scope: "global" or "local".
+        options: `example_batch` and `process_group` of `apply_tract`.
+
+    Example:
+        >>> from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+        >>> model = add_hook_to_module(nn.Linear(8, 2), TrActHook(lam=0.1))
+        >>> model = remove_hook_from_module(model)
+    """
+
+    def __init__(self, lam: float = 0.1, layers: Layers = "auto", scope: Scope = "global", **options: Any) -> None:
+        self.lam, self.layers, self.scope, self.options = lam, layers, scope, options
+        self.handle: TrActHandle | None = None
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Applies TrAct to `module`, which is returned."""
+        self.handle = apply_tract(module, self.lam, self.layers, self.scope, **self.options)
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Removes TrAct from `module`, which is returned."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+        return module

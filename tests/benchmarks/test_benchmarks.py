@@ -1,0 +1,87 @@
+"""The benchmarks measure what they say: the formulas are the operations that run, a broken bound is told, turns are fair."""
+
+import json
+import math
+import sys
+
+import overhead
+import pytest
+import torch
+from measure import interleaved, peak_bytes
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_tract.cli.cost import moment_cost
+from hf_tract.core.moments import Window, patch_moments
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "shape, stem",
+    [
+        ((4, 3, 64, 64), (7, 2, 3)),
+        ((4, 3, 32, 32), (3, 1, 1)),
+        ((4, 3, 64, 64), (16, 16, 0)),
+        ((4, 3, 32, 32), (4, 4, 0)),
+        ((2, 6, 40, 40), (11, 5, 0)),
+    ],
+)
+def test_the_formula_counts_the_operations(shape, stem):
+    kernel, stride, padding = stem
+    window = Window((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1))
+    n = window.columns(shape)
+
+    def products(_, left, right, **kwargs):
+        return 2 * math.prod(left) * right[-1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: products}) as counter:
+        patch_moments(torch.randn(shape), window, torch.zeros(1, n, n))
+    assert counter.get_total_flops() == moment_cost(shape, window).operations
+
+
+def test_every_arm_has_its_turns():
+    calls = []
+    times = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, 7, CPU, seconds=0, warmup=1)
+    assert [len(each) for each in times.values()] == [7, 7, 7]
+    assert calls[3:] == list("abcbcacab" * 3)[:21]
+
+
+def test_peak_memory_counts_what_is_alive_together():
+    def run():
+        a = torch.zeros(1000)
+        del a
+        return torch.zeros(2000) + 1
+
+    assert 16000 <= peak_bytes(run, CPU) < 17000  # with the scalar's
+
+
+@pytest.mark.parametrize(
+    "scope, seconds, peak, broken",
+    [
+        ("step", {"vanilla": 1.0, "hf-tract": 1.005}, 0, False),
+        ("step", {"vanilla": 1.0, "hf-tract": 1.02}, 0, True),
+        ("step", {"vanilla": 1.0, "hf-tract": 1.005}, 2**30, True),
+        ("layer", {"vanilla": 1.0, "hf-tract": 1.4, "torch_tract": 2.0}, 0, False),
+        ("layer", {"vanilla": 1.0, "hf-tract": 1.6, "torch_tract": 2.0}, 0, True),
+    ],
+)
+def test_a_broken_bound_is_told(scope, seconds, peak, broken):
+    result = {
+        "seconds": {arm: [value] * 7 for arm, value in seconds.items()},
+        "peak_bytes": {"vanilla": 0, "hf-tract": peak},
+        "n": 768,
+    }
+    assert bool(overhead.violations({f"ViT-S/16 | {scope} | cpu | float32 | eager | 16": result})) == broken
+
+
+def test_the_script_measures_prints_and_keeps_its_results(tmp_path, monkeypatch, capsys):
+    options = ["--models", "ViT @32", "--scopes", "layer", "--batch", "2", "--repeats", "7", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["overhead.py", *options, "--output", str(tmp_path)])
+    for _ in range(2):
+        overhead.main()
+    out = capsys.readouterr()
+    assert out.err.count("ViT @32 | layer | cpu | float32 | eager | 2 ...") == 1  # the second time from the file
+    (result,) = json.loads((tmp_path / "overhead.json").read_text()).values()
+    assert {arm: len(times) for arm, times in result["seconds"].items()} == dict.fromkeys(overhead.ARMS, 7)
+    assert (tmp_path / "overhead.png").exists()
+    assert "ms above vanilla" in out.out

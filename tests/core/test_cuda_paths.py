@@ -1,0 +1,45 @@
+"""The accelerator's way, on fake CUDA tensors: a read of a value by the host, which would wait for the device, raises there."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from hf_tract import TrActConfig
+from hf_tract.core.moments import Window
+from hf_tract.core.preconditioner import LayerPreconditioner
+
+try:
+    with FakeTensorMode():
+        torch.zeros(2, device="cuda")[:1]
+except (RuntimeError, AssertionError):  # older versions ask the driver, builds without CUDA the build
+    pytest.skip("this torch makes no fake CUDA tensors on this machine", allow_module_level=True)
+
+WINDOWS = {
+    "linear": (Window(), (8, 48)),
+    "patches": (Window((4, 4), (4, 4), (0,) * 4, (1, 1)), (8, 3, 64, 64)),
+    "rows": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (8, 3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_no_step_after_the_first_waits_for_the_device(name, dtype):
+    window, shape = WINDOWS[name]
+    n = window.columns(shape)
+    with FakeTensorMode():
+        layer = nn.Linear(n, 8, device="cuda")
+        preconditioner = LayerPreconditioner(layer, TrActConfig())
+        preconditioner.sums_dtype = torch.float32  # chosen by a look in the very first backward
+        for task in range(3):
+            x = torch.empty(shape, dtype=dtype, device="cuda")
+            grad = torch.empty(8, n, dtype=dtype, device="cuda")
+            out = preconditioner.precondition(grad, x, window)
+            preconditioner.last_step.task = task  # as if each were a pass of its own
+            assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, (8, n))
+            layer.weight.grad = torch.empty(8, n, device="cuda")  # perhaps zeros: told there, not here
+
+
+def test_a_fake_tensor_tells_a_wait():
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.zeros(1, device="cuda").item()

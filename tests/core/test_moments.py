@@ -1,0 +1,117 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from measure import peak_bytes
+from torch import nn
+
+from helpers import oracle
+from helpers.strategies import cases
+from hf_tract.core.moments import SCRATCH_BYTES, Window, patch_moments
+from hf_tract.core.patches import PATCH_OPS
+
+
+def window_of(layer: nn.Module, x: torch.Tensor) -> Window:
+    """The window of a layer without a padding mode."""
+    if isinstance(layer, nn.Linear):
+        return Window()
+    arguments = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return PATCH_OPS[oracle.CONVS[len(layer.kernel_size)][1]](x, layer.weight, *arguments)
+
+
+def moments(
+    x: torch.Tensor, window: Window, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES
+) -> tuple[torch.Tensor, int]:
+    n = window.columns(x.shape)
+    sums = torch.zeros(window.groups, n, n, dtype=dtype)
+    return sums, patch_moments(x, window, sums, scratch_bytes)
+
+
+@given(cases(torch.float64), st.sampled_from([1, 2000, 20000, 2**27]))
+def test_equals_the_dense_moment_whatever_the_chunks(case, scratch_bytes):
+    if getattr(case.layer, "padding_mode", "zeros") != "zeros":
+        case.layer.padding_mode = "zeros"
+    sums, count = moments(case.x, window_of(case.layer, case.x), torch.float64, scratch_bytes)
+    assert count == oracle.patches(case.x, case.layer).shape[1]
+    oracle.assert_close(sums / count, oracle.moment(case.x, case.layer), 1e-12)
+
+
+PATCHES = {
+    "linear, converted": (Window(), (40000, 200)),
+    "patches": (Window((8, 8), (8, 8), (0,) * 4, (1, 1)), (60, 3, 128, 128)),
+    "padded patches": (
+        Window((8, 8), (8, 8), (4,) * 4, (1, 1)),
+        (60, 3, 128, 128),
+    ),
+    "rows": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (60, 3, 128, 128)),
+    "one large image": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (1, 3, 1600, 1600)),
+    "dilated": (Window((5, 5), (1, 1), (0,) * 4, (2, 2)), (20, 3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_scratch_memory_is_bounded_and_not_wasted(name):
+    window, shape = PATCHES[name]
+    x = torch.randn(shape, dtype=torch.bfloat16 if not window.kernel else torch.float32)
+    n, bound = window.columns(shape), 4 * 2**20
+    sums = torch.zeros(window.groups, n, n)
+    peak = peak_bytes(lambda: patch_moments(x, window, sums, bound), x.device)
+    assert bound / 8 < peak <= bound + sums.nbytes
+
+
+def test_an_unbatched_image_is_one_image():
+    x = torch.randn(3, 8, 8)
+    window = Window((4, 4), (4, 4), (0, 0, 0, 0), (1, 1))
+    one, _ = moments(x, window, torch.float32)
+    batch, count = moments(x[None], window, torch.float32)
+    assert count == 4
+    assert torch.equal(one, batch)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 2, 8)])
+def test_no_patches_give_zero_sums(shape):
+    sums, count = moments(torch.randn(shape), Window((4, 4), (4, 4), (0,) * 4, (1, 1)), torch.float32)
+    assert count == 0
+    assert sums.shape == (1, 48, 48)
+    assert not sums.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_summed_in_float32(dtype):
+    layer = nn.Conv2d(3, 4, 4, 4)
+    x = torch.randn(8, 3, 16, 16).to(dtype)
+    sums, count = moments(x, window_of(layer, x), torch.float32)
+    assert sums.dtype == torch.float32
+    oracle.assert_close(sums / count, oracle.moment(x, layer), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(7, 3, bias=False), (12, 7)),
+        (nn.Linear(7, 3, bias=False), (4, 5, 7)),
+        (nn.Conv2d(3, 4, 3, padding=1, bias=False), (4, 3, 6, 6)),
+        (nn.Conv2d(3, 4, 4, stride=4, bias=False), (4, 3, 8, 8)),
+    ],
+)
+def test_is_the_input_factor_of_curvlinops_forward_only_kfac(layer, shape):
+    """KFAC's A with fisher_type="forward-only" and kfac_approx="expand" is exactly C: the divisor is the number of patches."""
+    from curvlinops import KFACLinearOperator
+
+    layer = layer.double()
+    x = torch.randn(shape, dtype=torch.float64)
+    model = nn.Sequential(layer, nn.Flatten(1) if x.dim() != 3 else nn.Identity())
+    y = torch.zeros_like(model(x))
+    kfac = KFACLinearOperator(
+        model,
+        nn.MSELoss(),
+        list(model.parameters()),
+        [(x, y)],
+        fisher_type="forward-only",
+        kfac_approx="expand",
+        check_deterministic=False,
+    )
+    kfac.compute_kronecker_factors()
+    (factor,) = kfac.state_dict()["input_covariances"].values()
+    sums, count = moments(x, window_of(layer, x), torch.float64)
+    oracle.assert_close(sums[0] / count, factor, 1e-12)

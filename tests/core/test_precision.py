@@ -1,0 +1,88 @@
+"""Within 1e-3 of float64 wherever the float64 problem is well posed: normalised pixels in float32, raw ones of any unit."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import hf_tract.core.preconditioner
+import hf_tract.core.solve
+from helpers.oracle import assert_close, expected
+from hf_tract import apply_tract
+from hf_tract.core.moments import Window, patch_sums
+
+LAYERS = {
+    "patches": lambda: nn.Conv2d(3, 16, 4, 4),
+    "patches of 16": lambda: nn.Conv2d(3, 16, 16, 16),
+    "3x3": lambda: nn.Conv2d(3, 16, 3, padding=1),
+    "7x7": lambda: nn.Conv2d(3, 16, 7, 2, 3),
+}
+PIXELS = {
+    "normalised": lambda p: (p - 0.45) / 0.25,
+    "0 to 1": lambda p: p,
+    "0 to 255": lambda p: 255 * p,
+    "Sentinel-2, 0 to 10 000": lambda p: 10_000 * p,
+    "16 bits": lambda p: 65_535 * p,
+}
+
+
+def photos(count: int) -> torch.Tensor:
+    """Smooth images of 0 to 1 with a little noise, whose patches have a mean far above their spread."""
+    rough = torch.rand(count, 3, 8, 8)
+    smooth = nn.functional.interpolate(rough, size=(32, 32), mode="bicubic", align_corners=False)
+    return (0.2 + 0.5 * smooth + 0.02 * torch.randn(count, 3, 32, 32)).clamp(0, 1)
+
+
+def gradient(layer: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    layer.zero_grad()
+    (layer(x) * weights.to(x.dtype)).sum().backward()
+    return layer.weight.grad
+
+
+@pytest.mark.parametrize("pixels", PIXELS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_float32_model_on_pixels_of_any_unit(layer, pixels, caplog):
+    # More patches than n: else C has no inverse, lam alone decides, and the gradient's own rounding is what it enlarges.
+    plain, x = LAYERS[layer](), PIXELS[pixels](photos(500 if layer == "patches of 16" else 32))
+    weights = torch.randn_like(plain(x))
+    wanted = expected(gradient(copy.deepcopy(plain).double(), x.double(), weights), x, plain, 0.1)
+    with caplog.at_level(logging.WARNING, "hf_tract"), apply_tract(plain, lam=0.1):
+        assert_close(gradient(plain, x, weights), wanted, 1e-3)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("pixels, dtype", [("normalised", torch.float32), ("0 to 255", torch.float64)])
+def test_sums_are_float64_only_where_float32_would_lose_lam(pixels, dtype):
+    x = PIXELS[pixels](photos(4))
+    assert patch_sums(x, Window((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1).dtype == dtype
+
+
+@pytest.mark.parametrize("window", [Window(), Window((1, 1), (1, 1), (0,) * 4, (1, 1))], ids=["linear", "1x1"])
+def test_millions_of_patches_are_summed_in_pieces(window):
+    """One float32 product of 17 million rows stops growing at 2^24."""
+    rows = torch.randn(2**24, 3) + 0.2
+    x = rows if not window.kernel else rows.T.reshape(1, 3, 4096, 4096)
+    exact = sum(part.double().T @ part.double() for part in rows.split(2**18))
+    sums = patch_sums(x, window, lam=0.1)
+    assert_close(sums[:-1].view(3, 3), exact, 5e-5)
+    assert sums[-1] == 2**24
+
+
+def test_what_an_accelerator_could_not_factorise_is_told_at_logging_steps(caplog, monkeypatch):
+    """There a step does not look at the outcome, since that would wait; the figures for a log do."""
+    monkeypatch.setattr(hf_tract.core.solve, "on_host", lambda _: False)
+    monkeypatch.setattr(hf_tract.core.preconditioner, "on_host", lambda _: False)
+    layer = nn.Conv2d(3, 4, 4, 4)
+    plain, x = copy.deepcopy(layer), torch.randn(5, 3, 8, 8)
+    handle = apply_tract(layer)
+    object.__setattr__(layer._tract_step.config, "lam", -1e6)  # what no user can ask for
+    layer(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert_close(layer.weight.grad, plain.weight.grad, 1e-6)
+    assert caplog.records == []
+    for _ in range(2):
+        handle.stats()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "could not be factorised" in message

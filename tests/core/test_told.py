@@ -1,0 +1,259 @@
+"""Never silently off: what a user is told when a layer does not hand on a preconditioned gradient."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from helpers.models import small_vit, trainer
+from helpers.oracle import assert_close, expected
+from hf_tract import TrActCallback, apply_tract, remove_tract
+
+
+class Net(nn.Module):
+    """Its first layer can be left out, and read by the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, without: bool = False, penalty: float = 0.0) -> torch.Tensor:
+        h = x.mean((2, 3)).repeat(1, 2)[:, :4] if without else self.stem(x).mean((2, 3))
+        loss = self.head(h).square().sum()
+        return loss + penalty * self.stem.weight.square().sum() if penalty else loss
+
+
+def step(model: nn.Module, *args, **kwargs) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3, 8, 8), *args, **kwargs).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def told(caplog):
+    caplog.set_level(logging.WARNING, "hf_tract")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_tract")]
+
+
+def test_nothing_where_all_is_well(told):
+    model = Net()
+    apply_tract(model)
+    for _ in range(2):
+        step(model)
+    assert told() == []
+
+
+def test_a_layer_that_did_not_run_in_the_first_step_once(told):
+    model = Net()
+    apply_tract(model)
+    for _ in range(3):
+        step(model, without=True)
+    (message,) = told()
+    assert "stem has handed on no preconditioned gradient (its weight has no gradient)" in message
+    assert "a batch without images" in message
+
+
+def test_a_forward_that_was_replaced_afterwards(told):
+    model = Net()
+    apply_tract(model)
+    model.stem._conv_forward = lambda x, w, b: F.conv2d(x, w, b, 4)
+    step(model)
+    (message,) = told()
+    assert "(its weight has a gradient that did not come through the layer)" in message
+    assert "apply TrAct after it" in message
+
+
+def test_nothing_where_gradients_are_asked_for_and_put_in_place(told):
+    """As methods of several losses do: `torch.autograd.grad`, and `.grad` by hand."""
+    model = Net()
+    handle = apply_tract(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grads = torch.autograd.grad(model(torch.randn(4, 3, 8, 8)), list(model.parameters()))
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = grad
+    optimizer.step()
+    assert told() == []
+    assert handle.stats()["stem"]["grad_norm"] > 0
+
+
+def test_a_layer_that_was_exchanged(told):
+    model = Net()
+    apply_tract(model)
+    model.stem = nn.Conv2d(3, 4, 4, 4)
+    step(model)
+    (message,) = told()
+    assert message.startswith("TrAct: stem was exchanged for another module")
+
+
+def test_a_weight_that_is_used_elsewhere_too(told):
+    model = Net()
+    apply_tract(model)
+    for _ in range(2):
+        step(model, penalty=1.0)
+    (message,) = told()
+    assert "also gets a gradient from outside of its layer" in message
+
+
+def test_a_compiled_optimizer_steps_on(told):
+    model = Net()
+    apply_tract(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3, 8, 8)).backward()
+    torch.compile(optimizer.step, backend="eager")()
+    assert told() == []
+
+
+def test_the_step_of_another_models_optimizer_says_nothing(told):
+    model = Net()
+    apply_tract(model)
+    other = nn.Linear(2, 1)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert told() == []
+    step(model, without=True)
+    assert len(told()) == 1
+
+
+@pytest.mark.parametrize("end", ["remove", "collected", "again"])
+def test_a_watch_ends_with_what_it_watches(told, end):
+    model = Net()
+    handle = apply_tract(model)
+    if end == "remove":
+        handle.remove()
+    elif end == "again":
+        apply_tract(model, lam=0.2)
+    else:
+        del model, handle
+        model = Net()
+    step(model, without=True)
+    assert len(told()) == (1 if end == "again" else 0)
+    remove_tract(model)
+
+
+def test_trainer_looks_after_its_first_step_whatever_the_optimizer(tmp_path, told):
+    """DeepSpeed's optimizer holds none of the model's parameters: the callback itself looks."""
+
+    class Blind(TrActCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0:
+                model.get_submodule(self.handle_of(model).layers[0].name)._conv_forward = lambda x, w, b: F.conv2d(x, w, b, 4)
+
+    class Hidden(torch.optim.SGD):
+        def __init__(self, params, lr):
+            self.real = list(params)
+            super().__init__([torch.zeros(1, requires_grad=True)], lr)
+
+    run = trainer(tmp_path, model := small_vit(), [Blind()], max_steps=2)
+    run.optimizer = Hidden(model.parameters(), lr=0.1)
+    run.train()
+    assert len(told()) == 1
+    assert "has handed on no preconditioned gradient" in told()[0]
+
+
+def test_a_trainable_layer_beside_a_frozen_one_is_watched_too(told):
+    """As LoRA's beside its base layer."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.lora = nn.Conv2d(3, 4, 4, 4).requires_grad_(False), nn.Conv2d(3, 4, 4, 4)
+
+        def forward(self, x: torch.Tensor, without: bool = False) -> torch.Tensor:
+            return (self.base(x).sin() if without else self.base(x) + self.lora(x)).square().sum() + self.lora.bias.sum()
+
+    model = Beside()
+    assert [layer.name for layer in apply_tract(model).layers] == ["lora"]
+    step(model, without=True)
+    (message,) = told()
+    assert "lora has handed on no preconditioned gradient" in message
+
+
+def test_a_step_of_another_optimizer_is_not_the_layers_first(told):
+    """As a GAN's, or that of a head alone."""
+    model = Net()
+    apply_tract(model)
+    head, stem = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.head, model.stem))
+    model(torch.randn(4, 3, 8, 8), without=True).backward()
+    head.step()
+    assert told() == []
+    stem.step()
+    (message,) = told()
+    assert "stem has handed on no preconditioned gradient" in message
+
+
+def test_find_unused_parameters(told, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        apply_tract(DistributedDataParallel(Net(), find_unused_parameters=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    (message,) = told()
+    assert "`find_unused_parameters=True`" in message
+    assert "scope='local'" in message
+
+
+class Airbench(nn.Module):
+    """Reads the weight of its first layer by `F.conv2d`, as cifar10-airbench does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.whiten, self.conv = nn.Conv2d(3, 24, 2), nn.Conv2d(24, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.gelu(F.conv2d(x, self.whiten.weight, self.whiten.bias))).mean((2, 3))
+
+
+@pytest.mark.parametrize("layers", ["auto", "whiten"])
+def test_a_weight_that_its_parent_reads_is_preconditioned_there(layers, told):
+    plain, model = Airbench(), Airbench()
+    handle = apply_tract(model, layers=layers)
+    parts = [torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8)]
+    for net in (plain, model):
+        for x in parts:
+            net(x).square().sum().backward()
+    wanted = expected(plain.whiten.weight.grad, parts, plain.whiten, 0.1)
+    assert_close(model.whiten.weight.grad, wanted, 1e-5)
+    assert torch.equal(model.conv.bias.grad, plain.conv.bias.grad)
+    assert type(model).__name__ == "Airbench"  # which transformers would write into a config
+    handle.remove()
+    assert type(model) is Airbench
+    assert sorted(vars(model)) == sorted(vars(plain))
+    assert told() == []
+
+
+@pytest.mark.parametrize(
+    "how", ["two calls", "weight norm", "spectral norm", "own forward", "local scope", "checkpoint", "penalty"]
+)
+def test_no_false_alarm_where_the_layer_runs_twice_or_its_weight_is_made_of_another(how, told):
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, self.stride)
+
+    layer = Standardised(3, 4, 4, 4) if how == "own forward" else nn.Conv2d(3, 4, 4, 4)
+    if how == "weight norm":
+        nn.utils.parametrizations.weight_norm(layer)
+    if how == "spectral norm":
+        nn.utils.parametrizations.spectral_norm(layer)
+    model = nn.Sequential(layer)
+    apply_tract(model, scope="local" if how == "local scope" else "global")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        x, y = torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8, requires_grad=True)
+        if how == "checkpoint":
+            first, second = (checkpoint(model, each, use_reentrant=False) for each in (x, y))
+        else:
+            first, second = model(x), model(y)
+        loss = first.square().sum() + second.square().sum()
+        if how == "penalty":
+            loss = loss + torch.autograd.grad(second.tanh().sum(), y, create_graph=True)[0].square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert told() == []

@@ -1,0 +1,70 @@
+"""The float32 gradient of a 16-bit operation's weight, from the very numbers that it read and gave."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from helpers.oracle import assert_close
+from helpers.strategies import cases
+from hf_tract.core.moments import Window
+from hf_tract.core.weight_grad import weight_grad
+
+
+def double_gradient(layer: nn.Module, x: torch.Tensor, output_grad: torch.Tensor) -> torch.Tensor:
+    exact = layer.double()
+    exact.zero_grad()
+    exact(x.double()).backward(output_grad.double())
+    return exact.weight.grad
+
+
+def window_of(layer: nn.Module) -> Window:
+    if isinstance(layer, nn.Linear):
+        return Window()
+    if isinstance(layer.padding, str):
+        zeros = layer.padding == "valid"
+        spans = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        padding = [p for span in spans for p in ((0, 0) if zeros else (span // 2, span - span // 2))]
+    else:
+        padding = [p for each in layer.padding for p in (each, each)]
+    return Window(layer.kernel_size, layer.stride, tuple(padding), layer.dilation, layer.groups)
+
+
+def check(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> None:
+    x = x.to(dtype)
+    with torch.no_grad():
+        output_grad = torch.randn_like(layer.float()(x.float())).to(dtype)
+    got = weight_grad(x, output_grad, window_of(layer), torch.empty_like(layer.weight, dtype=torch.float32))
+    assert got.dtype == torch.float32
+    assert_close(got, double_gradient(layer, x, output_grad), 1e-5)
+
+
+@settings(max_examples=100)
+@given(cases(torch.float32), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_is_the_exact_gradient_for_every_layer(case, dtype):
+    if getattr(case.layer, "padding_mode", "zeros") != "zeros":
+        return
+    check(case.layer, case.x, dtype)
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 3), st.booleans())
+def test_of_patches_side_by_side(dims, side, channels, images, rest, last):
+    """Also where the kernel leaves the last pixels out."""
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](channels, 4, side, side)
+    x = torch.randn(images, channels, *[3 * side + min(rest, side - 1)] * dims)
+    if last and dims == 2 and channels > 1:
+        x = x.to(memory_format=torch.channels_last)
+    check(layer, x, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 8, 8)])
+def test_no_image_and_no_batch_dimension(shape):
+    layer = nn.Conv2d(3, 4, 4, 4)
+    if shape[0]:
+        check(layer, torch.randn(shape), torch.bfloat16)
+    else:
+        empty = torch.empty(shape, dtype=torch.bfloat16)
+        out = torch.empty(0, 4, 2, 2, dtype=torch.bfloat16)
+        assert not weight_grad(empty, out, window_of(layer), layer.weight.detach()).any()

@@ -1,0 +1,89 @@
+"""Works with: DistributedDataParallel. Two gloo processes give the update of one process with all images."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.oracle import assert_close
+from helpers.ranks import COLUMNS, STEPS, Net, Pairs, flat, images, loss_sum, on_two_ranks, one_process, train
+from hf_tract import apply_tract
+
+# The images' parts; what differs from a DDP of default settings, TrAct applied before it.
+SCENARIOS = {
+    "one batch": ([[6], [6]], {}),
+    "after DDP": ([[6], [6]], {"before": False}),
+    "accumulated": ([[3, 3], [4, 2]], {}),
+    "accumulated without no_sync": ([[3, 3], [4, 2]], {"held": False}),
+    "uneven": ([[5, 3], [2, 2]], {}),
+    "an empty batch": ([[4, 0], [4, 4]], {}),
+    "a dropped forward": ([[3, 3], [4, 2]], {"dropped": True}),
+    "bucket view": ([[3, 3], [4, 2]], {"gradient_as_bucket_view": True}),
+    "static graph": ([[6], [6]], {"static_graph": True}),
+    "unused parameters": ([[3, 3], [4, 2]], {"find_unused_parameters": True}),
+    "two calls": ([[3, 3], [4, 2]], {"net": Pairs}),
+    "comm hook": ([[3, 3], [4, 2]], {"hook": True}),
+    "local": ([[3, 3], [4, 2]], {"scope": "local"}),
+}
+
+
+def job(rank: int, name: str) -> tuple[torch.Tensor, list[int]]:
+    sizes, settings = SCENARIOS[name]
+    settings = dict(settings)
+    net, hook = settings.pop("net", Net), settings.pop("hook", False)
+    held = settings.pop("held", True)
+    before, scope, dropped = settings.pop("before", True), settings.pop("scope", "global"), settings.pop("dropped", False)
+    model = net()
+    if before:
+        apply_tract(model, lam=0.1, scope=scope)
+    ddp = DistributedDataParallel(model, **settings)
+    if hook:
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    if not before:
+        apply_tract(ddp, lam=0.1, scope=scope)
+    collectives = train(ddp, rank, sizes, ddp.no_sync if held else contextlib.nullcontext, dropped)
+    return flat(ddp), collectives
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("ddp"), job, list(SCENARIOS))
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "local"])
+def test_equals_one_process_with_one_collective_for_each_backward(results, name):
+    (weights, collectives), (others, _) = (rank[name] for rank in results)
+    sizes, settings = SCENARIOS[name]
+    assert torch.equal(weights, others)
+    tolerance = 1e-3 if "hook" in settings else 1e-10  # which rounds every gradient to bfloat16
+    assert_close(weights, one_process(sum(map(sum, sizes)), settings.get("net", Net)), tolerance)
+    calls = 2 if name == "two calls" else 1
+    assert collectives == [COLUMNS**2 + 1] * STEPS * len(sizes[0]) * calls
+
+
+def test_local_scope_communicates_nothing_and_differs(results):
+    (weights, collectives), alone = results[0]["local"], one_process(12)
+    assert collectives == []
+    assert (weights - alone).norm() > 1e-4 * alone.norm()
+
+
+def nan_job(rank: int, name: str) -> dict[str, bool]:
+    """One rank meets NaN in one step."""
+    ddp = DistributedDataParallel(Net())
+    apply_tract(ddp, lam=0.1)
+    finite = {}
+    for step in range(3):
+        ddp.zero_grad()
+        x = images(step, 4)
+        if step == 1 and rank == 1:
+            x[0, 0, 0, 0] = torch.nan
+        loss_sum(ddp, x).backward()
+        finite[f"step {step}"] = bool(ddp.module.embed[0].weight.grad.isfinite().all())
+    return finite
+
+
+def test_a_rank_with_nan_makes_that_step_non_finite_everywhere_and_no_other(tmp_path):
+    for rank in on_two_ranks(tmp_path, nan_job, ["nan"]):
+        assert rank["nan"] == {"step 0": True, "step 1": False, "step 2": True}

@@ -1,0 +1,92 @@
+"""Small models, images and Trainers that the tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_tract.core.attach import TrActLayer
+
+STEM = "vit.embeddings.patch_embeddings.projection"
+
+
+class Images(Dataset):
+    """`count` random 16x16 images of varied brightness and their labels, the same for a seed."""
+
+    def __init__(self, count: int = 64, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.pixels = torch.randn(count, 3, 16, 16, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 2
+        self.labels = torch.randint(0, 4, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
+
+    def batch(self, start: int = 0, stop: int | None = None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixels[start:stop], "labels": self.labels[start:stop]}
+
+
+def small_vit(seed: int = 0, **settings: Any) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(**{**shape, "image_size": 16, "patch_size": 4, "num_labels": 4, **settings})
+    return ViTForImageClassification(config)
+
+
+def trainer(folder: Path, model: nn.Module | None = None, callbacks: list[Any] | None = None, **settings: Any) -> Trainer:
+    """Four optimizer steps by default: 64 images, batches of 16."""
+    init = settings.pop("model_init", None)
+    defaults = {"per_device_train_batch_size": 16, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no"}
+    defaults |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "steps", "logging_steps": 2}
+    args = TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+    model = None if init else (model if model is not None else small_vit())
+    data = Images()
+    return Trainer(model=model, model_init=init, args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks or [])
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def stem_of(model: nn.Module) -> nn.Conv2d:
+    stem = model.get_submodule(STEM)
+    assert isinstance(stem, nn.Conv2d)
+    return stem
+
+
+def small_convnext(seed: int = 0) -> ConvNextForImageClassification:
+    torch.manual_seed(seed)
+    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4))
+
+
+def has_tract(model: nn.Module) -> bool:
+    return any(isinstance(module, TrActLayer) for module in model.modules())
+
+
+class Watch(TrainerCallback):
+    """Notes at each step whether the first layer has TrAct, and raises at one step when told to."""
+
+    def __init__(self, raise_at: int | None = None, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.had_tract: list[bool] = []
+        self.raise_at, self.error = raise_at, error
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.model = model
+        self.had_tract.append(has_tract(model))
+        if state.global_step == self.raise_at:
+            self.raise_at = None
+            raise self.error("out of memory, CUDA out of memory. Tried to allocate")

@@ -1,0 +1,182 @@
+"""A model's card: its metadata read back, what it tells and what it keeps to itself."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_eval_result, metadata_load
+from PIL import Image
+
+from hf_tract import TrActConfig, TrActError
+from hf_tract.integrations import provenance
+from hf_tract.integrations.model_card import (
+    CURVE_NAME,
+    RECORD_NAME,
+    SETTINGS_NAME,
+    TrainingRecord,
+    is_hub_id,
+    model_card,
+    public_name,
+    save_card,
+)
+
+ROWS = [{"epoch": float(i), "loss": 3 / i, "eval_loss": 2 / i, "accuracy": 0.1 * i, "top5": 0.9} for i in range(1, 6)]
+RECORD = TrainingRecord(
+    name="vit-flowers",
+    library="transformers",
+    dataset="dpdl-benchmark/oxford_flowers102",
+    tract=TrActConfig(lam=0.2),
+    layers=["vit.embeddings.patch_embeddings.projection"],
+    base_model="google/vit-base-patch16-224-in21k",
+    license="apache-2.0",
+    metrics={"accuracy": 0.8125, "top5": 0.95, "loss": 1.0},
+    history=ROWS,
+    hyperparameters={"learning_rate": 1e-3, "optim": "adamw"},
+    seed=3,
+    command="python transfer.py --lam 0.2",
+)
+
+
+def test_the_metadata_is_valid_and_reads_back_equal(tmp_path):
+    card = save_card(RECORD, tmp_path, "me/vit-flowers")
+    again = ModelCard.load(tmp_path / "README.md")
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.data.eval_results == card.data.eval_results
+    data = again.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "image-classification", "apache-2.0")
+    assert data.base_model == RECORD.base_model
+    assert data.datasets == [RECORD.dataset]
+    assert data.tags == ["tract", "hf-tract", "image-classification"]
+    assert [(r.metric_name, r.metric_value, r.dataset_split) for r in data.eval_results] == [
+        ("top-1 accuracy", 0.8125, "test"),
+        ("top-5 accuracy", 0.95, "test"),
+    ]
+    expected = metadata_eval_result(  # huggingface_hub's own way to the same block
+        model_pretty_name="vit-flowers",
+        task_pretty_name="Image classification",
+        task_id="image-classification",
+        metrics_pretty_name="top-1 accuracy",
+        metrics_id="accuracy",
+        metrics_value=0.8125,
+        dataset_pretty_name=RECORD.dataset,
+        dataset_id=RECORD.dataset,
+        dataset_split="test",
+    )
+    del expected["model-index"][0]["results"][0]["metrics"][0]["verified"]  # of the Hub's own evaluations alone
+    index = metadata_load(tmp_path / "README.md")["model-index"]
+    one = dataclasses.replace(RECORD, metrics={"accuracy": 0.8125})
+    assert model_card(one).data.to_dict()["model-index"] == expected["model-index"]
+    assert index[0]["results"][0]["metrics"][0] == expected["model-index"][0]["results"][0]["metrics"][0]
+
+
+def test_the_card_tells_what_was_done_and_how(tmp_path):
+    text = save_card(RECORD, tmp_path, "me/vit-flowers").text
+    for said in (
+        'pipeline("image-classification", model="me/vit-flowers")',
+        "lam = 0.2",
+        "patch_embeddings.projection",
+        "python transfer.py --lam 0.2",
+        "Seed 3",
+        f"torch {provenance.versions()['torch']}",
+        "| learning_rate | 0.001 |",
+        "| 5 | 0.6 | 0.4 | 0.5 | 0.9 |",
+        "title     = {{TrAct}: Making First-layer Pre-Activations Trainable}",
+        "81.2 %",
+        f"]({CURVE_NAME})",
+    ):
+        assert said in text, said
+    with Image.open(tmp_path / CURVE_NAME) as image:
+        assert image.width > 800
+    assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME) == RECORD.tract
+    assert TrainingRecord.from_json_file(tmp_path / RECORD_NAME) == RECORD
+
+
+def test_a_run_without_tract_is_not_tagged_and_says_so():
+    card = model_card(dataclasses.replace(RECORD, tract=None, layers=[], base_model=None))
+    assert card.data.tags == ["image-classification"]
+    assert "without TrAct" in card.text
+    assert "from random weights" in card.text
+    assert "lam" not in card.text.split("### To reproduce")[0]
+
+
+def test_a_timm_model_is_loaded_by_timm():
+    card = model_card(dataclasses.replace(RECORD, library="timm"), model_id="me/resnet")
+    assert card.data.library_name == "timm"
+    assert 'timm.create_model("hf-hub:me/resnet", pretrained=True)' in card.text
+
+
+def test_without_matplotlib_there_is_a_table_and_no_curve(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = save_card(RECORD, tmp_path).text
+    assert CURVE_NAME not in text
+    assert not (tmp_path / CURVE_NAME).exists()
+    assert "| epoch | loss |" in text
+
+
+def test_of_a_long_history_the_table_has_some_rows_and_the_last():
+    long = [{"epoch": epoch, "loss": 1.0} for epoch in range(1, 301)]
+    rows = [line for line in model_card(dataclasses.replace(RECORD, history=long)).text.splitlines() if line.endswith("| 1 |")]
+    assert len(rows) == 20
+    assert rows[-1] == "| 300 | 1 |"
+
+
+def test_what_is_no_hub_id_is_named_and_not_linked(tmp_path):
+    folder = tmp_path / "my-images"
+    folder.mkdir()
+    assert public_name(str(folder)) == "my-images"
+    assert not is_hub_id(str(folder))
+    RECORD.to_json_file(folder / RECORD_NAME)
+    assert public_name(str(folder)) == "vit-flowers"  # a trained model's
+    assert not is_hub_id("photo crops")
+    assert is_hub_id("uoft-cs/cifar10")
+    card = model_card(dataclasses.replace(RECORD, dataset="my images", base_model="a folder"))
+    assert card.data.datasets is None
+    assert card.data.base_model is None
+    assert card.data.eval_results[0].dataset_type == "my-images"
+    assert "fine-tuned from a folder on my images" in card.text
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    path = tmp_path / RECORD_NAME
+    with pytest.raises(TrActError, match=r"`path` \(='.*training_record.json'\) is no record of a training run"):
+        TrainingRecord.from_json_file(path)
+    path.write_text(json.dumps({"name": "x", "tract": None}))
+    with pytest.raises(TrActError, match="is no record"):
+        TrainingRecord.from_json_file(path)
+
+
+CARDS = sorted(path for path in (Path(__file__).parents[2] / "model_cards").glob("*.md") if path.name != "README.md")
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_a_card_of_this_repository_is_valid_and_whole(path):
+    card = ModelCard.load(path)
+    assert ModelCard(f"---\n{card.data.to_yaml()}\n---\n{card.text}").data.to_dict() == card.data.to_dict()
+    assert card.data.eval_results[0].metric_value > 0
+    assert ("tract" in card.data.tags) == ("trained by\n[TrAct]" in card.text)
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+        assert (path.parent / image).exists()
+    for said in ("### To reproduce", "python examples/", "Seed ", "torch 2."):
+        assert said in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["/mnt/me/transfer.py", "--dataset", "/data/x/flowers"], "python transfer.py --dataset PATH_TO/flowers"),
+        (["transfer.py", "--hub_token", "secret"], "python transfer.py --hub_token TOKEN"),
+        (["transfer.py", "--note", "my hf_AbCdEfGh12345 token"], "python transfer.py --note 'my TOKEN token'"),
+        (["train.py", "--dataset=/data/x", "--lam", "0.1"], "python train.py --dataset=PATH_TO/x --lam 0.1"),
+    ],
+)
+def test_a_command_is_told_without_tokens_and_folders(arguments, said):
+    assert provenance.command(arguments) == said
+
+
+def test_a_path_below_the_working_folder_is_told_from_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert provenance.command(["train.py", str(tmp_path / "out" / "a")]) == "python train.py out/a"

@@ -1,0 +1,114 @@
+"""What Trainer saves and pushes tells of TrAct: tags, settings, a card of its own."""
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerState
+
+from helpers.models import STEM, small_vit, trainer
+from hf_tract import TrActCallback, TrActConfig
+from hf_tract.integrations.model_card import RECORD_NAME, SETTINGS_NAME, TrainingRecord
+from hf_tract.integrations.trainer_card import use_model_card
+from hf_tract.integrations.trainer_record import history
+
+EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 2, "logging_strategy": "epoch"}
+
+
+def right(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def test_trainers_own_card_has_the_tags_without_a_word_more(tmp_path):
+    run = trainer(tmp_path, callbacks=[TrActCallback()])
+    run.train()
+    run.create_model_card(tags=list(run.model.model_tags))  # as push_to_hub does
+    assert {"tract", "hf-tract"} <= set(ModelCard.load(tmp_path / "README.md").data.tags)
+
+
+def test_use_model_card_lets_the_card_tell_of_tract(tmp_path):
+    run = trainer(tmp_path, callbacks=[TrActCallback(lam=0.2)], seed=5, **EVALUATED)
+    run.compute_metrics = right
+    use_model_card(run, dataset="uoft-cs/cifar10", license="mit", split="validation")
+    run.train()
+    run.create_model_card(tags=["mine"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"tract", "hf-tract", "mine", "generated_from_trainer"} <= set(card.data.tags)
+    assert (card.data.license, card.data.datasets) == ("mit", ["uoft-cs/cifar10"])
+    assert "lam = 0.2" in card.text
+    assert f"`{STEM}`" in card.text
+    record = TrainingRecord.from_json_file(tmp_path / RECORD_NAME)
+    logged = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    assert record.metrics == {"accuracy": logged[-1]["eval_accuracy"]}
+    assert [row["eval_loss"] for row in record.history] == [entry["eval_loss"] for entry in logged]
+    assert record.hyperparameters["per_device_train_batch_size"] == 16
+    assert (record.seed, record.split, record.tract.lam) == (5, "validation", 0.2)
+    assert card.data.eval_results[0].metric_value == pytest.approx(record.metrics["accuracy"], abs=1e-4)
+
+
+def test_without_tract_the_card_says_so(tmp_path):
+    run = trainer(tmp_path)
+    use_model_card(run, dataset="noise")
+    run.train()
+    run.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "without TrAct" in card.text
+    assert "tract" not in card.data.tags
+
+
+def test_a_frozen_first_layer_makes_no_tract_model(tmp_path):
+    model = small_vit()
+    model.get_submodule(STEM).requires_grad_(False)
+    run = trainer(tmp_path, model, [TrActCallback()])
+    use_model_card(run, dataset="noise")
+    run.train()
+    run.create_model_card()
+    assert "tract" not in ModelCard.load(tmp_path / "README.md").data.tags
+    assert not getattr(run.model, "model_tags", None)
+
+
+def test_a_push_in_training_brings_card_and_settings(tmp_path):
+    """Trainer calls `on_push_begin` before it uploads the folder, in which it writes no card before the end."""
+    callback = TrActCallback(lam=0.3)
+    run = trainer(tmp_path, callbacks=[callback], **EVALUATED)
+    callback.on_push_begin(run.args, run.state, run.control, model=run.model)
+    assert not (tmp_path / "README.md").exists()  # nothing was trained
+    run.train()
+    assert not (tmp_path / "README.md").exists()  # nor saved
+    callback.on_push_begin(run.args, run.state, run.control, model=run.model)
+    assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text
+    assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME).lam == 0.3
+    (tmp_path / "README.md").unlink()
+    (tmp_path / SETTINGS_NAME).unlink()
+    callback.on_push_begin(run.args, TrainerState(is_world_process_zero=False), run.control, model=run.model)
+    assert not (tmp_path / "README.md").exists()  # one process writes
+
+
+def test_what_is_saved_has_card_and_settings_beside_it(tmp_path):
+    trainer(tmp_path, callbacks=[TrActCallback(lam=0.3)], save_strategy="epoch", **EVALUATED).train()
+    assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text
+    assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME).lam == 0.3
+
+
+def test_an_adapters_card_is_left_to_peft(tmp_path):
+    model = get_peft_model(small_vit(), LoraConfig(target_modules=["q_proj"], modules_to_save=["projection", "classifier"]))
+    run = trainer(tmp_path, model, [TrActCallback()], save_strategy="epoch", label_names=["labels"])
+    use_model_card(run, dataset="noise")
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
+    assert (tmp_path / SETTINGS_NAME).exists()
+
+
+def test_a_row_of_the_history_for_each_evaluation():
+    log = [
+        {"loss": 2.0, "epoch": 0.5},
+        {"loss": 1.0, "epoch": 1.0, "grad_norm": 3.0},
+        {"eval_loss": 1.5, "eval_top1": 0.4, "eval_top5": 0.9, "eval_runtime": 1.0, "epoch": 1.0},
+        {"eval_loss": 1.2, "eval_accuracy": 0.5, "epoch": 2.0},
+        {"train_runtime": 3.0},
+    ]
+    assert history(log) == [
+        {"epoch": 1.0, "loss": 1.0, "eval_loss": 1.5, "accuracy": 0.4, "top5": 0.9},
+        {"epoch": 2.0, "loss": 1.0, "eval_loss": 1.2, "accuracy": 0.5},
+    ]
