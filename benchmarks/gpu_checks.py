@@ -31,7 +31,10 @@ BATCH = 12
 PRECISIONS = {"float32": 1e-4, "tf32": 2e-2, "bf16 autocast": 3e-2, "fp16 autocast": 1e-2, "bf16 weights": 5e-2}
 FORMS = ("eager", "compiled", "reduce-overhead", "accumulated", "zeros kept", "ddp")
 COMPILED = ("compiled", "reduce-overhead")
-COMPILED_STEMS, COMPILED_PRECISIONS = ("ViT 16x16/16", "ResNet 7x7/2"), ("float32", "bf16 autocast")  # compiling takes long
+COMPILED_STEMS, COMPILED_PRECISIONS = (
+    ("ViT 16x16/16", "ResNet 7x7/2"),
+    ("float32", "bf16 autocast"),
+)  # compiling takes long
 Row = dict[str, Any]
 
 
@@ -287,7 +290,9 @@ def main() -> None:
     for row in checks(torch.device(args.device)):
         rows.append(row)
         figures = ", ".join(
-            f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("check", "passed")
+            f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in row.items()
+            if k not in ("check", "passed")
         )
         print("ok  " if row["passed"] else "FAIL", row["check"], figures, sep="  ", flush=True)
         result = {"command": " ".join(sys.argv), "environment": environment(), "checks": rows}

@@ -49,7 +49,9 @@ def main() -> None:
         case = CASES[name]
         for scope in args.scopes:
             batch = args.batch or (case.layer_batch if scope == "layer" else case.batch[device.type])
-            key = " | ".join([name, scope, str(device), args.precision, "compiled" if args.compile else "eager", str(batch)])
+            key = " | ".join(
+                [name, scope, str(device), args.precision, "compiled" if args.compile else "eager", str(batch)]
+            )
             if key in results:
                 continue
             print(f"{key} ...", file=sys.stderr, flush=True)
@@ -170,7 +172,9 @@ def violations(results: dict[str, Result]) -> list[str]:
 
 def report(results: dict[str, Result], plot_path: Path) -> None:
     """Prints the table."""
-    table = Table("measurement", "vanilla, ms", "hf-tract", "torch_tract", "ms above vanilla", "theirs", "MiB above", "theirs")
+    table = Table(
+        "measurement", "vanilla, ms", "hf-tract", "torch_tract", "ms above vanilla", "theirs", "MiB above", "theirs"
+    )
     for key, result in results.items():
         vanilla = [1000 * seconds for seconds in result["seconds"]["vanilla"]]
         low, _, high = statistics.quantiles(vanilla, n=4)
@@ -181,7 +185,9 @@ def report(results: dict[str, Result], plot_path: Path) -> None:
         cells += [f"{(memory[arm] - memory['vanilla']) / 2**20:.1f}" if arm in memory else "" for arm in ARMS[1:]]
         table.add_row(key, *cells)
     console = Console(width=180)
-    console.print(table, "Times: median (quartiles); ratios and differences: medians over the turns of one run.", sep="\n")
+    console.print(
+        table, "Times: median (quartiles); ratios and differences: medians over the turns of one run.", sep="\n"
+    )
     for key, result in results.items():
         for arm, reason in result["failed"].items():
             console.print(f"{key}: {arm} fails: {reason}")
@@ -196,7 +202,9 @@ def plot(results: dict[str, Result], path: Path) -> Path:
             if arm in result["seconds"]:
                 turns = zip(result["seconds"][arm], result["seconds"]["vanilla"], strict=True)
                 values = [mine / vanilla for mine, vanilla in turns]
-                axes.plot(values, [row + shift] * len(values), ".", color=color, alpha=0.5, label=arm if row == 0 else None)
+                axes.plot(
+                    values, [row + shift] * len(values), ".", color=color, alpha=0.5, label=arm if row == 0 else None
+                )
                 axes.plot(statistics.median(values), row + shift, "|", color=color, markersize=14, markeredgewidth=2)
     axes.axvline(1, color="#7f7f7f", linewidth=0.8)
     axes.set(yticks=range(len(results)), yticklabels=list(results), xlabel="time over vanilla's", xscale="log")
@@ -213,11 +221,15 @@ def plot(results: dict[str, Result], path: Path) -> Path:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL", help=", ".join(CASES))
+    parser.add_argument(
+        "--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL", help=", ".join(CASES)
+    )
     parser.add_argument("--scopes", nargs="+", choices=["step", "layer"], default=["step", "layer"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--batch", type=int, help="images; by default the paper's 256 at 224 pixels (16 for a step on the CPU) and 128 at 32"
+        "--batch",
+        type=int,
+        help="images; by default the paper's 256 at 224 pixels (16 for a step on the CPU) and 128 at 32",
     )
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model of each arm")

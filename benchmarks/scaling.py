@@ -28,7 +28,7 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from hf_tract.cli.cost import moment_cost
-from hf_tract.core.moments import Window, patch_moments
+from hf_tract.core.moments import PatchSpec, patch_moments
 from hf_tract.core.solve import DampedInverse
 
 mpl.use("Agg")
@@ -63,9 +63,9 @@ def sweeps() -> list[Point]:
 def measure(point: Point, repeats: int, rates: tuple[float, float]) -> Point:
     """Time of the moment and of the factorisation with its solve for 64 outputs, and the least time for the moment."""
     kernel, stride, padding = point["stem"]
-    window = Window((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1))
+    window = PatchSpec((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1))
     x = torch.randn(point["shape"])
-    n = window.columns(x.shape)
+    n = window.patch_size(x.shape)
     sums, grad = torch.zeros(1, n, n), torch.randn(64, n)
     moment = torch.eye(n)[None].clone()
     arms = {"moment": lambda: patch_moments(x, window, sums), "solve": lambda: DampedInverse(moment, 0.1)(grad)}
@@ -111,13 +111,30 @@ def _rank(rank: int, folder: str) -> None:
 def report(points: list[Point], reduced: list[Point], rates: tuple[float, float]) -> None:
     """Prints the tables."""
     console = Console(width=140)
-    console.print(f"The machine: {rates[0] / 1e9:.0f} GFLOP/s in float32 products, {rates[1] / 1e9:.1f} GB/s in copies.")
+    console.print(
+        f"The machine: {rates[0] / 1e9:.0f} GFLOP/s in float32 products, {rates[1] / 1e9:.1f} GB/s in copies."
+    )
     for sweep in dict.fromkeys(point["sweep"] for point in points):
         table = Table(
-            "curve", "at", "n", "GFLOP", "MB", "least, ms", "moment, ms", "times least", "factor and solve, ms", title=sweep
+            "curve",
+            "at",
+            "n",
+            "GFLOP",
+            "MB",
+            "least, ms",
+            "moment, ms",
+            "times least",
+            "factor and solve, ms",
+            title=sweep,
         )
         for p in (point for point in points if point["sweep"] == sweep):
-            figures = (p["operations"] / 1e9, p["bytes"] / 1e6, p["least_ms"], p["moment_ms"], p["moment_ms"] / p["least_ms"])
+            figures = (
+                p["operations"] / 1e9,
+                p["bytes"] / 1e6,
+                p["least_ms"],
+                p["moment_ms"],
+                p["moment_ms"] / p["least_ms"],
+            )
             cells = [f"{figure:.3g}" for figure in (*figures, p["solve_ms"])]
             table.add_row(p["curve"], str(p["at"]), str(p["n"]), *cells)
         console.print(table)
@@ -156,7 +173,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     rates = machine(args.repeats)
-    points = [measure(point, args.repeats, rates) for point in track(sweeps(), "measuring", console=Console(stderr=True))]
+    points = [
+        measure(point, args.repeats, rates) for point in track(sweeps(), "measuring", console=Console(stderr=True))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         reduced = payload(folder)
     everything = {

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_tract import TrActError, apply_tract, find_first_layers
 from hf_tract.cli.report import inspect_model
-from hf_tract.discovery.inputs import batches, pixel_argument
+from hf_tract.discovery.inputs import guess_inputs, pixel_argument_name
 
 LAM = 0.1
 BATCH = 64  # of the share of operations
@@ -85,7 +85,7 @@ def _checked(subject: Subject, model: nn.Module, found: list[str]) -> str:
     except Exception as error:
         return f"not run: {type(error).__name__}, {_brief(error)}"
     wrong = []
-    first = met_first(copy.deepcopy(model), batch, pixel_argument(model) if isinstance(batch, dict) else None)
+    first = met_first(copy.deepcopy(model), batch, pixel_argument_name(model) if isinstance(batch, dict) else None)
     if set(first) != set(found):  # timm's order is its own
         wrong.append(f"the pixels meet {', '.join(first) or 'no layer'} first")
     want = reference(model, batch, found, LAM)
@@ -102,7 +102,7 @@ def _checked(subject: Subject, model: nn.Module, found: list[str]) -> str:
 def _accepted(model: nn.Module) -> Any:
     """The first guess of a batch that a forward takes and whose outputs can be trained; raises what the likeliest one did."""
     errors = []
-    for batch in batches(model, "cpu"):
+    for batch in guess_inputs(model, "cpu"):
         if _numbers(batch) > LARGEST:
             continue
         try:
@@ -145,7 +145,9 @@ def _brief(error: Exception) -> str:
 def rows(chosen: list[Subject], path: Path, workers: int) -> list[Row]:
     """A row for each model, in their order; those of `path` are taken over and new ones added to it."""
     known = (
-        {(row["library"], row["name"]): row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+        {(row["library"], row["name"]): row for row in map(json.loads, path.read_text().splitlines())}
+        if path.exists()
+        else {}
     )
     todo = [subject for subject in chosen if (subject.library, subject.name) not in known]
     context = multiprocessing.get_context("spawn")  # a worker is made anew after some models: they leave memory behind
@@ -174,7 +176,9 @@ def _looked(subject: Subject) -> Row:
 def table(found: list[Row]) -> str:
     """docs/models.md."""
     lines = [
-        HEAD.format(command=COMMAND, versions=", ".join(f"{name} {number}" for name, number in versions().items()), batch=BATCH)
+        HEAD.format(
+            command=COMMAND, versions=", ".join(f"{name} {number}" for name, number in versions().items()), batch=BATCH
+        )
     ]
     for library in LIBRARIES:
         part = [row for row in found if row["library"] == library]
@@ -192,7 +196,9 @@ def table(found: list[Row]) -> str:
 def line(row: Row) -> str:
     """A model's line of the table."""
     layers = row["layers"]
-    cells = ["<br>".join(dict.fromkeys(str(layer[key]) for layer in layers)) or "-" for key in ("name", "operation", "n")]
+    cells = [
+        "<br>".join(dict.fromkeys(str(layer[key]) for layer in layers)) or "-" for key in ("name", "operation", "n")
+    ]
     share = "-" if row["share"] is None else f"{100 * row['share']:.2g} %"
     status = "; ".join(part for part in (row["status"], row["remark"]) if part).replace("|", "\\|")
     return f"| {row['family']} | {row['name']} | {' | '.join(cells)} | {share} | {status} |"
@@ -235,7 +241,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/survey"))
     parser.add_argument("--fresh", action="store_true", help="forget earlier results in --output")
     args = parser.parse_args()
-    chosen = [s for s in subjects() if args.library in (None, s.library) and (not args.models or s.name in args.models)]
+    chosen = [
+        s for s in subjects() if args.library in (None, s.library) and (not args.models or s.name in args.models)
+    ]
     if not chosen:
         sys.exit(f"--models {args.models} names no model of this survey.")
     args.output.mkdir(parents=True, exist_ok=True)

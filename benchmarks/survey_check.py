@@ -153,7 +153,10 @@ def reference(model: nn.Module, batch: Any, names: Sequence[str], lam: float) ->
         for call in record.calls:
             call.weight.grad = None
         objective(outputs, scale).backward(retain_graph=True)
-        if any(call.weight.grad is not None and call.weight.grad.norm() > 1e-12 * math.sqrt(scale) for call in record.calls):
+        if any(
+            call.weight.grad is not None and call.weight.grad.norm() > 1e-12 * math.sqrt(scale)
+            for call in record.calls
+        ):
             break
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     expected: dict[str, Tensor] = {}
@@ -183,7 +186,9 @@ def differences(model: nn.Module, batch: Any, want: Reference, tolerance: float 
     outputs = run(model, batch)
     model.zero_grad()
     objective(outputs, want.scale).backward()
-    wrong = [f"output {i} differs" for i, (a, b) in enumerate(zip(outputs, want.outputs, strict=True)) if not _equal(a, b)]
+    wrong = [
+        f"output {i} differs" for i, (a, b) in enumerate(zip(outputs, want.outputs, strict=True)) if not _equal(a, b)
+    ]
     for name, parameter in model.named_parameters():
         got, ordinary = parameter.grad, want.gradients.get(name)
         if name in want.expected:
@@ -191,7 +196,11 @@ def differences(model: nn.Module, batch: Any, want: Reference, tolerance: float 
             if not bool(target.any()):
                 wrong.append(f"{name}: no gradient reaches it")
                 continue
-            error = float(torch.linalg.norm(got.double() - target) / torch.linalg.norm(target)) if got is not None else math.inf
+            error = (
+                float(torch.linalg.norm(got.double() - target) / torch.linalg.norm(target))
+                if got is not None
+                else math.inf
+            )
             wrong += [] if error <= tolerance else [f"{name}: relative error {error:.1e}"]
         elif (got is None) != (ordinary is None) or (got is not None and not _equal(got, ordinary)):
             wrong.append(f"{name}: another gradient")

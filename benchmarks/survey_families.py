@@ -79,7 +79,10 @@ def batch(name: str) -> dict[str, Any] | None:
     ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3)}
     pooled = {"pooled_projections": torch.rand(1, 64)}
     batches: dict[str, dict[str, Any]] = {
-        "DiTTransformer2DModel": {"hidden_states": torch.rand(1, 4, 32, 32), "class_labels": torch.ones(1, dtype=torch.long)},
+        "DiTTransformer2DModel": {
+            "hidden_states": torch.rand(1, 4, 32, 32),
+            "class_labels": torch.ones(1, dtype=torch.long),
+        },
         "SD3Transformer2DModel": {"hidden_states": torch.rand(1, 16, 32, 32), **text, **pooled},
         "FluxTransformer2DModel": {**rows, **text, **pooled, **ids},
         "ChromaTransformer2DModel": {**rows, **text, **ids, "attention_mask": torch.ones(1, 24, dtype=torch.bool)},

@@ -108,7 +108,9 @@ def _towers() -> dict[str, tuple[str, Any]]:
     """Family and class by name, of a model of each modelling file with a vision config that takes pixels: few are exported."""
     towers: dict[str, tuple[str, Any]] = {}
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        names = re.findall(r"^class (\w*(?:Vision|FlavaImage)\w*(?:Model|Transformer|Encoder))\(", file.read_text(), re.M)
+        names = re.findall(
+            r"^class (\w*(?:Vision|FlavaImage)\w*(?:Model|Transformer|Encoder))\(", file.read_text(), re.M
+        )
         module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}") if names else None
         seeing = [name for name in names if _sees(getattr(module, name))]
         if seeing:
@@ -172,14 +174,20 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """`others` over `values`, also inside of parts."""
-    parts = {k: _merged(values[k], v) for k, v in others.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
+    parts = {
+        k: _merged(values[k], v) for k, v in others.items() if isinstance(v, dict) and isinstance(values.get(k), dict)
+    }
     return {**values, **others, **parts}
 
 
 def _ocr_block() -> dict[str, list[Any]]:
     """Kernel, stride and padding of a detector's convolutions, which its config leaves out."""
     block: dict[str, list[Any]] = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
-    kinds = {"vertical_long_to_small_conv": (1, 0), "horizontal_small_to_long_conv": (0, 1), "symmetric_conv_long": (1, 1)}
+    kinds = {
+        "vertical_long_to_small_conv": (1, 0),
+        "horizontal_small_to_long_conv": (0, 1),
+        "symmetric_conv_long": (1, 1),
+    }
     for kind, (down, across) in kinds.items():
         for ratio, k in (("longratio", 7), ("midratio", 5), ("shortratio", 3)):
             kernel = [k if down else 1, k if across else 1]
@@ -255,7 +263,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "Step3p7VisionModel": {"hidden_size": 384, "image_size": 112},
     "UperNetForSemanticSegmentation": {"hidden_size": 64, "auxiliary_channels": 64},
     "VideomtForUniversalSegmentation": {"image_size": 64, "num_queries": 20},
-    "ZoeDepthForDepthEstimation": {"fusion_hidden_size": 64, "bottleneck_features": 64, "backbone_config": {"image_size": 112}},
+    "ZoeDepthForDepthEstimation": {
+        "fusion_hidden_size": 64,
+        "bottleneck_features": 64,
+        "backbone_config": {"image_size": 112},
+    },
 }
 
 

@@ -94,7 +94,9 @@ def digest(name: str, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> st
         pixels = torch.randn(BATCH, *shape, generator=generator)
         labels = torch.randint(0, 4, (BATCH,), generator=generator)
         optimizer.zero_grad()
-        mine = zip(pixels.chunk(ranks)[rank].chunk(micro_steps), labels.chunk(ranks)[rank].chunk(micro_steps), strict=True)
+        mine = zip(
+            pixels.chunk(ranks)[rank].chunk(micro_steps), labels.chunk(ranks)[rank].chunk(micro_steps), strict=True
+        )
         for part, part_labels in mine:
             loss = nn.functional.cross_entropy(wrapped(part), part_labels) / micro_steps
             loss.backward()
@@ -104,7 +106,11 @@ def digest(name: str, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> st
 
 
 def _layer_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ]
 
 
 def _rank(rank: int, folder: str) -> None:

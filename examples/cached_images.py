@@ -45,7 +45,9 @@ class CachedImages(Dataset[Batch]):
             seed: of crops and flips.
         """
         images = Images(rows, splits, to_size)
-        pixels, labels = zip(*(images[index] for index in tqdm(range(len(images)), "reading images", leave=False)), strict=True)
+        pixels, labels = zip(
+            *(images[index] for index in tqdm(range(len(images)), "reading images", leave=False)), strict=True
+        )
         self.pixels, self.labels = torch.stack(pixels), torch.tensor(labels)
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (look.mean, look.std))
         self.padding, self.flip, self.seed = padding, flip, seed

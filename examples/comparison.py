@@ -113,7 +113,9 @@ def report(records: Records, seeds: Sequence[int], title: str, measure: str) -> 
     table = Table("epoch", *arms)
     epochs = curves[arms[0]].shape[1]
     for epoch in range(epochs):
-        table.add_row(str(epoch + 1), *(spread(curves[arm][:, epoch]) for arm in arms), end_section=epoch + 1 == epochs)
+        table.add_row(
+            str(epoch + 1), *(spread(curves[arm][:, epoch]) for arm in arms), end_section=epoch + 1 == epochs
+        )
     for name in records.of(arms[0], seeds)[0].more:
         ends = [100 * np.array([record.more[name] for record in records.of(arm, seeds)]) for arm in arms]
         table.add_row(name, *map(spread, ends))
@@ -127,7 +129,9 @@ def report(records: Records, seeds: Sequence[int], title: str, measure: str) -> 
         when = f"after {reached} of {epochs} epochs" if reached else f"in none of the {epochs} epochs"
         console.print(f"{arm} reaches {base}'s final {measure} ({final:.1f} %) {when}.")
         gains = curves[arm][:, -1] - curves[base][:, -1]
-        console.print(f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+z.1f}' for gain in gains)}.")
+        console.print(
+            f"Final gain: {spread(gains, sign='+')} points, by seed {', '.join(f'{gain:+z.1f}' for gain in gains)}."
+        )
     steps = {arm: 1000 * np.median([record.seconds_per_step for record in records.of(arm, seeds)]) for arm in arms}
     ratios = ", ".join(f"{arm} {ms:.1f} ms ({ms / steps[base]:.3f})" for arm, ms in steps.items())
     console.print(f"Time per training step (median, and its ratio to the first): {ratios}.")
@@ -141,7 +145,11 @@ def plot(curves: dict[str, np.ndarray], title: str, measure: str, path: Path) ->
     final = curves[first].mean(0)[-1]
     axes.axhline(final, color=COLORS[0], linewidth=0.8, linestyle=":")
     for (arm, values), color in zip(curves.items(), COLORS, strict=False):
-        epochs, mean, std = np.arange(1, values.shape[1] + 1), values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
+        epochs, mean, std = (
+            np.arange(1, values.shape[1] + 1),
+            values.mean(0),
+            values.std(0, ddof=min(1, len(values) - 1)),
+        )
         axes.plot(epochs, mean, "o-", color=color, label=f"{arm}: {mean[-1]:.1f} %", markersize=3)
         axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         if arm != first and (reached := epochs_to_reach(mean, final)):

@@ -57,7 +57,9 @@ class Arguments(DetectionArguments):
     model: str = field(default="rt_detr", metadata={"help": "a model type for random weights, or a checkpoint"})
     model_config: str = field(
         default="",
-        metadata={"help": "JSON: settings of a model of random weights; by default a small RT-DETR's, or the model type's own"},
+        metadata={
+            "help": "JSON: settings of a model of random weights; by default a small RT-DETR's, or the model type's own"
+        },
     )
     image_size: int = field(
         default=128, metadata={"help": "of the square to which images are resized; 0: as the processor says"}
@@ -80,7 +82,14 @@ def main() -> None:
     args, training = parser.parse_args_into_dataclasses()
     args.model_config = args.model_config or (json.dumps(SMALL_RT_DETR) if args.model == "rt_detr" else "{}")
     data = args.load()
-    told = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm")
+    told = (
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "weight_decay",
+        "warmup_steps",
+        "max_grad_norm",
+    )
     same = {key: value for key, value in vars(args).items() if key not in ("lam", "seeds")}
     same |= {key: getattr(training, key) for key in told}
     seeds = range(training.seed, training.seed + args.seeds)
@@ -128,7 +137,9 @@ def detector(args: Arguments, names: list[str]) -> tuple[Any, Any]:
         config = AutoConfig.for_model(args.model, **json.loads(args.model_config), **maps)
         known: Any = IMAGE_PROCESSOR_MAPPING.get(type(config), None)
         processor = (known["torchvision"] if known else RTDetrImageProcessor)()
-        processor.do_normalize = True  # which RT-DETR's is not asked for; lam is made for pixels of mean 0 and variance 1
+        processor.do_normalize = (
+            True  # which RT-DETR's is not asked for; lam is made for pixels of mean 0 and variance 1
+        )
         model = AutoModelForObjectDetection.from_config(config)
     else:
         model = AutoModelForObjectDetection.from_pretrained(args.model, ignore_mismatched_sizes=True, **maps)
@@ -141,7 +152,9 @@ def detector(args: Arguments, names: list[str]) -> tuple[Any, Any]:
 def collate(processor: Any, batch: list[Example]) -> dict[str, Any]:
     """Pixels, their mask where the images of a batch are padded, and labels in the form that DETR takes."""
     return dict(
-        processor([each.image for each in batch], annotations=[annotation(each) for each in batch], return_tensors="pt")
+        processor(
+            [each.image for each in batch], annotations=[annotation(each) for each in batch], return_tensors="pt"
+        )
     )
 
 
@@ -151,7 +164,10 @@ def annotation(example: Example) -> dict[str, Any]:
     rows = [
         {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": int(hard)}
         for box, label, hard in zip(
-            torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist(), labels.tolist(), difficult.tolist(), strict=True
+            torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist(),
+            labels.tolist(),
+            difficult.tolist(),
+            strict=True,
         )
     ]
     return {"image_id": 0, "annotations": rows}

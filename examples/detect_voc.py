@@ -48,10 +48,14 @@ class Recipe(DetectionArguments):
     width: float = field(default=1.0, metadata={"help": "of the backbone's layers, over VGG-16's"})
     batch_norm: bool = field(default=False, metadata={"help": "in the backbone; VGG-16 itself has none"})
     head_size: int = field(default=4096, metadata={"help": "of the two hidden layers that see a region"})
-    imagenet: bool = field(default=False, metadata={"help": "begin with torchvision's VGG-16 of ImageNet (a download)"})
+    imagenet: bool = field(
+        default=False, metadata={"help": "begin with torchvision's VGG-16 of ImageNet (a download)"}
+    )
     min_size: int = field(default=600, metadata={"help": "to which the shorter side of an image is resized"})
     max_size: int = field(default=1000, metadata={"help": "which the longer side does not exceed"})
-    anchor_sizes: list[int] = field(default_factory=lambda: [128, 256, 512], metadata={"help": "in pixels of resized images"})
+    anchor_sizes: list[int] = field(
+        default_factory=lambda: [128, 256, 512], metadata={"help": "in pixels of resized images"}
+    )
     proposals: int = field(default=2000, metadata={"help": "that the first stage makes for an image"})
     regions: int = field(default=512, metadata={"help": "of them that the second stage learns from"})
     epochs: int = 12
@@ -196,7 +200,9 @@ def detect(model: FasterRCNN, images: list[Image]) -> list[Found]:
     """What a model finds in images."""
     model.eval()
     device = next(model.parameters()).device
-    return [{**found, "labels": found["labels"] - 1} for found in model([pixels_of(image).to(device) for image in images])]
+    return [
+        {**found, "labels": found["labels"] - 1} for found in model([pixels_of(image).to(device) for image in images])
+    ]
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ class DetectionArguments:
 
     dataset: str = field(
         default="digit_scenes",
-        metadata={"help": "digit_scenes, a folder that holds VOCdevkit, or a Hub id (or folder) with a column of objects"},
+        metadata={
+            "help": "digit_scenes, a folder that holds VOCdevkit, or a Hub id (or folder) with a column of objects"
+        },
     )
     dataset_config: str | None = None
     dataset_revision: str | None = field(default=None, metadata={"help": "such as refs/convert/parquet"})

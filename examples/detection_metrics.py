@@ -25,7 +25,8 @@ def evaluate(detect: Callable[[list[Image]], list[Found]], examples: Examples, b
         batch = [examples[index] for index in mine[first : first + batch_size]]
         found = detect([each.image for each in batch])
         on_host = [
-            {name: values.float().cpu() if name != "labels" else values.cpu() for name, values in f.items()} for f in found
+            {name: values.float().cpu() if name != "labels" else values.cpu() for name, values in f.items()}
+            for f in found
         ]
         seen += zip(on_host, (each.objects for each in batch), strict=True)
     return mean_average_precision(*zip(*gather_object(seen), strict=True))
@@ -44,7 +45,9 @@ def mean_average_precision(found: Sequence[Found], wanted: Sequence[Objects]) ->
     """
     targets = [{"boxes": each.boxes, "labels": each.labels, "iscrowd": each.difficult.int()} for each in wanted]
     coco = MeanAveragePrecision(backend="pycocotools")
-    voc = MeanAveragePrecision(iou_thresholds=[0.5], rec_thresholds=[step / 10 for step in range(11)], backend="pycocotools")
+    voc = MeanAveragePrecision(
+        iou_thresholds=[0.5], rec_thresholds=[step / 10 for step in range(11)], backend="pycocotools"
+    )
     for metric in (coco, voc):
         metric.warn_on_many_detections = False
         metric.update(list(found), targets)

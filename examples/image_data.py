@@ -95,20 +95,28 @@ def load_splits(
     label = label_column or known.get("label_column") or _column(train, datasets.ClassLabel, "label", name)
     for split, rows in {train_split: train, eval_split: test}.items():
         if not len(rows) or any(value is None or value == -1 for value in rows[label]):
-            raise ValueError(f"{name!r} has rows without a label in split {split!r}: name another split or label column.")
+            raise ValueError(
+                f"{name!r} has rows without a label in split {split!r}: name another split or label column."
+            )
     if train_samples:
         train = train.shuffle(seed=0).select(range(min(train_samples, len(train))))
     if test_samples:
         test = test.shuffle(seed=0).select(range(min(test_samples, len(test))))
     feature = train.features[label]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else [str(value) for value in sorted(train.unique(label))]
+    names = (
+        feature.names
+        if isinstance(feature, datasets.ClassLabel)
+        else [str(value) for value in sorted(train.unique(label))]
+    )
     return Splits(train, test, image, label, names, eval_split)
 
 
 def _column(rows: datasets.Dataset, kind: type, what: str, name: str) -> str:
     found: str | None = next((column for column, feature in rows.features.items() if isinstance(feature, kind)), None)
     if found is None:
-        raise ValueError(f"{name!r} has no column of type {kind.__name__}; name one of {rows.column_names} by --{what}_column.")
+        raise ValueError(
+            f"{name!r} has no column of type {kind.__name__}; name one of {rows.column_names} by --{what}_column."
+        )
     return found
 
 
@@ -131,7 +139,9 @@ class Images(Dataset[tuple[Tensor, int]]):
     So it does not depend on the number of workers and processes, nor on where a run was stopped and resumed.
     """
 
-    def __init__(self, rows: datasets.Dataset, splits: Splits, transform: Callable[[Any], Tensor], seed: int = 0) -> None:
+    def __init__(
+        self, rows: datasets.Dataset, splits: Splits, transform: Callable[[Any], Tensor], seed: int = 0
+    ) -> None:
         self.rows, self.splits, self.transform, self.seed, self.epoch = rows, splits, transform, seed, 0
 
     def __len__(self) -> int:

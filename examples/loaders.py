@@ -37,7 +37,9 @@ def make_loaders(
         interpolation="bicubic", mean=look.mean, std=look.std,
     )  # fmt: skip
     augmented = v2.Compose([*first, rest])
-    plain = create_transform(recipe.image_size, interpolation="bicubic", crop_pct=recipe.crop_pct, mean=look.mean, std=look.std)
+    plain = create_transform(
+        recipe.image_size, interpolation="bicubic", crop_pct=recipe.crop_pct, mean=look.mean, std=look.std
+    )
     images = Images(splits.train, splits, augmented, recipe.seed)
     test_loader = DataLoader(Images(splits.test, splits, plain), 2 * recipe.batch_size, **shared)
     if not recipe.repeated_augmentation:

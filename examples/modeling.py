@@ -33,7 +33,10 @@ def make_transformers_model(name: str, config: dict[str, Any], image_size: int, 
         image_size: side of the images, for a model of random weights.
         labels: names of the classes.
     """
-    maps: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    maps: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
     if name in CONFIG_MAPPING:
         settings = AutoConfig.for_model(name, **{"image_size": image_size, **config}, **maps)
         model = AutoModelForImageClassification.from_config(settings)
@@ -66,9 +69,13 @@ def head_of(checkpoint: str, labels: list[str]) -> str:
     try:
         config = AutoConfig.from_pretrained(checkpoint_id(checkpoint))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--checkpoint {checkpoint} is no folder and no model that the Hub gives: {_short(error)}") from error
+        raise SystemExit(
+            f"--checkpoint {checkpoint} is no folder and no model that the Hub gives: {_short(error)}"
+        ) from error
     if config.num_labels != len(labels):
-        return f"The head is made anew: {checkpoint} knows {config.num_labels} classes, the data set has {len(labels)}."
+        return (
+            f"The head is made anew: {checkpoint} knows {config.num_labels} classes, the data set has {len(labels)}."
+        )
     same = sorted(config.id2label.values()) == sorted(labels)
     return f"The head is kept: {len(labels)} classes" + ("." if same else ", though of other names.")
 

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract, whiten_first_layer
-from hf_tract.integrations.model_card import TrainingRecord, public_name, save_card
+from hf_tract.integrations.model_card import TrainingRecord, save_card, without_local_path
 from hf_tract.integrations.provenance import command
 from hf_tract.integrations.upload import check_token, push_folder
 from hf_tract.metrics import TopK
@@ -93,7 +93,8 @@ def train(
     """
     project = ProjectConfiguration(run.output_dir, automatic_checkpoint_naming=True, total_limit=2)
     accelerator = Accelerator(
-        cpu=run.cpu or not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on CPU
+        cpu=run.cpu
+        or not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on CPU
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         log_with=run.report_to,
@@ -108,7 +109,9 @@ def train(
     look = Preprocessing(recipe.image_size, recipe.mean or measured[0], recipe.std or measured[1])
     train_loader, test_loader, images = make_loaders(splits, recipe, run, look, accelerator)
     if not len(train_loader):
-        raise SystemExit(f"--batch_size {recipe.batch_size} is more than the {len(splits.train)} training images of a process.")
+        raise SystemExit(
+            f"--batch_size {recipe.batch_size} is more than the {len(splits.train)} training images of a process."
+        )
     model = make(recipe, splits, look)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -136,11 +139,16 @@ def train(
     history = Path(run.output_dir) / "history.jsonl"
     start(accelerator, run.resume_from_checkpoint, len(kept), history, progress)
     if run.report_to:
-        accelerator.init_trackers("pretrain_vit", {key: str(value) for key, value in dataclasses.asdict(recipe).items()})
+        accelerator.init_trackers(
+            "pretrain_vit", {key: str(value) for key, value in dataclasses.asdict(recipe).items()}
+        )
 
     criterion, mixup = make_loss(recipe, len(splits.names))
     bar = tqdm(
-        total=recipe.epochs * steps_per_epoch, initial=progress.step, desc="training", disable=not accelerator.is_main_process
+        total=recipe.epochs * steps_per_epoch,
+        initial=progress.step,
+        desc="training",
+        disable=not accelerator.is_main_process,
     )
     schedule.step_update(progress.step)
     figures: dict[str, float] = {}
@@ -178,9 +186,14 @@ def train(
                     accelerator.save_state()
         figures = {"epoch": epoch + 1, "step": progress.step, "loss": loss.item()}
         progress.epoch, progress.batch, progress.seconds = epoch + 1, 0, clock() - began
-        figures |= {"seconds": round(progress.seconds, 3), **evaluate(ema.module if ema else model, test_loader, accelerator)}
+        figures |= {
+            "seconds": round(progress.seconds, 3),
+            **evaluate(ema.module if ema else model, test_loader, accelerator),
+        }
         accelerator.log({f"test/{key}": value for key, value in figures.items()}, step=progress.step)
-        bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items() if key not in ("epoch", "step", "seconds")})
+        bar.set_postfix(
+            {key: f"{value:.3f}" for key, value in figures.items() if key not in ("epoch", "step", "seconds")}
+        )
         add_epoch(history, {**figures, "tract": not run.no_tract}, accelerator)
         if run.checkpointing_steps == "epoch":
             accelerator.save_state()
@@ -226,14 +239,14 @@ def record(recipe: Recipe, hub_id: str, license: str | None, trained: Trained) -
     return TrainingRecord(
         name=hub_id.split("/")[-1],
         library="timm" if timm.is_model(recipe.model) else "transformers",
-        dataset=public_name(recipe.dataset),
+        dataset=without_local_path(recipe.dataset),
         tract=handle.config if handle else None,
         layers=[layer.name for layer in handle.layers] if handle else [],
-        base_model=None if fresh else public_name(recipe.model),
+        base_model=None if fresh else without_local_path(recipe.model),
         license=license,
         metrics={name: rows[-1][name] for name in ("accuracy", "top5")},
         history=rows,
-        hyperparameters={**settings, "dataset": public_name(recipe.dataset)},
+        hyperparameters={**settings, "dataset": without_local_path(recipe.dataset)},
         split=trained.splits.eval_split,
         seed=recipe.seed,
         command=re.sub(r" --resume_from_checkpoint \S+", "", command()),  # which makes no difference

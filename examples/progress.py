@@ -37,7 +37,9 @@ def start(accelerator: Accelerator, resume_from: str | None, kept: int, history:
     found = sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.split("_")[1]))
     whole = [path for path in found if (path / f"custom_checkpoint_{kept - 1}.pkl").exists()]  # what is written last
     if found and not resume_from:
-        raise SystemExit(f"{folder} has checkpoints: add --resume_from_checkpoint latest, or name another --output_dir.")
+        raise SystemExit(
+            f"{folder} has checkpoints: add --resume_from_checkpoint latest, or name another --output_dir."
+        )
     chosen = None
     if resume_from == "latest":
         chosen = whole[-1] if whole else None

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from hf_tract import TrActError
-from hf_tract.integrations.model_card import RECORD_NAME, TrainingRecord, save_card
+from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord, save_card
 from hf_tract.integrations.upload import push_folder
 
 
@@ -21,26 +21,35 @@ def main() -> None:
     parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
     parser.add_argument("--license", help="of the model, as the Hub abbreviates it (mit, apache-2.0, cc-by-nc-4.0)")
     parser.add_argument("--dataset", metavar="ID", help="the data set's Hub id, where the run had it from a folder")
-    parser.add_argument("--base_model", metavar="ID", help="the checkpoint's Hub id, where the run had it from a folder")
+    parser.add_argument(
+        "--base_model", metavar="ID", help="the checkpoint's Hub id, where the run had it from a folder"
+    )
     parser.add_argument("--private", action="store_true", default=None)
     parser.add_argument("--revision", help="a branch, made where there is none")
-    parser.add_argument("--update", action="store_true", help="also where a model is already; the old one stays in the history")
+    parser.add_argument(
+        "--update", action="store_true", help="also where a model is already; the old one stays in the history"
+    )
     parser.add_argument("--message", default="Add model")
     parser.add_argument("--dry_run", action="store_true", help="write the card, upload nothing")
     args = parser.parse_args()
-    folder = next((each for each in (args.run, args.run / "model") if (each / RECORD_NAME).exists()), None)
+    folder = next((each for each in (args.run, args.run / "model") if (each / RECORD_FILE).exists()), None)
     if folder is None:
-        parser.error(f"{args.run} has no {RECORD_NAME}: is the run finished?")
+        parser.error(f"{args.run} has no {RECORD_FILE}: is the run finished?")
     try:
         given = {name: value for name in ("license", "dataset", "base_model") if (value := getattr(args, name))}
         record = dataclasses.replace(
-            TrainingRecord.from_json_file(folder / RECORD_NAME), name=args.repo_id.split("/")[-1], **given
+            TrainingRecord.from_json_file(folder / RECORD_FILE), name=args.repo_id.split("/")[-1], **given
         )
         save_card(record, folder, args.repo_id)
         if args.dry_run:
             print(f"{folder / 'README.md'} is written, nothing is uploaded.")
         else:
-            options = {"private": args.private, "revision": args.revision, "update": args.update, "message": args.message}
+            options = {
+                "private": args.private,
+                "revision": args.revision,
+                "update": args.update,
+                "message": args.message,
+            }
             print(push_folder(folder, args.repo_id, **options))
     except TrActError as error:
         parser.exit(1, f"{error}\n")

@@ -33,7 +33,9 @@ from image_data import DATASET_HELP, load_splits, normalization, to_tensor
 from modeling import make_transformers_model
 from step_clock import StepClock
 
-SMALL_VIT = '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
+SMALL_VIT = (
+    '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
+)
 
 WHITENED = "TrAct, whitened start"
 NO_SETTINGS = ("lam", "seeds", "first_seed", "output_dir", "report_to")  # what a run without TrAct does not depend on
@@ -53,19 +55,26 @@ class Arguments:
 
     dataset: str = field(default="photo_crops", metadata={"help": DATASET_HELP})
     model: str = field(
-        default="vit", metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"}
+        default="vit",
+        metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"},
     )
     model_config: str = field(
         default="",
-        metadata={"help": "JSON: settings of a model of random weights; by default a small ViT's, or the model type's own"},
+        metadata={
+            "help": "JSON: settings of a model of random weights; by default a small ViT's, or the model type's own"
+        },
     )
     image_size: int = field(default=32, metadata={"help": "side of the images that the model gets"})
-    train_samples: int = field(default=0, metadata={"help": "use that many training images, the same for each run; 0 for all"})
+    train_samples: int = field(
+        default=0, metadata={"help": "use that many training images, the same for each run; 0 for all"}
+    )
     lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
     epochs: int = 8
     batch_size: int = 128
     learning_rate: float = 1e-3
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Trainer's clipping, which sees TrAct's gradient; 0 for none"})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Trainer's clipping, which sees TrAct's gradient; 0 for none"}
+    )
     seeds: int = field(default=1, metadata={"help": "train each arm from that many seeds"})
     first_seed: int = 0
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ..."})
@@ -131,7 +140,10 @@ def load_images(args: Arguments) -> Data:
 
     def give(*transforms: v2.Transform) -> Any:
         transform = v2.Compose([*to_tensor(args.image_size), *transforms])
-        return lambda rows: {"pixel_values": [transform(row) for row in rows[splits.image]], "labels": rows[splits.label]}
+        return lambda rows: {
+            "pixel_values": [transform(row) for row in rows[splits.image]],
+            "labels": rows[splits.label],
+        }
 
     train, test = splits.train.with_transform(give(*jitter, *normalize)), splits.test.with_transform(give(*normalize))
     return Data(train, test, splits.names)

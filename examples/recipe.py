@@ -19,16 +19,23 @@ class Recipe(DataArguments):
 
     model: str = field(default="vit", metadata={"help": "a transformers model type, a timm name, or a checkpoint"})
     model_config: str = field(
-        default="{}", metadata={"help": "JSON: settings of a model of random weights; a recipe's are for its own model"}
+        default="{}",
+        metadata={"help": "JSON: settings of a model of random weights; a recipe's are for its own model"},
     )
     image_size: int = 32
-    mean: list[float] = field(default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"})
-    std: list[float] = field(default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"})
+    mean: list[float] = field(
+        default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"}
+    )
+    std: list[float] = field(
+        default_factory=list, metadata={"help": "of each channel, 0 to 1; measured where not given"}
+    )
     epochs: int = 8
     batch_size: int = field(default=128, metadata={"help": "images of one process and micro-step"})
     gradient_accumulation_steps: int = 1
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    channels_last: bool = field(default=False, metadata={"help": "the memory format in which convolutions are often faster"})
+    channels_last: bool = field(
+        default=False, metadata={"help": "the memory format in which convolutions are often faster"}
+    )
     optimizer: str = field(default="adamw", metadata={"help": "any name of timm.optim.create_optimizer_v2"})
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -42,21 +49,32 @@ class Recipe(DataArguments):
     bce_loss: bool = field(default=False, metadata={"help": "binary cross-entropy over the classes, as DeiT III"})
     mixup: float = 0.0
     cutmix: float = 0.0
-    crop_scale: float = field(default=0.6, metadata={"help": "least part of the image that a random crop keeps; 1 for no crop"})
+    crop_scale: float = field(
+        default=0.6, metadata={"help": "least part of the image that a random crop keeps; 1 for no crop"}
+    )
     crop_pct: float = field(default=1.0, metadata={"help": "part of a test image's side that its centre crop keeps"})
-    crop_padding: int = field(default=0, metadata={"help": "zeros around the image before a crop of its size, as for CIFAR"})
+    crop_padding: int = field(
+        default=0, metadata={"help": "zeros around the image before a crop of its size, as for CIFAR"}
+    )
     flip: float = 0.5
     rotation: float = field(default=0.0, metadata={"help": "the most degrees by which an image is turned"})
     color_jitter: float = 0.3
-    auto_augment: str | None = field(default=None, metadata={"help": "timm's notation (rand-m9-mstd0.5-inc1, 3a), or cifar10"})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's notation (rand-m9-mstd0.5-inc1, 3a), or cifar10"}
+    )
     random_erasing: float = 0.0
     in_memory: bool = field(default=False, metadata={"help": "decode the images once, and only crop and flip them"})
-    repeated_augmentation: int = field(default=0, metadata={"help": "copies of an image in an epoch's batches; 0 for none"})
-    ema_decay: float = field(default=0.0, metadata={"help": "also average the weights, and test the average; 0 for not"})
+    repeated_augmentation: int = field(
+        default=0, metadata={"help": "copies of an image in an epoch's batches; 0 for none"}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "also average the weights, and test the average; 0 for not"}
+    )
     lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
     scope: str = field(default="global", metadata={"help": "global or local: see hf_tract.apply_tract"})
     whiten_init: bool = field(
-        default=False, metadata={"help": "start the first layer as W0 (C + lam I)^-1/2: see hf_tract.whiten_first_layer"}
+        default=False,
+        metadata={"help": "start the first layer as W0 (C + lam I)^-1/2: see hf_tract.whiten_first_layer"},
     )
     whiten_unscaled: bool = field(default=False, metadata={"help": "leave that start as small as it comes out"})
     seed: int = 0
@@ -69,7 +87,9 @@ class Run:
     recipe: str | None = field(default=None, metadata={"help": "a YAML file; photo crops where none is given"})
     no_tract: bool = field(default=False, metadata={"help": "the same without TrAct"})
     output_dir: str = "outputs/pretrain_vit"
-    checkpointing_steps: str = field(default="epoch", metadata={"help": "optimizer steps between them, or epoch, or never"})
+    checkpointing_steps: str = field(
+        default="epoch", metadata={"help": "optimizer steps between them, or epoch, or never"}
+    )
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
     report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, trackio, ..., or all"})
     num_workers: int = 0
@@ -104,5 +124,7 @@ def parse_with_recipe(usual: str, recipe: type, *more: type) -> tuple[Any, ...]:
     if given.model not in (None, values.get("model")):
         values.pop("model_config", None)  # which is of the recipe's own model
     parser = HfArgumentParser([recipe, *more])  # type: ignore[list-item]
-    parser.set_defaults(**{key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()})
+    parser.set_defaults(
+        **{key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    )
     return parser.parse_args_into_dataclasses()

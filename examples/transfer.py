@@ -39,15 +39,23 @@ class Arguments(DataArguments):
 
     checkpoint: str = field(
         default="photo_crops",
-        metadata={"help": "a Hub id, timm's hf-hub:ID, a folder; photo_crops is made by pretrain_vit.py where it is not there"},
+        metadata={
+            "help": "a Hub id, timm's hf-hub:ID, a folder; photo_crops is made by pretrain_vit.py where it is not there"
+        },
     )
     dataset: str = field(default="digits", metadata={"help": DATASET_HELP})
-    corrupt_images: str = field(default="refuse", metadata={"help": "refuse, or skip: leave them out, with their names"})
+    corrupt_images: str = field(
+        default="refuse", metadata={"help": "refuse, or skip: leave them out, with their names"}
+    )
     crop_scale: float = field(default=0.6, metadata={"help": "least part of a training image that a crop keeps"})
-    flip: float | None = field(default=None, metadata={"help": "share of mirrored training images; 0.5, but 0 for digits"})
+    flip: float | None = field(
+        default=None, metadata={"help": "share of mirrored training images; 0.5, but 0 for digits"}
+    )
     lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
     no_tract: bool = field(default=False, metadata={"help": "the same without TrAct"})
-    freeze: list[str] = field(default_factory=list, metadata={"help": "glob patterns of parameters that stay as they are"})
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "glob patterns of parameters that stay as they are"}
+    )
     seeds: int = field(default=1, metadata={"help": "fine-tune from that many seeds, from --seed on"})
     license: str | None = field(default=None, metadata={"help": "of the model, for its card"})
 
@@ -77,7 +85,9 @@ def main() -> None:
         folder = str(output / f"seed-{seed}") if args.seeds > 1 else training.output_dir
         results.append(fine_tune(args, replace(training, seed=seed, output_dir=folder), splits))
     top1 = 100 * np.array([result["eval_top1"] for result in results])
-    spread = f" ± {top1.std(ddof=1):.1f}, by seed {', '.join(f'{value:.1f}' for value in top1)}" if len(top1) > 1 else ""
+    spread = (
+        f" ± {top1.std(ddof=1):.1f}, by seed {', '.join(f'{value:.1f}' for value in top1)}" if len(top1) > 1 else ""
+    )
     print(f"top-1 {top1.mean():.1f} %{spread}")
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
@@ -105,7 +115,11 @@ def fine_tune(args: Arguments, training: TrainingArguments, splits: Splits) -> d
         callbacks=[] if args.no_tract else [TrActCallback(lam=args.lam, layers=stems)],
     )
     use_model_card(
-        trainer, dataset=args.dataset, base_model=checkpoint_id(args.checkpoint), license=args.license, split=splits.eval_split
+        trainer,
+        dataset=args.dataset,
+        base_model=checkpoint_id(args.checkpoint),
+        license=args.license,
+        split=splits.eval_split,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if training.push_to_hub:  # which saves before
@@ -124,7 +138,9 @@ def make_images(args: Arguments, look: Preprocessing, splits: Splits, seed: int)
     end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)]
     crop = v2.RandomResizedCrop(look.size, scale=(args.crop_scale, 1.0), antialias=True)
     augmented = v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(flip), *end])
-    return Images(splits.train, splits, augmented, seed), Images(splits.test, splits, v2.Compose([*to_tensor(look.size), *end]))
+    return Images(splits.train, splits, augmented, seed), Images(
+        splits.test, splits, v2.Compose([*to_tensor(look.size), *end])
+    )
 
 
 def collate(rows: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
@@ -149,7 +165,9 @@ def pretrained() -> str:
     if not model.exists():
         print("Pre-training on photo crops first, a few minutes.")
         script = Path(__file__).with_name("pretrain_vit.py")
-        subprocess.run([sys.executable, str(script), "--output_dir", PHOTO_CROPS, "--checkpointing_steps", "never"], check=True)
+        subprocess.run(
+            [sys.executable, str(script), "--output_dir", PHOTO_CROPS, "--checkpointing_steps", "never"], check=True
+        )
     return str(model)
 
 

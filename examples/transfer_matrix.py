@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from comparison import spread
-from hf_tract.integrations.model_card import RECORD_NAME, TrainingRecord, public_name
+from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord, without_local_path
 from jobs import Work, run_all
 
 mpl.use("Agg")
@@ -32,7 +32,12 @@ def main() -> None:
     args = parse()
     jobs = [pretraining(arm, args) for arm in ARMS]
     run_missing("pre-training", jobs, args.jobs)
-    jobs = [fine_tuning(dataset, cell, seed, args) for dataset in args.datasets for seed in range(args.seeds) for cell in CELLS]
+    jobs = [
+        fine_tuning(dataset, cell, seed, args)
+        for dataset in args.datasets
+        for seed in range(args.seeds)
+        for cell in CELLS
+    ]
     run_missing("fine-tuning", jobs, args.jobs)
     top1 = {
         dataset: {
@@ -50,16 +55,23 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=EXAMPLES / "recipes" / "transfer_vit.yaml", help="of the pre-training")
+    parser.add_argument(
+        "--recipe", type=Path, default=EXAMPLES / "recipes" / "transfer_vit.yaml", help="of the pre-training"
+    )
     parser.add_argument("--pretrain_dataset", default="uoft-cs/cifar10", help="a Hub id, photo_crops, or a folder")
     parser.add_argument(
-        "--datasets", nargs="+", default=["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"], metavar="DATASET"
+        "--datasets",
+        nargs="+",
+        default=["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"],
+        metavar="DATASET",
     )
     parser.add_argument("--seeds", type=int, default=3, help="of each fine-tuning (default: %(default)s)")
     parser.add_argument("--lam", type=float, default=0.1)
     parser.add_argument("--pretrain_options", default="", help="more options of pretrain_vit.py, in one string")
     parser.add_argument("--transfer_options", default="", help="more options of transfer.py, in one string")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at once, which share the cores (default: %(default)s)"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/transfer_matrix"))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -69,7 +81,15 @@ def parse() -> argparse.Namespace:
 def pretraining(arm: str, args: argparse.Namespace) -> tuple[Path, list[str]]:
     """Where the model of an arm will be, and the command that makes it."""
     folder = args.output_dir / f"pretrain-{arm}"
-    command = ["pretrain_vit.py", "--recipe", str(args.recipe), "--dataset", args.pretrain_dataset, "--output_dir", str(folder)]
+    command = [
+        "pretrain_vit.py",
+        "--recipe",
+        str(args.recipe),
+        "--dataset",
+        args.pretrain_dataset,
+        "--output_dir",
+        str(folder),
+    ]
     command += ["--resume_from_checkpoint", "latest", *without_or(arm, args), *shlex.split(args.pretrain_options)]
     return folder / "model", command
 
@@ -95,7 +115,7 @@ def run_missing(what: str, jobs: list[tuple[Path, list[str]]], at_once: int) -> 
     """Runs what is not done yet; each run's output goes into a file beside its folder."""
     todo = []
     for folder, (script, *options) in jobs:
-        if not (folder / RECORD_NAME).exists():
+        if not (folder / RECORD_FILE).exists():
             log = (folder.parent if folder.name == "model" else folder).with_suffix(".log")
             todo.append(Work([[sys.executable, str(EXAMPLES / script), *options]], log))
     if failed := run_all(what, todo, at_once):
@@ -104,22 +124,28 @@ def run_missing(what: str, jobs: list[tuple[Path, list[str]]], at_once: int) -> 
 
 def accuracy(folder: Path) -> float:
     """Of a finished run, on its test images."""
-    return TrainingRecord.from_json_file(folder / RECORD_NAME).metrics["accuracy"]
+    return TrainingRecord.from_json_file(folder / RECORD_FILE).metrics["accuracy"]
 
 
-def table(top1: dict[str, dict[tuple[str, str], np.ndarray]], before: dict[str, float], args: argparse.Namespace) -> str:
+def table(
+    top1: dict[str, dict[tuple[str, str], np.ndarray]], before: dict[str, float], args: argparse.Namespace
+) -> str:
     """Mean and standard deviation of each cell, and what TrAct changes, by seed."""
     heads = [f"{one} → {other}" for one, other in CELLS]
     lines = [f"| top-1, % | {' | '.join(heads)} |", "|---" * (1 + len(CELLS)) + "|"]
     for dataset, cells in top1.items():
-        lines.append(f"| {public_name(dataset)} | {' | '.join(spread(cells[cell]) for cell in CELLS)} |")
+        lines.append(f"| {without_local_path(dataset)} | {' | '.join(spread(cells[cell]) for cell in CELLS)} |")
     lines += ["", "| gain, points | in pre-training alone | in fine-tuning alone | in both |", "|---|---|---|---|"]
     base = CELLS[0]
     for dataset, cells in top1.items():
-        gains = [cells[cell] - cells[base] for cell in (("TrAct", "vanilla"), ("vanilla", "TrAct"), ("TrAct", "TrAct"))]
-        lines.append(f"| {public_name(dataset)} | {' | '.join(spread(gain, sign='+') for gain in gains)} |")
-    name = public_name(args.pretrain_dataset)
-    said = f"Pre-training reached {before['vanilla']:.1f} % on {name} without TrAct and {before['TrAct']:.1f} % with it"
+        gains = [
+            cells[cell] - cells[base] for cell in (("TrAct", "vanilla"), ("vanilla", "TrAct"), ("TrAct", "TrAct"))
+        ]
+        lines.append(f"| {without_local_path(dataset)} | {' | '.join(spread(gain, sign='+') for gain in gains)} |")
+    name = without_local_path(args.pretrain_dataset)
+    said = (
+        f"Pre-training reached {before['vanilla']:.1f} % on {name} without TrAct and {before['TrAct']:.1f} % with it"
+    )
     seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
     lines += ["", f"{said} (one run each). {seeds} of fine-tuning."]
     return "\n".join(lines)
@@ -134,7 +160,7 @@ def plot(top1: dict[str, dict[tuple[str, str], np.ndarray]], path: Path) -> Path
             axis.plot([place] * len(values), values, "o", color=color, alpha=0.7)
             axis.hlines(values.mean(), place - 0.3, place + 0.3, color=color, linewidth=2)
         axis.set_xticks(range(len(cells)), [f"{one}\n→ {other}" for one, other in cells])
-        axis.set(title=public_name(dataset), ylabel="top-1, %")
+        axis.set(title=without_local_path(dataset), ylabel="top-1, %")
         axis.grid(axis="y", alpha=0.2)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -43,7 +43,10 @@ def test_each_works_with_line_names_a_test_file():
 
 
 def test_its_files_exist():
-    for path in [*re.findall(r"\]\(((?!http)[^)#]+)\)", README), *re.findall(r"\b(?:examples|docs)/[\w./-]+\w", README)]:
+    for path in [
+        *re.findall(r"\]\(((?!http)[^)#]+)\)", README),
+        *re.findall(r"\b(?:examples|docs)/[\w./-]+\w", README),
+    ]:
         assert (ROOT / path).exists(), path
 
 

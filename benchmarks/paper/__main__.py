@@ -32,10 +32,13 @@ def list_() -> None:
 @app.command()
 def run(
     experiments: Annotated[list[str], typer.Argument(help="names of experiments; all: the paper's; beyond: ours")],
-    scale: Annotated[str, typer.Option(help="full: the paper's; small: hours on two cores; smoke: does it run")] = "small",
+    scale: Annotated[
+        str, typer.Option(help="full: the paper's; small: hours on two cores; smoke: does it run")
+    ] = "small",
     seeds: Annotated[int | None, typer.Option(help="seeds 0 to N-1; by default 5 at full scale, 3 at small")] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="where a data set of the recipes lies; may be repeated")
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="where a data set of the recipes lies; may be repeated"),
     ] = None,
     jobs: Annotated[int, typer.Option(help="runs at once, which share the cores")] = 1,
     processes: Annotated[int, typer.Option(help="of each run, by accelerate launch")] = 1,

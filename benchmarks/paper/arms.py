@@ -130,7 +130,9 @@ def changed(layer: Any, variant: str, recipe: Recipe, splits: Splits, look: Prep
 
 def some_patches(splits: Splits, look: Preprocessing, patch: int, images: int = 2000) -> Tensor:
     """The patches (b, n) of the first training images, normalised."""
-    transform = v2.Compose([*to_tensor(look.size), v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)])
+    transform = v2.Compose(
+        [*to_tensor(look.size), v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)]
+    )
     rows = splits.train.select(range(min(images, len(splits.train))))
     pixels = torch.stack([transform(row[splits.image]) for row in rows])
     return F.pixel_unshuffle(pixels, patch).movedim(1, -1).flatten(0, 2)

@@ -18,7 +18,9 @@ def cifar_model(name: str, classes: int, config: dict[str, Any]) -> nn.Module:
     """
     pool, name = name.startswith(PREFIX + POOL), name.removeprefix(PREFIX).removeprefix(POOL)
     model: Any = timm.create_model(name, num_classes=classes, **config)
-    stem, conv, rest = (model.features, "conv0", "pool0") if name.startswith("densenet") else (model, "conv1", "maxpool")
+    stem, conv, rest = (
+        (model.features, "conv0", "pool0") if name.startswith("densenet") else (model, "conv1", "maxpool")
+    )
     width = getattr(stem, conv).out_channels
     setattr(stem, conv, nn.Conv2d(3, width, 3, padding=1, bias=False))
     if not pool:

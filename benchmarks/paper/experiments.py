@@ -40,7 +40,9 @@ class Experiment:
 
     title: str
     recipe: str
-    settings: dict[str, Changes]  # "WHAT; N epochs": smaller scales have epochs of their own, so only WHAT differs there
+    settings: dict[
+        str, Changes
+    ]  # "WHAT; N epochs": smaller scales have epochs of their own, so only WHAT differs there
     arms: dict[str, Changes]
     small: Changes
     smoke: Changes
@@ -71,7 +73,11 @@ class Experiment:
             for name, arm in self.arms.items()
             if scale == "full" or name not in self.left_out
         }
-        return list({kind: name for name, kind in reversed(kinds.items())}.values())[::-1] if scale == "smoke" else list(kinds)
+        return (
+            list({kind: name for name, kind in reversed(kinds.items())}.values())[::-1]
+            if scale == "smoke"
+            else list(kinds)
+        )
 
     def config(self, scale: str, setting: str, arm: str) -> Changes:
         """The fields of a recipe, `no_tract` and the options of train.py's `Arm`, of one run."""
@@ -82,7 +88,9 @@ class Experiment:
             part = shrunk["epochs"] / whole["epochs"]
             config["epochs"] = round(part * changes["epochs"])
             config |= {
-                key: sorted({max(1, round(part * at)) for at in changes[key]}) for key in ["decay_milestones"] if key in changes
+                key: sorted({max(1, round(part * at)) for at in changes[key]})
+                for key in ["decay_milestones"]
+                if key in changes
             }
         return config
 
@@ -129,7 +137,10 @@ def load(recipe: str) -> Changes:
 
 def epochs(**by_number: float) -> dict[str, Changes]:
     """Settings e100=1e-3, ...: that many epochs at that learning rate."""
-    return {f"{name[1:]} epochs": {"epochs": int(name[1:]), "learning_rate": float(rate)} for name, rate in by_number.items()}
+    return {
+        f"{name[1:]} epochs": {"epochs": int(name[1:]), "learning_rate": float(rate)}
+        for name, rate in by_number.items()
+    }
 
 
 TINY = {

@@ -20,13 +20,17 @@ COLORS = [
 
 def curves(title: str, settings: dict[str, dict[str, Arm]], path: Path) -> None:
     """Means over seeds, with a band of one standard deviation: against epochs on the left, against time on the right."""
-    figure, axes = plt.subplots(len(settings), 2, figsize=(10, 3.6 * len(settings)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(settings), 2, figsize=(10, 3.6 * len(settings)), layout="constrained", squeeze=False
+    )
     for (setting, arms), (left, right) in zip(settings.items(), axes, strict=True):
         for (name, arm), color in zip(arms.items(), [BASE, *COLORS], strict=False):
             values = arm.curves
             epochs, minutes = np.arange(1, values.shape[1] + 1), arm.seconds.mean(0) / 60
             for axis, x in ((left, epochs), (right, minutes)):
-                axis.plot(x, values.mean(0), "o-", color=color, markersize=2.5, label=f"{name}: {values[:, -1].mean():.1f} %")
+                axis.plot(
+                    x, values.mean(0), "o-", color=color, markersize=2.5, label=f"{name}: {values[:, -1].mean():.1f} %"
+                )
                 if len(values) > 1:
                     low, high = values.mean(0) - values.std(0, ddof=1), values.mean(0) + values.std(0, ddof=1)
                     axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
@@ -54,11 +58,17 @@ def sweep(title: str, arms: dict[str, Arm], path: Path) -> None:
     base = next(iter(arms.values())).final
     axis.axhline(base.mean(), color=BASE, label=f"vanilla: {base.mean():.1f} %")
     if len(base) > 1:
-        axis.axhspan(base.mean() - base.std(ddof=1), base.mean() + base.std(ddof=1), color=BASE, alpha=0.15, linewidth=0)
-    points = sorted((next(iter(arm.runs.values())).config["lam"], arm.final) for name, arm in arms.items() if name != "vanilla")
+        axis.axhspan(
+            base.mean() - base.std(ddof=1), base.mean() + base.std(ddof=1), color=BASE, alpha=0.15, linewidth=0
+        )
+    points = sorted(
+        (next(iter(arm.runs.values())).config["lam"], arm.final) for name, arm in arms.items() if name != "vanilla"
+    )
     lams, finals = [lam for lam, _ in points], [final for _, final in points]
     spreads = [final.std(ddof=1) if len(final) > 1 else 0 for final in finals]
-    axis.errorbar(lams, [final.mean() for final in finals], spreads, fmt="o-", color=COLORS[0], capsize=3, label="TrAct")
+    axis.errorbar(
+        lams, [final.mean() for final in finals], spreads, fmt="o-", color=COLORS[0], capsize=3, label="TrAct"
+    )
     axis.set(xscale="log", xlabel="lambda", ylabel="final test top-1, %", title=title)
     axis.set_xticks(lams, [f"{lam:g}" for lam in lams], fontsize=7)
     axis.minorticks_off()

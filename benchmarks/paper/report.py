@@ -47,7 +47,9 @@ def write(scale: str, file: Path, folder: Path, seeds: int = 100) -> Path:
     return path
 
 
-def _section(name: str, experiment: Experiment, settings: dict[str, dict[str, Arm]], stem: str, folder: Path) -> list[str]:
+def _section(
+    name: str, experiment: Experiment, settings: dict[str, dict[str, Arm]], stem: str, folder: Path
+) -> list[str]:
     lines = [f"## {experiment.title}", "", f"`benchmarks/paper run {name}`", ""]
     for setting, arms in settings.items():
         lines += [f"**{setting}**", ""] if setting else []
@@ -91,7 +93,8 @@ def _provenance(runs: Iterable[Result]) -> list[str]:
     seeds = sorted({run.seed for run in runs})
     lines = [f"{len(runs)} runs, seeds {seeds[0]} to {seeds[-1]}." if runs else "No runs.", ""]
     told = {
-        run.key: (run.command, run.hardware, ", ".join(f"{name} {it}" for name, it in run.versions.items())) for run in runs
+        run.key: (run.command, run.hardware, ", ".join(f"{name} {it}" for name, it in run.versions.items()))
+        for run in runs
     }
     for each in sorted(set(told.values())):
         command, hardware, versions = each

@@ -27,7 +27,9 @@ class Rule(NamedTuple):
     center: bool = False
     lam_end: float | None = None  # where None, lam stays
 
-    def apply(self, grad: Tensor, bias_grad: Tensor | None, moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+    def apply(
+        self, grad: Tensor, bias_grad: Tensor | None, moment: Tensor, mean: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Gradients to hand on, of `grad` (m, n) and `bias_grad` (m,) by C (n, n) and mu (n,), in float64."""
         g, moment, mean = grad.double(), moment.double(), mean.double()
         if self.center:
@@ -46,7 +48,9 @@ class _Identity(torch.autograd.Function):
     """Weight and bias as they are; their gradients by the rule."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, patches: Tensor, rule: Rule) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, patches: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor | None]:
         """Takes the moments of `patches` (b, n)."""
         ctx.rule, ctx.moment, ctx.mean = rule, patches.mT @ patches / len(patches), patches.mean(0)
         return weight.view_as(weight), bias if bias is None else bias.view_as(bias)

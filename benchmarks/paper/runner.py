@@ -12,7 +12,7 @@ import yaml
 from experiments import HERE, Job
 from results import RAN_ON, Result
 
-from hf_tract.integrations.model_card import public_name
+from hf_tract.integrations.model_card import without_local_path
 from jobs import Work, run_all
 
 
@@ -77,7 +77,9 @@ def _work(
         cpu = [] if torch.accelerator.is_available() else ["--cpu"]
         launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), *cpu, *launch_options]
         launched = launch if processes > 1 or launch_options else []
-        commands.append([sys.executable, *launched, *script, "--resume_from_checkpoint", "latest", *job.options(), *options])
+        commands.append(
+            [sys.executable, *launched, *script, "--resume_from_checkpoint", "latest", *job.options(), *options]
+        )
     return Work(commands, folder / f"{job.key}.log", job.key)
 
 
@@ -85,6 +87,6 @@ def _result(job: Job, folder: Path) -> Result:
     last = folder / job.key / str(len(job.stages()) - 1)
     rows = [json.loads(line) for line in (last / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     top1, top5, loss, seconds = ([row[name] for row in rows] for name in ("top1", "top5", "loss", "seconds"))
-    config = {**job.config, "dataset": public_name(job.config["dataset"])}
+    config = {**job.config, "dataset": without_local_path(job.config["dataset"])}
     ran_on = json.loads((last / RAN_ON).read_text(encoding="utf-8"))
     return Result(job.key, job.scale, job.seed, config, top1, top5, loss, seconds, **ran_on)

@@ -45,7 +45,9 @@ class Gain:
     p: float | None  # of the paired t-test, two-sided
 
 
-def collect(experiment: Experiment, scale: str, seeds: int, results: Mapping[str, Result]) -> dict[str, dict[str, Arm]]:
+def collect(
+    experiment: Experiment, scale: str, seeds: int, results: Mapping[str, Result]
+) -> dict[str, dict[str, Arm]]:
     """Arms by setting, as far as they have been run."""
     found: dict[str, dict[str, Arm]] = {}
     for job in experiment.jobs(scale, seeds):
@@ -70,6 +72,8 @@ def speed_up(arm: Arm, base: Arm) -> float | None:
 
     Of the seeds that both have.
     """
-    mine, theirs = (Arm({seed: each.runs[seed] for seed in arm.runs.keys() & base.runs.keys()}) for each in (arm, base))
+    mine, theirs = (
+        Arm({seed: each.runs[seed] for seed in arm.runs.keys() & base.runs.keys()}) for each in (arm, base)
+    )
     reached = epochs_to_reach(mine.curves.mean(0), float(theirs.final.mean()))
     return theirs.curves.shape[1] / reached if reached else None

@@ -20,7 +20,7 @@ from hf_tract.core.patches import patch_size
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import original_class
 from hf_tract.core.weights import is_frozen
-from hf_tract.discovery.first_layer import FirstLayer, Layers, find_first_layers, find_functional_callers
+from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers, find_functional_callers
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class TrActHandle:
 def apply_tract(
     model: nn.Module,
     lam: float = 0.1,
-    layers: Layers = "auto",
+    layers: LayerSelection = "auto",
     scope: Scope = "global",
     *,
     example_batch: Any = None,

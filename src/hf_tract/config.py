@@ -50,7 +50,9 @@ class TrActConfig:
             raise TrActError(f"`scope` (={self.scope!r}) must be 'global' or 'local'.")
         layers = self.layers if isinstance(self.layers, str) else tuple(self.layers)
         if not layers or not all(isinstance(name, str) for name in layers):  # "" in a tuple names the model itself
-            raise TrActError(f"`layers` (={self.layers!r}) must be 'auto', a layer's name or pattern, or several of these.")
+            raise TrActError(
+                f"`layers` (={self.layers!r}) must be 'auto', a layer's name or pattern, or several of these."
+            )
         object.__setattr__(self, "layers", layers)
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from measure import interleaved, peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tract.cli.cost import moment_cost
-from hf_tract.core.moments import Window, patch_moments
+from hf_tract.core.moments import PatchSpec, patch_moments
 
 CPU = torch.device("cpu")
 
@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 )
 def test_the_formula_counts_the_operations(shape, stem):
     kernel, stride, padding = stem
-    window = Window((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1))
-    n = window.columns(shape)
+    window = PatchSpec((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1))
+    n = window.patch_size(shape)
 
     def products(_, left, right, **kwargs):
         return 2 * math.prod(left) * right[-1]

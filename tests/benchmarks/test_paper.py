@@ -72,7 +72,11 @@ def test_every_full_recipe_is_the_papers_field_by_field(name):
         expected, config = {**DEFAULTS, **expected}, {**DEFAULTS, **config}
         assert expected.keys() == config.keys()
         for key, wanted in expected.items():
-            assert config[key] == (pytest.approx(wanted) if isinstance(wanted, float | list) else wanted), (setting, arm, key)
+            assert config[key] == (pytest.approx(wanted) if isinstance(wanted, float | list) else wanted), (
+                setting,
+                arm,
+                key,
+            )
 
 
 def test_the_papers_means_are_all_there():
@@ -99,7 +103,9 @@ def test_the_models_of_cifar100_have_the_stem_of_a_small_image(name):
 
 
 def test_a_run_that_two_experiments_ask_for_is_one():
-    keys = [{job.key for job in EXPERIMENTS[name].jobs("small")} for name in ("cifar10_vit", "lambda_sweep", "baselines")]
+    keys = [
+        {job.key for job in EXPERIMENTS[name].jobs("small")} for name in ("cifar10_vit", "lambda_sweep", "baselines")
+    ]
     assert len(keys[0]) == 12
     assert len(keys[0] & keys[1]) == 12
     assert len(keys[0] & keys[2]) == 6
@@ -122,7 +128,9 @@ def smoke(tmp_path_factory):
 
 def test_every_arm_of_every_experiment_runs(smoke):
     have = results.read(smoke / "smoke.jsonl")
-    wanted = {job.key for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]] for job in experiment.jobs("smoke")}
+    wanted = {
+        job.key for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]] for job in experiment.jobs("smoke")
+    }
     assert have.keys() == wanted
     for result in have.values():
         assert len(result.top1) == len(result.top5) == len(result.seconds) == result.config["epochs"]

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from helpers.oracle import moment, says
 from hf_tract import apply_tract
 from hf_tract.cli.cost import moment_cost, solve_cost
-from hf_tract.cli.loading import Pixels, load
+from hf_tract.cli.loading import Normalization, load
 from hf_tract.cli.main import advice, app
 from hf_tract.cli.report import inspect_model
 from hf_tract.cli.scale import NATURAL, expected_mean, normalised, spectrum
 from hf_tract.config import TrActError
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -136,17 +136,17 @@ def test_a_frozen_layer_and_a_large_one_are_told():
 
 def test_the_expected_mean_is_that_of_such_pixels():
     torch.manual_seed(0)
-    pixels = Pixels((0.5, 0.4, 0.3), (0.5, 0.2, 0.3))
+    pixels = Normalization((0.5, 0.4, 0.3), (0.5, 0.2, 0.3))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NATURAL)
     images = torch.randn(8, 3, 64, 64) * std + mean
-    measured = spectrum(normalised(list(images), pixels), Window((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1)
+    measured = spectrum(normalised(list(images), pixels), PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1)
     assert measured.mean == pytest.approx(expected_mean(pixels), rel=0.02)
 
 
 def test_the_spectrum_is_the_dense_moments():
     x, layer = torch.randn(6, 3, 12, 12), torch.nn.Conv2d(3, 4, 3, 2, 1)
     values = torch.linalg.eigvalsh(moment(x, layer))
-    told = spectrum(x, Window((3, 3), (2, 2), (1,) * 4, (1, 1)), lam=0.5)
+    told = spectrum(x, PatchSpec((3, 3), (2, 2), (1,) * 4, (1, 1)), lam=0.5)
     assert told.mean == pytest.approx(float(values.mean()))
     assert told.largest == pytest.approx(float(values.max()))
     assert told.condition == pytest.approx(float((values.max() + 0.5) / (values.min() + 0.5)))
@@ -154,10 +154,12 @@ def test_the_spectrum_is_the_dense_moments():
 
 
 def test_costs_of_groups_and_rows():
-    whole, grouped = (moment_cost((2, 8, 12, 12), Window((4, 4), (4, 4), (0,) * 4, (1, 1), groups)) for groups in (1, 4))
+    whole, grouped = (
+        moment_cost((2, 8, 12, 12), PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1), groups)) for groups in (1, 4)
+    )
     assert whole.operations == 2 * (2 * 9) * 128 * 128
     assert grouped.operations == whole.operations // 4
-    assert moment_cost((2, 9, 128), Window()).operations == whole.operations
+    assert moment_cost((2, 9, 128), PatchSpec()).operations == whole.operations
     assert solve_cost(10, 6).operations == 6**3 // 3 + 2 * 10 * 36
 
 
@@ -179,7 +181,11 @@ def test_versions():
 
 
 def test_options_with_underscores_too(checkpoint):
-    assert inspect(checkpoint, "--batch_size", "8")["batch_size"] == inspect(checkpoint, "--batch-size", "8")["batch_size"] == 8
+    assert (
+        inspect(checkpoint, "--batch_size", "8")["batch_size"]
+        == inspect(checkpoint, "--batch-size", "8")["batch_size"]
+        == 8
+    )
 
 
 def test_a_long_name_stands_in_one_piece(checkpoint, monkeypatch):

@@ -148,7 +148,9 @@ def test_a_16_bit_operation_before_an_activation_in_place(backend):
     assert_close(model[0].bias.grad, ordinary[0].bias.grad, 1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # compiled autograd's own
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # compiled autograd's own
 def test_compiled_autograd_has_the_rule():
     plain, parts = network(), [torch.randn(4, 3, 9, 9), 3 * torch.randn(2, 3, 9, 9)]
     plain(parts[0])

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from hf_tract import TrActConfig
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 from hf_tract.core.preconditioner import LayerPreconditioner
 
 try:
@@ -16,9 +16,9 @@ except (RuntimeError, AssertionError):  # older versions ask the driver, builds 
     pytest.skip("this torch makes no fake CUDA tensors on this machine", allow_module_level=True)
 
 WINDOWS = {
-    "linear": (Window(), (8, 48)),
-    "patches": (Window((4, 4), (4, 4), (0,) * 4, (1, 1)), (8, 3, 64, 64)),
-    "rows": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (8, 3, 64, 64)),
+    "linear": (PatchSpec(), (8, 48)),
+    "patches": (PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), (8, 3, 64, 64)),
+    "rows": (PatchSpec((7, 7), (2, 2), (3,) * 4, (1, 1)), (8, 3, 64, 64)),
 }
 
 
@@ -26,7 +26,7 @@ WINDOWS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_no_step_after_the_first_waits_for_the_device(name, dtype):
     window, shape = WINDOWS[name]
-    n = window.columns(shape)
+    n = window.patch_size(shape)
     with FakeTensorMode():
         layer = nn.Linear(n, 8, device="cuda")
         preconditioner = LayerPreconditioner(layer, TrActConfig())

@@ -7,22 +7,22 @@ from torch import nn
 
 from helpers import oracle
 from helpers.strategies import cases
-from hf_tract.core.moments import SCRATCH_BYTES, Window, patch_moments
+from hf_tract.core.moments import MEMORY_LIMIT, PatchSpec, patch_moments
 from hf_tract.core.patches import PATCH_OPS
 
 
-def window_of(layer: nn.Module, x: torch.Tensor) -> Window:
+def window_of(layer: nn.Module, x: torch.Tensor) -> PatchSpec:
     """The window of a layer without a padding mode."""
     if isinstance(layer, nn.Linear):
-        return Window()
+        return PatchSpec()
     arguments = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     return PATCH_OPS[oracle.CONVS[len(layer.kernel_size)][1]](x, layer.weight, *arguments)
 
 
 def moments(
-    x: torch.Tensor, window: Window, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES
+    x: torch.Tensor, window: PatchSpec, dtype: torch.dtype, scratch_bytes: int = MEMORY_LIMIT
 ) -> tuple[torch.Tensor, int]:
-    n = window.columns(x.shape)
+    n = window.patch_size(x.shape)
     sums = torch.zeros(window.groups, n, n, dtype=dtype)
     return sums, patch_moments(x, window, sums, scratch_bytes)
 
@@ -37,15 +37,15 @@ def test_equals_the_dense_moment_whatever_the_chunks(case, scratch_bytes):
 
 
 PATCHES = {
-    "linear, converted": (Window(), (40000, 200)),
-    "patches": (Window((8, 8), (8, 8), (0,) * 4, (1, 1)), (60, 3, 128, 128)),
+    "linear, converted": (PatchSpec(), (40000, 200)),
+    "patches": (PatchSpec((8, 8), (8, 8), (0,) * 4, (1, 1)), (60, 3, 128, 128)),
     "padded patches": (
-        Window((8, 8), (8, 8), (4,) * 4, (1, 1)),
+        PatchSpec((8, 8), (8, 8), (4,) * 4, (1, 1)),
         (60, 3, 128, 128),
     ),
-    "rows": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (60, 3, 128, 128)),
-    "one large image": (Window((7, 7), (2, 2), (3,) * 4, (1, 1)), (1, 3, 1600, 1600)),
-    "dilated": (Window((5, 5), (1, 1), (0,) * 4, (2, 2)), (20, 3, 64, 64)),
+    "rows": (PatchSpec((7, 7), (2, 2), (3,) * 4, (1, 1)), (60, 3, 128, 128)),
+    "one large image": (PatchSpec((7, 7), (2, 2), (3,) * 4, (1, 1)), (1, 3, 1600, 1600)),
+    "dilated": (PatchSpec((5, 5), (1, 1), (0,) * 4, (2, 2)), (20, 3, 64, 64)),
 }
 
 
@@ -53,7 +53,7 @@ PATCHES = {
 def test_scratch_memory_is_bounded_and_not_wasted(name):
     window, shape = PATCHES[name]
     x = torch.randn(shape, dtype=torch.bfloat16 if not window.kernel else torch.float32)
-    n, bound = window.columns(shape), 4 * 2**20
+    n, bound = window.patch_size(shape), 4 * 2**20
     sums = torch.zeros(window.groups, n, n)
     peak = peak_bytes(lambda: patch_moments(x, window, sums, bound), x.device)
     assert bound / 8 < peak <= bound + sums.nbytes
@@ -61,7 +61,7 @@ def test_scratch_memory_is_bounded_and_not_wasted(name):
 
 def test_an_unbatched_image_is_one_image():
     x = torch.randn(3, 8, 8)
-    window = Window((4, 4), (4, 4), (0, 0, 0, 0), (1, 1))
+    window = PatchSpec((4, 4), (4, 4), (0, 0, 0, 0), (1, 1))
     one, _ = moments(x, window, torch.float32)
     batch, count = moments(x[None], window, torch.float32)
     assert count == 4
@@ -70,7 +70,7 @@ def test_an_unbatched_image_is_one_image():
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 2, 8)])
 def test_no_patches_give_zero_sums(shape):
-    sums, count = moments(torch.randn(shape), Window((4, 4), (4, 4), (0,) * 4, (1, 1)), torch.float32)
+    sums, count = moments(torch.randn(shape), PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), torch.float32)
     assert count == 0
     assert sums.shape == (1, 48, 48)
     assert not sums.any()

@@ -11,7 +11,7 @@ import hf_tract.core.preconditioner
 import hf_tract.core.solve
 from helpers.oracle import assert_close, expected
 from hf_tract import apply_tract
-from hf_tract.core.moments import Window, patch_sums
+from hf_tract.core.moments import PatchSpec, patch_sums
 
 LAYERS = {
     "patches": lambda: nn.Conv2d(3, 16, 4, 4),
@@ -56,10 +56,10 @@ def test_a_float32_model_on_pixels_of_any_unit(layer, pixels, caplog):
 @pytest.mark.parametrize("pixels, dtype", [("normalised", torch.float32), ("0 to 255", torch.float64)])
 def test_sums_are_float64_only_where_float32_would_lose_lam(pixels, dtype):
     x = PIXELS[pixels](photos(4))
-    assert patch_sums(x, Window((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1).dtype == dtype
+    assert patch_sums(x, PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1).dtype == dtype
 
 
-@pytest.mark.parametrize("window", [Window(), Window((1, 1), (1, 1), (0,) * 4, (1, 1))], ids=["linear", "1x1"])
+@pytest.mark.parametrize("window", [PatchSpec(), PatchSpec((1, 1), (1, 1), (0,) * 4, (1, 1))], ids=["linear", "1x1"])
 def test_millions_of_patches_are_summed_in_pieces(window):
     """One float32 product of 17 million rows stops growing at 2^24."""
     rows = torch.randn(2**24, 3) + 0.2

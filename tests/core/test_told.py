@@ -142,7 +142,9 @@ def test_trainer_looks_after_its_first_step_whatever_the_optimizer(tmp_path, tol
     class Blind(TrActCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 0:
-                model.get_submodule(self.handle_of(model).layers[0].name)._conv_forward = lambda x, w, b: F.conv2d(x, w, b, 4)
+                model.get_submodule(self.handle_of(model).layers[0].name)._conv_forward = lambda x, w, b: F.conv2d(
+                    x, w, b, 4
+                )
 
     class Hidden(torch.optim.SGD):
         def __init__(self, params, lr):
@@ -165,7 +167,9 @@ def test_a_trainable_layer_beside_a_frozen_one_is_watched_too(told):
             self.base, self.lora = nn.Conv2d(3, 4, 4, 4).requires_grad_(False), nn.Conv2d(3, 4, 4, 4)
 
         def forward(self, x: torch.Tensor, without: bool = False) -> torch.Tensor:
-            return (self.base(x).sin() if without else self.base(x) + self.lora(x)).square().sum() + self.lora.bias.sum()
+            return (
+                self.base(x).sin() if without else self.base(x) + self.lora(x)
+            ).square().sum() + self.lora.bias.sum()
 
     model = Beside()
     assert [layer.name for layer in apply_tract(model).layers] == ["lora"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.oracle import assert_close
 from helpers.strategies import cases
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 from hf_tract.core.weight_grad import weight_grad
 
 
@@ -19,16 +19,16 @@ def double_gradient(layer: nn.Module, x: torch.Tensor, output_grad: torch.Tensor
     return exact.weight.grad
 
 
-def window_of(layer: nn.Module) -> Window:
+def window_of(layer: nn.Module) -> PatchSpec:
     if isinstance(layer, nn.Linear):
-        return Window()
+        return PatchSpec()
     if isinstance(layer.padding, str):
         zeros = layer.padding == "valid"
         spans = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         padding = [p for span in spans for p in ((0, 0) if zeros else (span // 2, span - span // 2))]
     else:
         padding = [p for each in layer.padding for p in (each, each)]
-    return Window(layer.kernel_size, layer.stride, tuple(padding), layer.dilation, layer.groups)
+    return PatchSpec(layer.kernel_size, layer.stride, tuple(padding), layer.dilation, layer.groups)
 
 
 def check(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> None:

@@ -56,7 +56,9 @@ class Tied(nn.Module):
 
 
 def lora() -> nn.Module:
-    return peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["projection"], r=2))
+    return peft.get_peft_model(
+        vit(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["projection"], r=2)
+    )
 
 
 def lora_on_the_stem() -> nn.Module:
@@ -69,7 +71,10 @@ def lora_on_the_stem() -> nn.Module:
 
 WRAPPED = {
     "lora": (lora, "base_model.model.vit.embeddings.patch_embeddings.projection.modules_to_save.default"),
-    "lora on the stem": (lora_on_the_stem, "base_model.model.vit.embeddings.patch_embeddings.projection.lora_A.default"),
+    "lora on the stem": (
+        lora_on_the_stem,
+        "base_model.model.vit.embeddings.patch_embeddings.projection.lora_A.default",
+    ),
     "DataParallel": (lambda: nn.DataParallel(vit()), "vit.embeddings.patch_embeddings.projection"),
     "wrapper": (lambda: Wrapper(vit()), "body.vit.embeddings.patch_embeddings.projection"),
     "Sequential": (lambda: nn.Sequential(nn.Conv2d(3, 8, 5, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(392, 4)), "0"),

@@ -279,7 +279,9 @@ def test_a_frozen_layer_warns_and_acts_once_it_is_unfrozen(caplog):
 def test_a_frozen_layer_asked_for_by_name_is_an_error():
     model = net()
     model.stem[0].weight.requires_grad_(False)
-    with pytest.raises(TrActError, match=says("`layers` (='stem.0') names stem.0, which is frozen", "`requires_grad=True`")):
+    with pytest.raises(
+        TrActError, match=says("`layers` (='stem.0') names stem.0, which is frozen", "`requires_grad=True`")
+    ):
         apply_tract(model, layers="stem.0")
 
 

@@ -17,7 +17,9 @@ from torch import nn
 from hf_tract import apply_tract
 
 TABLE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-LINES = {tuple(line[2:].split(" | ")[:2]): line for line in TABLE.splitlines() if line.startswith("| ")}  # family, name
+LINES = {
+    tuple(line[2:].split(" | ")[:2]): line for line in TABLE.splitlines() if line.startswith("| ")
+}  # family, name
 STALE = f"docs/models.md is stale: run `{survey.COMMAND}`"
 ALL = {subject.name: subject for subject in subjects()}
 # One of each kind: patches, windows, weight standardisation, flat patches, clips, rows with a grid, two stems and a skip
@@ -63,7 +65,9 @@ def test_at_least_95_percent_work_and_the_others_say_why():
         good, count = map(int, re.search(rf"## {library}: (\d+) of (\d+) work", TABLE).groups())
         assert good >= 0.95 * count
     for line in LINES.values():
-        assert line.endswith((" ok |", " status |")) or re.search(r" (ok; |refused: |not built: |not run: |no gradient )", line)
+        assert line.endswith((" ok |", " status |")) or re.search(
+            r" (ok; |refused: |not built: |not run: |no gradient )", line
+        )
 
 
 class Net(nn.Module):

@@ -79,7 +79,9 @@ OTHER_KINDS = {
     "bmm": Net(lambda net, x: net.tail(grid(torch.einsum("bnk,ok->bno", rows(x), net.w))), w=weight(8, 48)),
     "conv2d": Net(lambda net, x: net.tail(F.conv2d(x, net.w, stride=4)), w=weight(8, 3, 4, 4)),
     "conv_transpose": Net(lambda net, x: net.tail(net.up(x)), up=nn.ConvTranspose2d(3, 8, 2, 2)),
-    "embedding": Net(lambda net, x: net.tail(net.table(x.long()).movedim(-1, 2).flatten(1, 2)), table=nn.Embedding(256, 4)),
+    "embedding": Net(
+        lambda net, x: net.tail(net.table(x.long()).movedim(-1, 2).flatten(1, 2)), table=nn.Embedding(256, 4)
+    ),
     "index": Net(lambda net, x: net.tail(grid(net.w[x.mean(1).flatten(1).long().clamp(0, 9)])), w=weight(10, 8)),
     "addmm": Net(lambda net, x: net.tail(grid(net.rnn(rows(x))[0])), rnn=nn.GRU(48, 8, batch_first=True)),
 }
@@ -88,7 +90,9 @@ OTHER_KINDS = {
 @pytest.mark.parametrize("operation", OTHER_KINDS)
 def test_a_weight_of_another_kind_is_an_error_and_no_deeper_layer_is_taken(operation):
     model = OTHER_KINDS[operation]
-    with pytest.raises(TrActError, match=says("the first weight that the pixels meet is in", f"`{operation}`", "`layers=`")):
+    with pytest.raises(
+        TrActError, match=says("the first weight that the pixels meet is in", f"`{operation}`", "`layers=`")
+    ):
         apply_tract(model)
     assert type(model.tail[0]) is nn.Conv2d
 
@@ -226,9 +230,9 @@ def test_guesses_have_the_precision_of_the_model(dtype):
 
 
 def test_a_compiled_part_is_run_as_it_is():
-    assert [(m.name, m.source) for m in find_first_layers(nn.Sequential(torch.compile(nn.Conv2d(3, 8, 4, 4)), tail()))] == [
-        ("0", REACHED)
-    ]
+    assert [
+        (m.name, m.source) for m in find_first_layers(nn.Sequential(torch.compile(nn.Conv2d(3, 8, 4, 4)), tail()))
+    ] == [("0", REACHED)]
 
 
 def test_scripted_parts_are_leaves():
@@ -317,7 +321,9 @@ def test_an_example_that_fails_raises_with_the_forwards_own_error():
     model = Bands()
     with pytest.raises(
         TrActError,
-        match=says("`example_batch` (=torch.float32 (2, 3, 32, 32))", "(=Bands) failed on it with RuntimeError", "13", "3"),
+        match=says(
+            "`example_batch` (=torch.float32 (2, 3, 32, 32))", "(=Bands) failed on it with RuntimeError", "13", "3"
+        ),
     ) as raised:
         apply_tract(model, example_batch=torch.rand(2, 3, 32, 32))
     assert isinstance(raised.value.__cause__, RuntimeError)

@@ -28,7 +28,9 @@ SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 
 def siglip() -> nn.Module:
     vision = SiglipVisionConfig(**SMALL, image_size=16, patch_size=4)
-    return SiglipForImageClassification(SiglipConfig(text_config=SiglipTextConfig(**SMALL), vision_config=vision, num_labels=4))
+    return SiglipForImageClassification(
+        SiglipConfig(text_config=SiglipTextConfig(**SMALL), vision_config=vision, num_labels=4)
+    )
 
 
 def timm_resnet() -> nn.Module:
@@ -49,7 +51,9 @@ def job(rank: int, name: str) -> dict[str, torch.Tensor]:
     model, batch = MODELS[family](), Images(12).batch()
     plain, stem = copy.deepcopy(model), find_first_layers(model)[0].name
     plain(**batch).loss.backward()
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
+    )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
         device=torch.device("cpu"),

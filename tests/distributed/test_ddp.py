@@ -34,7 +34,11 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int]]:
     settings = dict(settings)
     net, hook = settings.pop("net", Net), settings.pop("hook", False)
     held = settings.pop("held", True)
-    before, scope, dropped = settings.pop("before", True), settings.pop("scope", "global"), settings.pop("dropped", False)
+    before, scope, dropped = (
+        settings.pop("before", True),
+        settings.pop("scope", "global"),
+        settings.pop("dropped", False),
+    )
     model = net()
     if before:
         apply_tract(model, lam=0.1, scope=scope)

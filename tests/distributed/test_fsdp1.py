@@ -15,7 +15,11 @@ from hf_tract import apply_tract
 
 SIZES = [[5, 3], [2, 2]]
 SCENARIOS = {
-    f"original parameters {original}, {when}, {'the stem wrapped' if wrapped else 'one unit'}": (original, when, wrapped)
+    f"original parameters {original}, {when}, {'the stem wrapped' if wrapped else 'one unit'}": (
+        original,
+        when,
+        wrapped,
+    )
     for original in (True, False)
     for when in ("before", "after")
     for wrapped in (True, False)

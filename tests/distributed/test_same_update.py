@@ -36,7 +36,9 @@ def resnet() -> nn.Module:
 
 
 def convnext() -> nn.Module:
-    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4))
+    return ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4)
+    )
 
 
 MODELS = {"vit": vit, "resnet": resnet, "convnext": convnext}
@@ -54,7 +56,9 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, torch.randint(0, 4, (IMAGES,), generator=generator)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, micros: int, rank=0, ranks=1, held=contextlib.nullcontext):
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, micros: int, rank=0, ranks=1, held=contextlib.nullcontext
+):
     for step in range(STEPS):
         pixels, labels = (part.chunk(ranks)[rank].chunk(micros) for part in batch(step))
         for micro in range(micros):
@@ -82,7 +86,9 @@ def job(rank: int, name: str) -> torch.Tensor:
         wrapped = DistributedDataParallel(model)
         return train(wrapped, OPTIMIZERS[optimizer](wrapped.parameters()), micros, rank, 2, wrapped.no_sync)
     sharded = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    return train(sharded, OPTIMIZERS[optimizer](sharded.parameters()), micros, rank, 2, lambda: fsdp2_no_sync(sharded, handle))
+    return train(
+        sharded, OPTIMIZERS[optimizer](sharded.parameters()), micros, rank, 2, lambda: fsdp2_no_sync(sharded, handle)
+    )
 
 
 NAMES = [f"{family}/{optimizer}" for family in MODELS for optimizer in OPTIMIZERS]

@@ -18,7 +18,9 @@ def splits():
 
 
 def cached(splits, **options) -> CachedImages:
-    return CachedImages(splits.train, splits, create_transform(32, interpolation="bicubic", normalize=False), LOOK, **options)
+    return CachedImages(
+        splits.train, splits, create_transform(32, interpolation="bicubic", normalize=False), LOOK, **options
+    )
 
 
 def test_without_augmentation_they_are_those_of_the_ordinary_loader(splits):

@@ -45,7 +45,8 @@ SIZES = ((64, 96), (80, 48), (64, 64))  # height, width
 def objects(count: int) -> list[Objects]:
     boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 44.0, 44.0]])
     return [
-        Objects(boxes[: 1 + i % 2], torch.arange(1 + i % 2), torch.zeros(1 + i % 2, dtype=torch.bool)) for i in range(count)
+        Objects(boxes[: 1 + i % 2], torch.arange(1 + i % 2), torch.zeros(1 + i % 2, dtype=torch.bool))
+        for i in range(count)
     ]
 
 
@@ -147,7 +148,11 @@ def test_a_stem_that_the_library_froze_is_said_to_be_so_and_how_to_train_it(make
 
 def test_mean_average_precision_by_hand():
     """Of two objects one is found exactly and first, one not at all; a false hit comes last. Eleven recalls: 6/11."""
-    wanted = [Objects(torch.tensor([[0.0, 0, 20, 20], [40.0, 40, 60, 60]]), torch.tensor([1, 1]), torch.tensor([False, False]))]
+    wanted = [
+        Objects(
+            torch.tensor([[0.0, 0, 20, 20], [40.0, 40, 60, 60]]), torch.tensor([1, 1]), torch.tensor([False, False])
+        )
+    ]
     boxes = torch.tensor([[0.0, 0, 20, 20], [70.0, 70, 90, 90]])
     found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([1, 1])}]
     figures = mean_average_precision(found, wanted)

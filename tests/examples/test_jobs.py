@@ -17,7 +17,9 @@ def python(code):
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(tmp_path, capsys):
-    bad = Work([python("print('why'); raise SystemExit(3)"), python("open('never', 'w')")], tmp_path / "bad.log", "bad")
+    bad = Work(
+        [python("print('why'); raise SystemExit(3)"), python("open('never', 'w')")], tmp_path / "bad.log", "bad"
+    )
     good = Work([python("print(1)"), python("print(2)")], tmp_path / "logs" / "good.log", "good")
     done = []
     failed = run_all("runs", [bad, good], 2, lambda work: done.append(work.name))

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification
 
 import pretrain_vit
 from helpers.oracle import assert_close
-from hf_tract.integrations.model_card import RECORD_NAME, TrainingRecord
+from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord
 from hf_tract.metrics import TopK
 from recipe import Recipe
 
@@ -65,7 +65,10 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_leaves_a_model_that_transformers_loads(whole):
-    assert [(entry["epoch"], entry["step"], entry["tract"]) for entry in history(whole)] == [(1, 8, True), (2, 16, True)]
+    assert [(entry["epoch"], entry["step"], entry["tract"]) for entry in history(whole)] == [
+        (1, 8, True),
+        (2, 16, True),
+    ]
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {
         file.name for file in (whole / "model").iterdir()
     }
@@ -73,7 +76,7 @@ def test_a_run_leaves_a_model_that_transformers_loads(whole):
 
 
 def test_the_model_has_a_card_of_its_run(whole):
-    record = TrainingRecord.from_json_file(whole / "model" / RECORD_NAME)
+    record = TrainingRecord.from_json_file(whole / "model" / RECORD_FILE)
     assert (record.dataset, record.base_model, record.library) == ("photo_crops", None, "transformers")
     assert [row["accuracy"] for row in record.history] == [entry["top1"] for entry in history(whole)]
     assert record.metrics["accuracy"] == history(whole)[-1]["top1"]
@@ -140,7 +143,9 @@ def test_images_in_memory_are_resumed_too(whole, tmp_path, monkeypatch):
 
 
 def test_images_in_memory_refuse_other_augmentations(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"--rotation 5.0, --color_jitter 0.3: --in_memory only crops .* and flips; leave one"):
+    with pytest.raises(
+        SystemExit, match=r"--rotation 5.0, --color_jitter 0.3: --in_memory only crops .* and flips; leave one"
+    ):
         run(monkeypatch, tmp_path, "--in_memory", "--rotation", "5")
 
 
@@ -152,7 +157,9 @@ def test_a_finished_run_resumed_stays_as_it_is(whole, monkeypatch):
 
 
 def test_a_used_folder_is_not_overwritten(whole, monkeypatch):
-    with pytest.raises(SystemExit, match=r"has checkpoints: add --resume_from_checkpoint latest, or name another --output_dir"):
+    with pytest.raises(
+        SystemExit, match=r"has checkpoints: add --resume_from_checkpoint latest, or name another --output_dir"
+    ):
         run(monkeypatch, whole)
 
 
@@ -163,7 +170,13 @@ def test_every_part_of_a_recipe_together(tmp_path, monkeypatch):
         "optimizer": "lamb",
         "bce_loss": True,
     }
-    recipe |= {"mixup": 0.8, "cutmix": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25, "ema_decay": 0.9}
+    recipe |= {
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.25,
+        "ema_decay": 0.9,
+    }
     recipe |= {"repeated_augmentation": 3, "clip_grad_norm": 1.0, "warmup_epochs": 1, "gradient_accumulation_steps": 3}
     recipe |= {"mixed_precision": "bf16", "crop_padding": 4, "channels_last": True}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -180,7 +193,9 @@ def test_every_part_of_a_recipe_together(tmp_path, monkeypatch):
     run(monkeypatch, tmp_path / "out", *options)
     assert len(history(tmp_path / "out")) == 2
     assert list((tmp_path / "out").rglob("events.out.*"))
-    loaded = timm.create_model("resnet18", num_classes=20, checkpoint_path=str(tmp_path / "out/model/model.safetensors"))
+    loaded = timm.create_model(
+        "resnet18", num_classes=20, checkpoint_path=str(tmp_path / "out/model/model.safetensors")
+    )
     assert loaded.conv1.weight.isfinite().all()
 
 
@@ -259,5 +274,7 @@ def test_killed_within_an_epoch_and_resumed_it_ends_bit_identical(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(command(tmp_path / "killed", *more, "--resume_from_checkpoint", "latest"), check=True, env=environment)
+    subprocess.run(
+        command(tmp_path / "killed", *more, "--resume_from_checkpoint", "latest"), check=True, env=environment
+    )
     assert torch.equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))

@@ -42,7 +42,9 @@ def python(tmp_path_factory) -> Path:
 
 
 def run(environment, *arguments, cwd, python=sys.executable) -> str:
-    done = subprocess.run([python, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout
@@ -91,9 +93,14 @@ def test_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
     said = [pushed.messages[commit] for commit in pushed.branches["main"]]
     assert said[0] == "initial commit"
     assert said[1].startswith("Training in progress, epoch 1")
-    assert said[2:] in (["End of training"], [])  # a push in training that comes late has all, and the last one nothing to add
+    assert said[2:] in (
+        ["End of training"],
+        [],
+    )  # a push in training that comes late has all, and the last one nothing to add
     files = pushed.files("main")
-    assert {"model.safetensors", "config.json", "preprocessor_config.json", "tract_config.json", "README.md"} <= set(files)
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "tract_config.json", "README.md"} <= set(
+        files
+    )
     card = ModelCard(files["README.md"].decode())
     assert {"tract", "hf-tract"} <= set(card.data.tags)
     assert (card.data.base_model, card.data.datasets) == ("tester/vit-crops", [FLOWERS])
@@ -105,15 +112,37 @@ def test_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
 
 
 def test_a_timm_model_loads_by_timm_and_is_fine_tuned(hub, environment, python, tmp_path):
-    model = ["--model", "test_vit", "--model_config", "{}", "--epochs", "1", "--train_samples", "64", "--batch_size", "32"]
+    model = [
+        "--model",
+        "test_vit",
+        "--model_config",
+        "{}",
+        "--epochs",
+        "1",
+        "--train_samples",
+        "64",
+        "--batch_size",
+        "32",
+    ]
     model += ["--image_size", "160"]
     run(environment, EXAMPLES / "pretrain_vit.py", "--cpu", *model, "--output_dir", "timm", cwd=tmp_path)
     saved = json.loads((tmp_path / "timm" / "model" / "config.json").read_text())
     assert saved["pretrained_cfg"]["mean"] != [0.5, 0.5, 0.5] != saved["pretrained_cfg"]["std"]  # the photographs' own
     publish = EXAMPLES / "push_to_hub.py"
     run(environment, publish, "timm", "--repo_id", "tester/timm-crops", cwd=tmp_path)
-    assert run(environment, "-c", LOAD + TIMM, "tester/timm-crops", cwd=tmp_path, python=python).split() == ["20", "True"] * 2
-    tuned = ["--use_cpu", "--checkpoint", "hf-hub:tester/timm-crops", "--train_samples", "64", "--num_train_epochs", "1"]
+    assert (
+        run(environment, "-c", LOAD + TIMM, "tester/timm-crops", cwd=tmp_path, python=python).split()
+        == ["20", "True"] * 2
+    )
+    tuned = [
+        "--use_cpu",
+        "--checkpoint",
+        "hf-hub:tester/timm-crops",
+        "--train_samples",
+        "64",
+        "--num_train_epochs",
+        "1",
+    ]
     run(environment, EXAMPLES / "transfer.py", *tuned, "--output_dir", "tuned", cwd=tmp_path)
     run(environment, publish, "tuned", "--repo_id", "tester/timm-digits", "--revision", "v1", cwd=tmp_path)
     card = ModelCard(hub.repos["tester/timm-digits"].files("v1")["README.md"].decode())

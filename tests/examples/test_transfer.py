@@ -17,7 +17,7 @@ import transfer
 import transfer_matrix
 from digits import digits
 from hf_tract import TrActError
-from hf_tract.integrations.model_card import RECORD_NAME, TrainingRecord
+from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord
 
 STEM = "vit.embeddings.patch_embeddings.projection.weight"
 FAST = ["--use_cpu", "--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--disable_tqdm", "True"]
@@ -29,7 +29,9 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **shape)).save_pretrained(folder)
-    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.2, 0.3, 0.4], image_std=[0.5, 0.6, 0.7])
+    processor = ViTImageProcessor(
+        size={"height": 16, "width": 16}, image_mean=[0.2, 0.3, 0.4], image_std=[0.5, 0.6, 0.7]
+    )
     processor.save_pretrained(folder)
     return folder
 
@@ -61,7 +63,7 @@ def test_digits_from_several_seeds(checkpoint, tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [result["seed"] for result in results] == [0, 1]
     assert "by seed" in out
-    record = TrainingRecord.from_json_file(tmp_path / "out" / "seed-1" / RECORD_NAME)
+    record = TrainingRecord.from_json_file(tmp_path / "out" / "seed-1" / RECORD_FILE)
     assert (record.seed, record.dataset, record.tract.lam) == (1, "digits", 0.1)
     assert record.metrics["accuracy"] == results[1]["eval_top1"]
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "seed-1")
@@ -72,9 +74,12 @@ def test_any_folder_of_images_with_tract_or_without(checkpoint, images, tmp_path
     options = ["--checkpoint", checkpoint, "--dataset", images, "--output_dir"]
     run(monkeypatch, capsys, *options, tmp_path / "tract")
     run(monkeypatch, capsys, *options, tmp_path / "vanilla", "--no_tract")
-    stems = [AutoModelForImageClassification.from_pretrained(tmp_path / arm).state_dict()[STEM] for arm in ("tract", "vanilla")]
+    stems = [
+        AutoModelForImageClassification.from_pretrained(tmp_path / arm).state_dict()[STEM]
+        for arm in ("tract", "vanilla")
+    ]
     assert (stems[0] - stems[1]).norm() > 0
-    assert TrainingRecord.from_json_file(tmp_path / "vanilla" / RECORD_NAME).tract is None
+    assert TrainingRecord.from_json_file(tmp_path / "vanilla" / RECORD_FILE).tract is None
     card = (tmp_path / "tract" / "README.md").read_text()
     assert str(tmp_path) not in card
 
@@ -84,9 +89,13 @@ def test_a_resumed_run_ends_in_the_same_weights(checkpoint, images, tmp_path, mo
     run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "whole")
     resume = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"]
     run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "resumed", *resume)
-    states = [AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "resumed")]
+    states = [
+        AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "resumed")
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert not torch.equal(states[0][STEM], AutoModelForImageClassification.from_pretrained(resume[1]).state_dict()[STEM])
+    assert not torch.equal(
+        states[0][STEM], AutoModelForImageClassification.from_pretrained(resume[1]).state_dict()[STEM]
+    )
 
 
 def test_images_are_normalised_as_the_checkpoint_says(checkpoint):
@@ -102,7 +111,9 @@ def test_images_are_normalised_as_the_checkpoint_says(checkpoint):
     assert (back[0] - back[1]).abs().max() < 1e-6  # grey
 
 
-def test_a_frozen_first_layer_is_refused_with_tract_on_and_allowed_without(checkpoint, images, tmp_path, monkeypatch, capsys):
+def test_a_frozen_first_layer_is_refused_with_tract_on_and_allowed_without(
+    checkpoint, images, tmp_path, monkeypatch, capsys
+):
     options = [
         "--checkpoint",
         checkpoint,
@@ -140,7 +151,9 @@ def test_a_corrupt_image_is_named_and_refused_or_left_out(checkpoint, images, tm
 def test_a_data_set_without_labels_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
     data = digits()
     features = data["train"].features
-    data["test"].select(range(4)).map(lambda row: {"label": -1}, features=features).to_parquet(tmp_path / "test.parquet")
+    data["test"].select(range(4)).map(lambda row: {"label": -1}, features=features).to_parquet(
+        tmp_path / "test.parquet"
+    )
     data["train"].select(range(4)).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="has rows without a label in split 'test'"):
         run(monkeypatch, capsys, "--checkpoint", checkpoint, "--dataset", tmp_path, "--output_dir", tmp_path / "out")
@@ -199,7 +212,7 @@ def test_the_matrix_runs_each_cell_once_and_writes_table_and_plot(tmp_path, monk
         folder.mkdir(parents=True)
         gain = 0.1 * ("--no_tract" not in command) + 0.2 * ("pretrain-TrAct" in str(command))
         accuracy = 0.5 + gain + (0 if pretraining else 0.01 * int(command[command.index("--seed") + 1]))
-        dataclasses.replace(record, metrics={"accuracy": accuracy}).to_json_file(folder / RECORD_NAME)
+        dataclasses.replace(record, metrics={"accuracy": accuracy}).to_json_file(folder / RECORD_FILE)
 
     monkeypatch.setattr(transfer_matrix, "run_all", finish)
     arguments = [

@@ -89,7 +89,8 @@ def serving() -> Iterator[Hub]:
 def entries(files: dict[str, bytes]) -> list[dict[str, Any]]:
     """Files as a tree lists them."""
     return [
-        {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for path, data in files.items()
+        {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        for path, data in files.items()
     ]
 
 
@@ -166,7 +167,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.found(repo)
 
     def whoami(self) -> None:
-        self.reply(*((200, {"name": USER, "type": "user", "orgs": []}) if self.known() else (401, {"error": "Invalid"})))
+        self.reply(
+            *((200, {"name": USER, "type": "user", "orgs": []}) if self.known() else (401, {"error": "Invalid"}))
+        )
 
     def create(self) -> None:
         asked = json.loads(self.body)
@@ -187,7 +190,11 @@ class Handler(BaseHTTPRequestHandler):
         if kept := self.writable(repo):
             large = (".safetensors", ".png", ".bin", ".pt")
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(large) else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(large) else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in json.loads(self.body)["files"]
             ]
             kept.lfs |= {mode["path"] for mode in modes if mode["uploadMode"] == "lfs"}
@@ -225,7 +232,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(404, {"error": "no such branch"}, {"X-Error-Code": "RevisionNotFound"})
                 return
             sha = kept.commit(revision, added, deleted, message)
-            self.reply(200, {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
+            self.reply(
+                200, {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{sha}", "commitOid": sha, "success": True}
+            )
 
     def branch(self, repo: str, branch: str) -> None:
         if kept := self.writable(repo):
@@ -241,7 +250,9 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo: str, revision: str = "main") -> None:
         if (kept := self.found(repo)) and (sha := self.revision(kept, revision)):
             files = [{"rfilename": path} for path in kept.trees[sha]]
-            self.reply(200, {"id": repo, "modelId": repo, "sha": sha, "private": kept.private, "tags": [], "siblings": files})
+            self.reply(
+                200, {"id": repo, "modelId": repo, "sha": sha, "private": kept.private, "tags": [], "siblings": files}
+            )
 
     def tree(self, repo: str, revision: str, under: str = "") -> None:
         if (kept := self.found(repo)) and (sha := self.revision(kept, revision)):

@@ -26,7 +26,9 @@ class Images(Dataset):
 
     def __init__(self, count: int = 64, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.pixels = torch.randn(count, 3, 16, 16, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 2
+        self.pixels = (
+            torch.randn(count, 3, 16, 16, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 2
+        )
         self.labels = torch.randint(0, 4, (count,), generator=generator)
 
     def __len__(self) -> int:
@@ -46,15 +48,25 @@ def small_vit(seed: int = 0, **settings: Any) -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
-def trainer(folder: Path, model: nn.Module | None = None, callbacks: list[Any] | None = None, **settings: Any) -> Trainer:
+def trainer(
+    folder: Path, model: nn.Module | None = None, callbacks: list[Any] | None = None, **settings: Any
+) -> Trainer:
     """Four optimizer steps by default: 64 images, batches of 16."""
     init = settings.pop("model_init", None)
     defaults = {"per_device_train_batch_size": 16, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no"}
-    defaults |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "steps", "logging_steps": 2}
+    defaults |= {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_strategy": "steps",
+        "logging_steps": 2,
+    }
     args = TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
     model = None if init else (model if model is not None else small_vit())
     data = Images()
-    return Trainer(model=model, model_init=init, args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks or [])
+    return Trainer(
+        model=model, model_init=init, args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks or []
+    )
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -70,7 +82,9 @@ def stem_of(model: nn.Module) -> nn.Conv2d:
 
 def small_convnext(seed: int = 0) -> ConvNextForImageClassification:
     torch.manual_seed(seed)
-    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4))
+    return ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4)
+    )
 
 
 def has_tract(model: nn.Module) -> bool:

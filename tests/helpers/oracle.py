@@ -47,7 +47,9 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
     """Relative in the norm; says the ratio of norms, in which a wrong scale shows at once."""
     got, want = got.detach().double(), want.detach().double()
     error = (got - want).norm() / want.norm().clamp(min=1e-300)
-    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}; norms {got.norm() / want.norm():.6f} : 1"
+    assert error <= tolerance, (
+        f"relative error {error:.2e} > {tolerance:.0e}; norms {got.norm() / want.norm():.6f} : 1"
+    )
 
 
 def says(*parts: str) -> str:

@@ -24,7 +24,9 @@ def cases(draw, dtype: torch.dtype, min_images: int = 1, min_lam: float = 0.02) 
     if dims == 0:
         n, leading = draw(st.integers(1, 9)), draw(st.lists(st.integers(1, 4), max_size=2))
         return Case(
-            nn.Linear(n, draw(st.integers(1, 5)), bias=bias, dtype=dtype), torch.randn(images, *leading, n, dtype=dtype), lam
+            nn.Linear(n, draw(st.integers(1, 5)), bias=bias, dtype=dtype),
+            torch.randn(images, *leading, n, dtype=dtype),
+            lam,
         )
 
     def each(low: int, high: int) -> tuple[int, ...]:

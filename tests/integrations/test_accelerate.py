@@ -134,7 +134,9 @@ def test_a_dispatched_model_is_preconditioned_and_left_as_it_was(layer, when):
 def test_a_linear_layer_under_a_wrapped_forward_is_refused_by_name(accelerator_of):
     """Preparing the very layer for autocast wraps its forward, and a Linear's cannot be reached under it."""
     layer = accelerator_of(mixed_precision="bf16").prepare(nn.Linear(6, 4))
-    with pytest.raises(TrActError, match=says("whose forward was replaced by", "call `apply_tract` before that is done")):
+    with pytest.raises(
+        TrActError, match=says("whose forward was replaced by", "call `apply_tract` before that is done")
+    ):
         apply_tract(layer)
     assert type(layer) is nn.Linear
 

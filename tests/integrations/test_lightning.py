@@ -14,7 +14,9 @@ from helpers.oracle import assert_close
 from hf_tract import apply_tract
 
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")  # Lightning's advice on workers, and what it calls that is deprecated
+    pytest.mark.filterwarnings(
+        f"ignore:{message}"
+    )  # Lightning's advice on workers, and what it calls that is deprecated
     for message in (".*:UserWarning:lightning", ":DeprecationWarning:lightning", "`isinstance:FutureWarning")
 ]
 

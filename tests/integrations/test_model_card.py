@@ -14,14 +14,14 @@ from PIL import Image
 from hf_tract import TrActConfig, TrActError
 from hf_tract.integrations import provenance
 from hf_tract.integrations.model_card import (
+    CONFIG_FILE,
     CURVE_NAME,
-    RECORD_NAME,
-    SETTINGS_NAME,
+    RECORD_FILE,
     TrainingRecord,
     is_hub_id,
     model_card,
-    public_name,
     save_card,
+    without_local_path,
 )
 
 ROWS = [{"epoch": float(i), "loss": 3 / i, "eval_loss": 2 / i, "accuracy": 0.1 * i, "top5": 0.9} for i in range(1, 6)]
@@ -47,7 +47,11 @@ def test_the_metadata_is_valid_and_reads_back_equal(tmp_path):
     assert again.data.to_dict() == card.data.to_dict()
     assert again.data.eval_results == card.data.eval_results
     data = again.data
-    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "image-classification", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "image-classification",
+        "apache-2.0",
+    )
     assert data.base_model == RECORD.base_model
     assert data.datasets == [RECORD.dataset]
     assert data.tags == ["tract", "hf-tract", "image-classification"]
@@ -91,8 +95,8 @@ def test_the_card_tells_what_was_done_and_how(tmp_path):
         assert said in text, said
     with Image.open(tmp_path / CURVE_NAME) as image:
         assert image.width > 800
-    assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME) == RECORD.tract
-    assert TrainingRecord.from_json_file(tmp_path / RECORD_NAME) == RECORD
+    assert TrActConfig.from_json_file(tmp_path / CONFIG_FILE) == RECORD.tract
+    assert TrainingRecord.from_json_file(tmp_path / RECORD_FILE) == RECORD
 
 
 def test_a_run_without_tract_is_not_tagged_and_says_so():
@@ -119,7 +123,11 @@ def test_without_matplotlib_there_is_a_table_and_no_curve(tmp_path, monkeypatch)
 
 def test_of_a_long_history_the_table_has_some_rows_and_the_last():
     long = [{"epoch": epoch, "loss": 1.0} for epoch in range(1, 301)]
-    rows = [line for line in model_card(dataclasses.replace(RECORD, history=long)).text.splitlines() if line.endswith("| 1 |")]
+    rows = [
+        line
+        for line in model_card(dataclasses.replace(RECORD, history=long)).text.splitlines()
+        if line.endswith("| 1 |")
+    ]
     assert len(rows) == 20
     assert rows[-1] == "| 300 | 1 |"
 
@@ -127,10 +135,10 @@ def test_of_a_long_history_the_table_has_some_rows_and_the_last():
 def test_what_is_no_hub_id_is_named_and_not_linked(tmp_path):
     folder = tmp_path / "my-images"
     folder.mkdir()
-    assert public_name(str(folder)) == "my-images"
+    assert without_local_path(str(folder)) == "my-images"
     assert not is_hub_id(str(folder))
-    RECORD.to_json_file(folder / RECORD_NAME)
-    assert public_name(str(folder)) == "vit-flowers"  # a trained model's
+    RECORD.to_json_file(folder / RECORD_FILE)
+    assert without_local_path(str(folder)) == "vit-flowers"  # a trained model's
     assert not is_hub_id("photo crops")
     assert is_hub_id("uoft-cs/cifar10")
     card = model_card(dataclasses.replace(RECORD, dataset="my images", base_model="a folder"))
@@ -141,7 +149,7 @@ def test_what_is_no_hub_id_is_named_and_not_linked(tmp_path):
 
 
 def test_what_is_no_record_is_refused(tmp_path):
-    path = tmp_path / RECORD_NAME
+    path = tmp_path / RECORD_FILE
     with pytest.raises(TrActError, match=r"`path` \(='.*training_record.json'\) is no record of a training run"):
         TrainingRecord.from_json_file(path)
     path.write_text(json.dumps({"name": "x", "tract": None}))

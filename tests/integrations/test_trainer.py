@@ -272,7 +272,11 @@ def test_accumulation_is_one_large_batch(tmp_path):
     """4 x 16 accumulated and 1 x 64: the same weights, to float32 rounding."""
     models = []
     for batch, accumulate in ((64, 1), (16, 4)):
-        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "num_train_epochs": 5}
+        settings = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulate,
+            "num_train_epochs": 5,
+        }
         run = trainer(tmp_path, small_vit(), [TrActCallback()], **settings, **SGD)
         run.train()
         assert run.state.global_step == 5
@@ -282,7 +286,9 @@ def test_accumulation_is_one_large_batch(tmp_path):
     assert_close(weights(models[1]), weights(models[0]), 1e-5)
 
 
-NEW_NAME = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # gradient_checkpointing in older versions
+NEW_NAME = (
+    "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+)  # gradient_checkpointing in older versions
 CHECKPOINTING = "activation_checkpointing" if NEW_NAME else "gradient_checkpointing"
 
 
@@ -292,7 +298,9 @@ def test_modes_of_trainer_train_on_with_the_same_gradient(tmp_path, settings):
     steps, plain, bf16 = {}, small_vit(), "bf16" in settings
     for name, callbacks in {"vanilla": [], "tract": [TrActCallback()]}.items():
         mode = {} if bf16 and name == "vanilla" else settings  # the 16-bit gradient is held against float32's
-        run = trainer(tmp_path, copy.deepcopy(plain), callbacks, max_steps=1, per_device_train_batch_size=64, **SGD, **mode)
+        run = trainer(
+            tmp_path, copy.deepcopy(plain), callbacks, max_steps=1, per_device_train_batch_size=64, **SGD, **mode
+        )
         run.train()
         steps[name] = (stem_of(run.model).weight - stem_of(plain).weight).detach() / -1e-2
     # The step is read off float32 weights: their rounding is the tolerance.

@@ -7,7 +7,7 @@ from transformers import TrainerState
 
 from helpers.models import STEM, small_vit, trainer
 from hf_tract import TrActCallback, TrActConfig
-from hf_tract.integrations.model_card import RECORD_NAME, SETTINGS_NAME, TrainingRecord
+from hf_tract.integrations.model_card import CONFIG_FILE, RECORD_FILE, TrainingRecord
 from hf_tract.integrations.trainer_card import use_model_card
 from hf_tract.integrations.trainer_record import history
 
@@ -36,7 +36,7 @@ def test_use_model_card_lets_the_card_tell_of_tract(tmp_path):
     assert (card.data.license, card.data.datasets) == ("mit", ["uoft-cs/cifar10"])
     assert "lam = 0.2" in card.text
     assert f"`{STEM}`" in card.text
-    record = TrainingRecord.from_json_file(tmp_path / RECORD_NAME)
+    record = TrainingRecord.from_json_file(tmp_path / RECORD_FILE)
     logged = [entry for entry in run.state.log_history if "eval_loss" in entry]
     assert record.metrics == {"accuracy": logged[-1]["eval_accuracy"]}
     assert [row["eval_loss"] for row in record.history] == [entry["eval_loss"] for entry in logged]
@@ -76,9 +76,9 @@ def test_a_push_in_training_brings_card_and_settings(tmp_path):
     assert not (tmp_path / "README.md").exists()  # nor saved
     callback.on_push_begin(run.args, run.state, run.control, model=run.model)
     assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text
-    assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME).lam == 0.3
+    assert TrActConfig.from_json_file(tmp_path / CONFIG_FILE).lam == 0.3
     (tmp_path / "README.md").unlink()
-    (tmp_path / SETTINGS_NAME).unlink()
+    (tmp_path / CONFIG_FILE).unlink()
     callback.on_push_begin(run.args, TrainerState(is_world_process_zero=False), run.control, model=run.model)
     assert not (tmp_path / "README.md").exists()  # one process writes
 
@@ -86,18 +86,20 @@ def test_a_push_in_training_brings_card_and_settings(tmp_path):
 def test_what_is_saved_has_card_and_settings_beside_it(tmp_path):
     trainer(tmp_path, callbacks=[TrActCallback(lam=0.3)], save_strategy="epoch", **EVALUATED).train()
     assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text
-    assert TrActConfig.from_json_file(tmp_path / SETTINGS_NAME).lam == 0.3
+    assert TrActConfig.from_json_file(tmp_path / CONFIG_FILE).lam == 0.3
 
 
 def test_an_adapters_card_is_left_to_peft(tmp_path):
-    model = get_peft_model(small_vit(), LoraConfig(target_modules=["q_proj"], modules_to_save=["projection", "classifier"]))
+    model = get_peft_model(
+        small_vit(), LoraConfig(target_modules=["q_proj"], modules_to_save=["projection", "classifier"])
+    )
     run = trainer(tmp_path, model, [TrActCallback()], save_strategy="epoch", label_names=["labels"])
     use_model_card(run, dataset="noise")
     run.train()
     run.save_model()
     run.create_model_card()
     assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
-    assert (tmp_path / SETTINGS_NAME).exists()
+    assert (tmp_path / CONFIG_FILE).exists()
 
 
 def test_a_row_of_the_history_for_each_evaluation():

@@ -60,7 +60,8 @@ def test_the_start_is_that_of_the_first_batches_and_the_training_that_of_a_model
 def test_looking_at_the_first_batches_changes_nothing_of_the_training(tmp_path, workers, persistent, monkeypatch):
     """With the whitening itself taken out, the run is bit for bit that of a callback without it."""
     monkeypatch.setattr(
-        "hf_tract.integrations.trainer_callback.whiten_first_layer", lambda model, batches, *_: seen.append(len(batches))
+        "hf_tract.integrations.trainer_callback.whiten_first_layer",
+        lambda model, batches, *_: seen.append(len(batches)),
     )
     seen, ends = [], []
     for settings in ({"whiten_init": True}, {}):
@@ -166,7 +167,9 @@ def test_once_also_when_training_begins_again(tmp_path, monkeypatch):
     """An out-of-memory error, and a second `train()`."""
     calls = []
     real = whiten_first_layer
-    monkeypatch.setattr("hf_tract.integrations.trainer_callback.whiten_first_layer", lambda *args: calls.append(real(*args)))
+    monkeypatch.setattr(
+        "hf_tract.integrations.trainer_callback.whiten_first_layer", lambda *args: calls.append(real(*args))
+    )
     watch = Watch(raise_at=1, error=RuntimeError)
     run = trainer(tmp_path, callbacks=[TrActCallback(**WHITENED), watch], auto_find_batch_size=True)
     for _ in range(2):

@@ -20,7 +20,7 @@ from helpers.oracle import assert_close, moment, says
 from helpers.ranks import on_two_ranks
 from helpers.strategies import cases
 from hf_tract import TrActError, whiten_first_layer
-from hf_tract.core.sharding import read_weight, whole_weights
+from hf_tract.core.sharding import gathered_weights, read_weight
 from hf_tract.discovery.wrappers import unwrap
 from hf_tract.whitening.batches import sent
 
@@ -54,7 +54,9 @@ def test_the_weight_is_the_formula_s_for_any_layer(case, match_scale):
     (found,) = whiten_first_layer(nn.Sequential(layer), x, lam, layer, match_scale=match_scale, force=True)
     assert found.module is layer
     assert layer.weight.dtype == before.dtype
-    assert_close(layer.weight, wanted(before, moment(x, layer), lam, match_scale), {torch.bfloat16: 1e-2}.get(x.dtype, 1e-5))
+    assert_close(
+        layer.weight, wanted(before, moment(x, layer), lam, match_scale), {torch.bfloat16: 1e-2}.get(x.dtype, 1e-5)
+    )
 
 
 def test_a_transformers_model_by_several_batches_and_all_else_as_it_was():
@@ -85,7 +87,10 @@ def test_outputs_start_nearly_uncorrelated_and_of_the_wanted_scale():
 
 
 def test_weight_standardisation_and_weight_norm_get_the_product_as_their_weight():
-    for layer in (timm.layers.ScaledStdConv2d(3, 32, 4, 4, padding=0), parametrizations.weight_norm(nn.Conv2d(3, 32, 4, 4))):
+    for layer in (
+        timm.layers.ScaledStdConv2d(3, 32, 4, 4, padding=0),
+        parametrizations.weight_norm(nn.Conv2d(3, 32, 4, 4)),
+    ):
         x, before = images(), layer.weight.detach().clone()
         whiten_first_layer(nn.Sequential(layer), x)
         plain = nn.Conv2d(3, 32, 4, 4)
@@ -100,9 +105,19 @@ def trained(layer: nn.Conv2d) -> None:
 @pytest.mark.parametrize(
     "change, lam, batches, said",
     [
-        (lambda model: trained(stem_of(model)), 0.1, images(), ("looks trained (the spread of its spectrum is", "force=True")),
+        (
+            lambda model: trained(stem_of(model)),
+            0.1,
+            images(),
+            ("looks trained (the spread of its spectrum is", "force=True"),
+        ),
         (lambda model: nn.init.zeros_(stem_of(model).weight), 0.1, images(), ("is all zeros",)),
-        (lambda model: prune.l1_unstructured(stem_of(model), "weight", 0.3), 0.1, images(), ("computes from `weight_orig`",)),
+        (
+            lambda model: prune.l1_unstructured(stem_of(model), "weight", 0.3),
+            0.1,
+            images(),
+            ("computes from `weight_orig`",),
+        ),
         (lambda model: None, 0.0, images(), ("`lam` (=0.0) must be a positive finite number",)),
         (lambda model: None, float("inf"), images(), ("`lam` (=inf) must be a positive finite number",)),
         (
@@ -130,7 +145,9 @@ def test_weights_of_a_checkpoint_are_refused_and_those_of_its_config_alone_are_n
     small_vit().save_pretrained(tmp_path)
     with pytest.raises(TrActError, match=says(f"that comes from {tmp_path}", "force=True")):
         whiten_first_layer(AutoModelForImageClassification.from_pretrained(tmp_path), images())
-    assert whiten_first_layer(AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(tmp_path)), images())
+    assert whiten_first_layer(
+        AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(tmp_path)), images()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -217,7 +234,9 @@ def test_twice_is_refused_also_of_a_copy_until_the_weights_are_reset_and_forced_
     assert not torch.equal(stem_of(model).weight, before)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "resnetv2_50x1_bit", "nf_resnet26"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "resnetv2_50x1_bit", "nf_resnet26"]
+)
 def test_fresh_models_of_timm_do_not_look_trained(name):
     assert whiten_first_layer(
         timm.create_model(name), torch.randn(1, 3, 64, 64) if "vit" not in name else torch.randn(1, 3, 224, 224)
@@ -248,12 +267,12 @@ def on_a_rank(rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     mine = batch[:4] if rank == 0 else batch[4:]
     whiten_first_layer(model, mine)
     stem = stem_of(unwrap(model))
-    with whole_weights(model, [stem]):
+    with gathered_weights(model, [stem]):
         weight = read_weight(stem).clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(mine).logits.square().sum().backward()
     optimizer.step()
-    with whole_weights(model, [stem]):
+    with gathered_weights(model, [stem]):
         return weight, read_weight(stem).clone()
 
 

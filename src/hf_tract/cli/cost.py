@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hf_tract.core.moments import PANEL, WORTHWHILE, Window, shared_lines
+from hf_tract.core.moments import MAX_OVERLAP_COST, PANEL, PatchSpec, best_overlap
 
 
 class Cost(NamedTuple):
@@ -16,29 +16,29 @@ class Cost(NamedTuple):
     bytes: int
 
 
-def patches(shape: Sequence[int], window: Window) -> int:
+def patches(shape: Sequence[int], spec: PatchSpec) -> int:
     """b: how many patches a layer reads of an input of this shape, all images together."""
-    if not window.kernel:
+    if not spec.kernel:
         return math.prod(shape[:-1])
-    dims = len(window.kernel)
-    return math.prod(shape[: -dims - 1]) * math.prod(window.positions(shape[-dims:]))
+    dims = len(spec.kernel)
+    return math.prod(shape[: -dims - 1]) * math.prod(spec.output_size(shape[-dims:]))
 
 
-def moment_cost(shape: Sequence[int], window: Window) -> Cost:
+def moment_cost(shape: Sequence[int], spec: PatchSpec) -> Cost:
     """Of `moments.patch_moments` on the CPU for an input of this shape."""
-    n, b, read = window.columns(shape), patches(shape, window), math.prod(shape)
-    if window.kernel:
-        positions = window.positions(shape[-len(window.kernel) :])
-        dim, share = shared_lines(window, positions)
-        if share <= WORTHWHILE:
-            kernel, stride = window.kernel[dim], window.stride[dim]
+    n, b, read = spec.patch_size(shape), patches(shape, spec), math.prod(shape)
+    if spec.kernel:
+        positions = spec.output_size(shape[-len(spec.kernel) :])
+        dim, share = best_overlap(spec, positions)
+        if share <= MAX_OVERLAP_COST:
+            kernel, stride = spec.kernel[dim], spec.stride[dim]
             blocks, panel = positions[dim] + (kernel - 1) // stride, n * stride // kernel
             strips = blocks * panel * b // positions[dim]
-            moved = read + window.groups * 2 * (strips + blocks * n * panel)
-            return Cost(window.groups * 2 * n * strips, 4 * moved)
+            moved = read + spec.groups * 2 * (strips + blocks * n * panel)
+            return Cost(spec.groups * 2 * n * strips, 4 * moved)
     panel = PANEL if n >= 2 * PANEL else n
     triangle = sum((n - j) * min(panel, n - j) for j in range(0, n, panel))
-    return Cost(window.groups * 2 * triangle * b, 4 * (read + window.groups * 2 * n * b))
+    return Cost(spec.groups * 2 * triangle * b, 4 * (read + spec.groups * 2 * n * b))
 
 
 def solve_cost(rows: int, columns: int, groups: int = 1) -> Cost:

@@ -87,11 +87,15 @@ def _array(value: Any) -> np.ndarray:
         has_palette = value.mode in ("P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
         value = value.convert("RGB") if has_palette else value
         array = np.array(value)
-        array = array.astype(np.uint16) if array.dtype == np.int32 and array.min() >= 0 and array.max() < 2**16 else array
+        array = (
+            array.astype(np.uint16) if array.dtype == np.int32 and array.min() >= 0 and array.max() < 2**16 else array
+        )
     else:
         array = np.asarray(value)
         is_wide = array.dtype == np.int64 and array.min() >= 0  # lists have lost their type
-        array = array.astype(np.uint8 if array.max() < 2**8 else np.uint16) if is_wide and array.max() < 2**16 else array
+        array = (
+            array.astype(np.uint8 if array.max() < 2**8 else np.uint16) if is_wide and array.max() < 2**16 else array
+        )
     top = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1
     return (array / top).astype(np.float32)
 

@@ -12,7 +12,7 @@ from torch import nn
 from hf_tract.config import TrActError
 
 
-class Pixels(NamedTuple):
+class Normalization(NamedTuple):
     """What an image processor does to values from 0 to 1: minus `mean` over `std`, by channel."""
 
     mean: tuple[float, ...]
@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
     """A model on the meta device; `pixels` is None where nothing says how they are normalised."""
 
     model: nn.Module
-    pixels: Pixels | None
+    pixels: Normalization | None
     kind: str
 
 
@@ -85,7 +85,9 @@ def _made(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """The class that the checkpoint names, or the bare model of its type."""
     import transformers
 
-    cls = next((getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)), None)
+    cls = next(
+        (getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)), None
+    )
     with torch.device("meta"):
         if cls is not None:
             return cls(config)  # type: ignore[no-any-return]
@@ -95,7 +97,7 @@ def _made(config: Any, trust_remote_code: bool = False) -> nn.Module:
             raise TrActError(f"`model` (={config.model_type}) cannot be made: {error}") from error
 
 
-def _processor(name: str) -> Pixels | None:
+def _processor(name: str) -> Normalization | None:
     """What the checkpoint's image processor says; it is read and not made, since making one needs image libraries."""
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -104,14 +106,16 @@ def _processor(name: str) -> Pixels | None:
     except (OSError, ValueError):
         return None
     if values.get("do_normalize") is False:
-        return Pixels((0.0,), (1.0,) if values.get("do_rescale", True) else (1 / 255,))
+        return Normalization((0.0,), (1.0,) if values.get("do_rescale", True) else (1 / 255,))
     return _pixels(values.get("image_mean"), values.get("image_std"))
 
 
-def _pixels(mean: Any, std: Any) -> Pixels | None:
+def _pixels(mean: Any, std: Any) -> Normalization | None:
     if mean is None or std is None:
         return None
-    return Pixels(*(tuple(value) if isinstance(value, (list, tuple)) else (float(value),) for value in (mean, std)))
+    return Normalization(
+        *(tuple(value) if isinstance(value, (list, tuple)) else (float(value),) for value in (mean, std))
+    )
 
 
 def _unknown(name: str, error: Exception) -> str:
@@ -126,4 +130,6 @@ def in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-NO_NAME = "is no folder, no timm model (the nearest: {}), no model_type of transformers, and no model that the Hub gives"
+NO_NAME = (
+    "is no folder, no timm model (the nearest: {}), no model_type of transformers, and no model that the Hub gives"
+)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_tract.cli.loading import Loaded, Pixels, load
+from hf_tract.cli.loading import Loaded, Normalization, load
 from hf_tract.cli.report import Inspection, LayerInspection, inspect_model
 from hf_tract.cli.scale import expected_mean, normalised, spectrum
 from hf_tract.config import TrActConfig, TrActError
@@ -40,11 +40,14 @@ def main(
 @app.command(context_settings={"token_normalize_func": lambda option: option.replace("_", "-")})
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder, a timm model, a model_type of transformers or a Hub id.")],
-    layers: Annotated[list[str] | None, typer.Option(help="Names or patterns of the layers; found where left out.")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Names or patterns of the layers; found where left out.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of an optimizer step, on one process.")] = 64,
     lam: Annotated[float, typer.Option(help="Damping.")] = 0.1,
     dataset: Annotated[
-        str | None, typer.Option(help="A folder of images, .npy arrays or parquet, or a Hub id: to measure C's eigenvalues on.")
+        str | None,
+        typer.Option(help="A folder of images, .npy arrays or parquet, or a Hub id: to measure C's eigenvalues on."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Images to draw from all over it.")] = 64,
     split: Annotated[str, typer.Option(help="Split of it.")] = "train",
@@ -67,7 +70,7 @@ def inspect(
         _show(model, loaded, inspection, batch_size, lam, measured, warnings)
 
 
-def advice(inspection: Inspection, pixels: Pixels | None, measured: Spectrum | None, lam: float) -> list[str]:
+def advice(inspection: Inspection, pixels: Normalization | None, measured: Spectrum | None, lam: float) -> list[str]:
     """What a user should know before training."""
     found = [FROZEN.format(layer.name) for layer in inspection.layers if layer.frozen]
     if pixels is None and measured is None:
@@ -76,7 +79,9 @@ def advice(inspection: Inspection, pixels: Pixels | None, measured: Spectrum | N
     if unfit := advice_on_lam(mean, lam):
         found.append(unfit[0].upper() + unfit[1:])
     if measured and measured.condition > 1e6:
-        found.append(f"C + lam I has a condition number of {measured.condition:.1e}: normalise the pixels or raise lam.")
+        found.append(
+            f"C + lam I has a condition number of {measured.condition:.1e}: normalise the pixels or raise lam."
+        )
     if (largest := max(layer.columns for layer in inspection.layers)) > 2048:
         found.append(f"n is {largest}: the factorisation of C is felt at every step.")
     return found
@@ -87,11 +92,11 @@ def _measure(loaded: Loaded, inspection: Inspection, dataset: str, split: str, s
     from hf_tract.cli.images import read_images
 
     first = inspection.layers[0]
-    if first.shape is None or len(first.shape) != 4 or first.window is None or len(first.window.kernel) != 2:
+    if first.shape is None or len(first.shape) != 4 or first.spec is None or len(first.spec.kernel) != 2:
         raise TrActError("`dataset` needs a model whose first layer is a convolution over images.")
     _, channels, height, width = first.shape
     images = read_images(dataset, split, samples, (height, width), channels)
-    return spectrum(normalised(images, loaded.pixels or Pixels((0.0,), (1.0,))), first.window, lam)
+    return spectrum(normalised(images, loaded.pixels or Normalization((0.0,), (1.0,))), first.spec, lam)
 
 
 def _show(
@@ -112,7 +117,9 @@ def _show(
     operations, share = inspection.operations(batch_size), inspection.share(batch_size)
     moved = sum(layer.moment.bytes * batch_size + layer.solve.bytes for layer in inspection.layers if layer.moment)
     if operations is not None:
-        console.print(f"A step of {batch_size} images: {_units(operations)}FLOP and {_units(moved)}B beside the ordinary ones.")
+        console.print(
+            f"A step of {batch_size} images: {_units(operations)}FLOP and {_units(moved)}B beside the ordinary ones."
+        )
     if share is not None:
         console.print(f"That is {100 * share:.2g} % of its operations.")
     if loaded.pixels is not None:
@@ -123,7 +130,9 @@ def _show(
             f"{measured.n} above lam {lam:g}; condition of C + lam I {measured.condition:.1e}."
         )
     elif loaded.pixels is not None:
-        console.print(f"Mean eigenvalue of C for natural images: about {expected_mean(loaded.pixels):.2g}; lam is {lam:g}.")
+        console.print(
+            f"Mean eigenvalue of C for natural images: about {expected_mean(loaded.pixels):.2g}; lam is {lam:g}."
+        )
     for warning in warnings:
         console.print(Text.assemble(("Warning: ", "yellow"), warning))
 

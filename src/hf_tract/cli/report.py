@@ -10,15 +10,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tract.cli.cost import Cost, moment_cost, patches, solve_cost
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 from hf_tract.core.patches import out_features, patch_size
 from hf_tract.core.weights import is_frozen
-from hf_tract.discovery.first_layer import FirstLayer, Layers, find_first_layers
-from hf_tract.discovery.inputs import batches
-from hf_tract.discovery.probe import Reading, Recorder, call, twin, watched
-from hf_tract.discovery.wrappers import plain, unwrap
+from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
+from hf_tract.discovery.inputs import guess_inputs
+from hf_tract.discovery.probe import LayerInput, Recorder, meta_copy, recording, run_forward
+from hf_tract.discovery.wrappers import unwrap, without_wrappers
 
-ENOUGH = 3  # guesses of a batch that reach the layers, after which a forward that fails would fail with the next one too
+ENOUGH = (
+    3  # guesses of a batch that reach the layers, after which a forward that fails would fail with the next one too
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class LayerInspection:
         frozen: whether its weight can't be trained as it is.
         patches: b that one image or clip brings; None where no forward succeeded, as the next three.
         shape: of the input of its operation, for one image or clip.
-        window: how it cuts patches out of it.
+        spec: how it cuts patches out of it.
         moment: cost of C for one image.
         solve: cost of the factorisation and solve, once an optimizer step.
     """
@@ -49,7 +51,7 @@ class LayerInspection:
     frozen: bool
     patches: int | None
     shape: tuple[int, ...] | None
-    window: Window | None
+    spec: PatchSpec | None
     moment: Cost | None
     solve: Cost
 
@@ -76,7 +78,7 @@ class Inspection:
         return None if added is None or not self.forward else added / (3 * self.forward * batch_size)
 
 
-def inspect_model(model: nn.Module, layers: Layers = "auto") -> Inspection:
+def inspect_model(model: nn.Module, layers: LayerSelection = "auto") -> Inspection:
     """What `apply_tract` would take of `model`, and its cost; the model may be on the meta device and stays as it is.
 
     Args:
@@ -94,23 +96,23 @@ def inspect_model(model: nn.Module, layers: Layers = "auto") -> Inspection:
     return Inspection(tuple(_inspected(layer, readings.get(layer.name, [])) for layer in found), forward)
 
 
-def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Reading]], int | None]:
+def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[LayerInput]], int | None]:
     """What the layers read of one image, and a forward's operations, in the first forward on the meta device that succeeds."""
-    best: list[Reading] = []
+    best: list[LayerInput] = []
     try:
-        copied = twin(model).requires_grad_(False)
+        copied = meta_copy(model).requires_grad_(False)
     except Exception:  # as for the search: a model that can't be copied is no error
         return {}, None
-    wrapped = [name for name, _ in copied.named_modules() if plain(name) in names]
+    wrapped = [name for name, _ in copied.named_modules() if without_wrappers(name) in names]
     forward, tries = None, 0
-    for batch in batches(copied):
+    for batch in guess_inputs(copied):
         counter = FlopCounterMode(display=False)
         recorder = Recorder(wrapped)
-        with warnings.catch_warnings(), watched(copied, recorder.running), recorder:
+        with warnings.catch_warnings(), recording(copied, recorder.running), recorder:
             warnings.simplefilter("ignore")
             try:
                 with torch.no_grad(), counter:
-                    call(copied, batch)
+                    run_forward(copied, batch)
                 forward = int(counter.get_total_flops())
             except Exception:  # a guess that doesn't fit, or a forward that wants values after its stem
                 pass
@@ -118,12 +120,12 @@ def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Reading]],
         tries += bool(recorder.readings)
         if forward or tries == ENOUGH:
             break
-    return {name: [r for r in best if plain(r.name) == name] for name in names}, forward
+    return {name: [r for r in best if without_wrappers(r.name) == name] for name in names}, forward
 
 
-def _inspected(layer: FirstLayer, readings: list[Reading]) -> LayerInspection:
+def _inspected(layer: FirstLayer, readings: list[LayerInput]) -> LayerInspection:
     m, n, groups = out_features(layer.module), patch_size(layer.module), getattr(layer.module, "groups", 1)
-    costs = [moment_cost(reading.shape, reading.window) for reading in readings]
+    costs = [moment_cost(reading.shape, reading.spec) for reading in readings]
     return LayerInspection(
         name=layer.name,
         source=layer.source,
@@ -132,18 +134,18 @@ def _inspected(layer: FirstLayer, readings: list[Reading]) -> LayerInspection:
         columns=n,
         groups=groups,
         frozen=is_frozen(layer.module),
-        patches=sum(patches(r.shape, r.window) for r in readings) if readings else None,
+        patches=sum(patches(r.shape, r.spec) for r in readings) if readings else None,
         shape=readings[0].shape if readings else None,
-        window=readings[0].window if readings else None,
+        spec=readings[0].spec if readings else None,
         moment=Cost(*map(sum, zip(*costs, strict=True))) if costs else None,
         solve=solve_cost(m, n, groups),
     )
 
 
-def _operation(layer: nn.Module, readings: list[Reading]) -> str:
-    window = readings[0].window if readings else None
-    if window is None or not window.kernel:
+def _operation(layer: nn.Module, readings: list[LayerInput]) -> str:
+    spec = readings[0].spec if readings else None
+    if spec is None or not spec.kernel:
         return type(layer).__name__
-    kernel, stride = ("x".join(map(str, sizes)) for sizes in (window.kernel, window.stride))
-    steps = "patches" if window.stride == window.kernel else f"stride {stride}"
-    return f"{type(layer).__name__} {kernel}, {steps}" + (f", {window.groups} groups" if window.groups > 1 else "")
+    kernel, stride = ("x".join(map(str, sizes)) for sizes in (spec.kernel, spec.stride))
+    steps = "patches" if spec.stride == spec.kernel else f"stride {stride}"
+    return f"{type(layer).__name__} {kernel}, {steps}" + (f", {spec.groups} groups" if spec.groups > 1 else "")

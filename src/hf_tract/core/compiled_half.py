@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 from hf_tract.core.ops import UNTRACKED, precondition
 
 
@@ -19,10 +19,10 @@ class PreconditionFromOutput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weight: Tensor, x: Tensor, key: int, window: Window) -> Tensor:
+    def forward(ctx: Any, out: Tensor, weight: Tensor, x: Tensor, key: int, spec: PatchSpec) -> Tensor:
         """Returns the values of `out`; the other arguments are those of `PreconditionWeightGrad`."""
         ctx.save_for_backward(x)
-        ctx.key, ctx.window, ctx.shape, ctx.dtype = key, window, weight.shape, weight.dtype
+        ctx.key, ctx.spec, ctx.shape, ctx.dtype = key, spec, weight.shape, weight.dtype
         return out.clone()  # a view could not be changed in place; the compiler merges the copy with what follows
 
     @staticmethod
@@ -30,5 +30,5 @@ class PreconditionFromOutput(torch.autograd.Function):
         """Returns the output's gradient, and the weight's."""
         (x,) = ctx.saved_tensors
         like = output_grad.new_zeros(ctx.shape, dtype=torch.float32)
-        out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.window)
+        out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.spec)
         return output_grad, out.to(ctx.dtype), None, None, None

@@ -20,7 +20,9 @@ class ForwardCall:
         """Begins with the weight that the operation is about to read."""
         self.number = next(_numbers)
         self.task = torch._C._current_graph_task_id()  # a reentrant checkpoint runs a forward inside of a backward
-        self.leaf = weight if weight.is_leaf else None  # the parameter itself, also one that `functional_call` put there
+        self.leaf = (
+            weight if weight.is_leaf else None
+        )  # the parameter itself, also one that `functional_call` put there
         self.handed_on_differentiably = False
         self.output_grad: Tensor | None = None
         self._second_order = False

@@ -16,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCRATCH_BYTES = 128 * 2**20
-CACHED_BYTES = 8 * 2**20  # CPU: pieces that stay in the cache, and below the size that malloc maps and unmaps each time
+MEMORY_LIMIT = 128 * 2**20
+CACHED_BYTES = (
+    8 * 2**20
+)  # CPU: pieces that stay in the cache, and below the size that malloc maps and unmaps each time
 PANEL = 128  # CPU: columns of the triangle that one product fills
 MAX_ROUNDING = 1e-2  # float32's rounding of C's trace, in units of lam, above which sums are float64
 MAX_PRODUCT_LENGTH = 2**16  # patches that one product sums, so that float32 does not lose the last ones
 FEW_ENTRIES = 256  # CPU: of a product, up to which torch adds patch by patch to what is there
-WORTHWHILE = 0.75  # share of the operations below which row products pay for their sums
+MAX_OVERLAP_COST = 0.75  # share of the operations below which row products pay for their sums
 
 
-class Window(NamedTuple):
+class PatchSpec(NamedTuple):
     """How an operation cuts its input into patches; `kernel == ()` stands for a linear layer.
 
     `padding` holds zeros before and after each dimension, first dimension first: (top, bottom, left, right) in 2-D.
@@ -38,31 +40,31 @@ class Window(NamedTuple):
     groups: int = 1
 
     @property
-    def span(self) -> tuple[int, ...]:
+    def extent(self) -> tuple[int, ...]:
         """Input positions that one patch covers, holes of the dilation included."""
         return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
 
-    def positions(self, size: Sequence[int]) -> tuple[int, ...]:
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Output positions per dimension for an input of spatial `size`."""
         before, after = self.padding[::2], self.padding[1::2]
         return tuple(
-            max(0, (length + lo + hi - span) // stride + 1)
-            for length, lo, hi, span, stride in zip(size, before, after, self.span, self.stride, strict=True)
+            max(0, (length + lo + hi - extent) // stride + 1)
+            for length, lo, hi, extent, stride in zip(size, before, after, self.extent, self.stride, strict=True)
         )
 
-    def columns(self, shape: Sequence[int]) -> int:
+    def patch_size(self, shape: Sequence[int]) -> int:
         """n for an input of this shape."""
         return shape[-1] if not self.kernel else shape[-len(self.kernel) - 1] // self.groups * math.prod(self.kernel)
 
 
-def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = SCRATCH_BYTES) -> int:
+def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, scratch_bytes: int = MEMORY_LIMIT) -> int:
     """Writes the sums of p p^T over all patches p of `x` into zeros, in the order of `weight.flatten(1)`.
 
     Autocast must be off.
 
     Args:
         x: a convolution's input, (N, c, *size) or (c, *size), or a linear layer's, (..., n).
-        window: the patches to take.
+        spec: the patches to take.
         out: zeros for the sums, (g, n, n), float32 or float64: the precision of the products too.
         scratch_bytes: bound on what is allocated at a time beside one more matrix of `out`'s size; a line of output
             positions of one image is taken even if it is larger.
@@ -72,23 +74,23 @@ def patch_moments(x: Tensor, window: Window, out: Tensor, scratch_bytes: int = S
     """
     # A padded or converted copy of the input may stand beside its patches: each takes half.
     scratch = min(scratch_bytes // 2, CACHED_BYTES if x.is_cpu else scratch_bytes)
-    budget = max(1, scratch // out.itemsize)
-    if not window.kernel:
-        return _linear(x, out, budget)
-    x = x if x.dim() == len(window.kernel) + 2 else x.unsqueeze(0)
-    positions = window.positions(x.shape[2:])
+    max_numbers = max(1, scratch // out.itemsize)
+    if not spec.kernel:
+        return _linear(x, out, max_numbers)
+    x = x if x.dim() == len(spec.kernel) + 2 else x.unsqueeze(0)
+    positions = spec.output_size(x.shape[2:])
     count = len(x) * math.prod(positions)
     if count and x.shape[1]:
-        dim, share = shared_lines(window, positions)
-        block = out.numel() * window.stride[dim] // window.kernel[dim]
-        if share <= WORTHWHILE and 4 * block <= budget:
-            _row_products(x, window, dim, positions, out, budget)
+        dim, share = best_overlap(spec, positions)
+        block = out.numel() * spec.stride[dim] // spec.kernel[dim]
+        if share <= MAX_OVERLAP_COST and 4 * block <= max_numbers:
+            _overlapping_sums(x, spec, dim, positions, out, max_numbers)
         else:
-            _patch_products(x, window, positions, out, budget)
+            _patch_products(x, spec, positions, out, max_numbers)
     return count
 
 
-def patch_sums(x: Tensor, window: Window, lam: float, dtype: torch.dtype | None = None) -> Tensor:
+def patch_sums(x: Tensor, spec: PatchSpec, lam: float, dtype: torch.dtype | None = None) -> Tensor:
     """Returns the sums of p p^T over all patches of `x` and, as their last entry, the number of patches.
 
     They are float32 where that is precise enough to add `lam` to C's diagonal: rounding is in proportion to C's largest
@@ -96,39 +98,39 @@ def patch_sums(x: Tensor, window: Window, lam: float, dtype: torch.dtype | None 
 
     Args:
         x: a convolution's input, (N, c, *size) or (c, *size), or a linear layer's, (..., n).
-        window: the patches to take.
+        spec: the patches to take.
         lam: the damping that C is to get.
         dtype: of the sums; chosen by looking at them, which waits for the device, where None.
 
     Returns:
         (g * n * n + 1,), float32 or float64.
     """
-    sums = _flat_sums(x, window, torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32)
+    sums = _flat_sums(x, spec, torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32)
     has_float64 = x.device.type != "mps"
-    if dtype is None and has_float64 and sums.dtype == torch.float32 and _loses(sums, window, lam):
-        return _flat_sums(x, window, torch.float64)
+    if dtype is None and has_float64 and sums.dtype == torch.float32 and _loses(sums, spec, lam):
+        return _flat_sums(x, spec, torch.float64)
     return sums
 
 
-def _flat_sums(x: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
-    n = window.columns(x.shape)
-    sums = x.new_zeros((window.groups * n * n + 1,), dtype=dtype)
-    count = patch_moments(x, window, sums[:-1].view(window.groups, n, n))
+def _flat_sums(x: Tensor, spec: PatchSpec, dtype: torch.dtype) -> Tensor:
+    n = spec.patch_size(x.shape)
+    sums = x.new_zeros((spec.groups * n * n + 1,), dtype=dtype)
+    count = patch_moments(x, spec, sums[:-1].view(spec.groups, n, n))
     sums[-1:].fill_(count)
     return sums
 
 
-def _loses(sums: Tensor, window: Window, lam: float) -> bool:
+def _loses(sums: Tensor, spec: PatchSpec, lam: float) -> bool:
     """Says whether the rounding of float32 `sums` comes near `lam`."""
-    n = math.isqrt((len(sums) - 1) // window.groups)
-    squares = sums[:-1].view(window.groups, n, n).diagonal(dim1=1, dim2=2)
+    n = math.isqrt((len(sums) - 1) // spec.groups)
+    squares = sums[:-1].view(spec.groups, n, n).diagonal(dim1=1, dim2=2)
     trace = float(squares.sum(1).max()) / max(1.0, float(sums[-1])) if squares.numel() else 0.0
     return math.isfinite(trace) and torch.finfo(torch.float32).eps * trace > MAX_ROUNDING * lam
 
 
-def _linear(x: Tensor, out: Tensor, budget: int) -> int:
+def _linear(x: Tensor, out: Tensor, max_numbers: int) -> int:
     rows = x.reshape(-1, x.shape[-1])
-    step = min(budget // max(1, rows.shape[1]), MAX_PRODUCT_LENGTH)
+    step = min(max_numbers // max(1, rows.shape[1]), MAX_PRODUCT_LENGTH)
     panel = _panel(out)
     for piece in rows.split(max(1, step)):
         _add_gram(out, piece.to(_dtype(piece, out)).mT.unsqueeze(0), panel)
@@ -136,24 +138,24 @@ def _linear(x: Tensor, out: Tensor, budget: int) -> int:
     return len(rows)
 
 
-def _patch_products(x: Tensor, window: Window, positions: tuple[int, ...], out: Tensor, budget: int) -> None:
+def _patch_products(x: Tensor, spec: PatchSpec, positions: tuple[int, ...], out: Tensor, max_numbers: int) -> None:
     """The patch matrix times its own transpose, in pieces: one permuted copy of the input where windows don't overlap."""
-    line = x.shape[1] * math.prod(window.kernel) * math.prod(positions[1:])
-    budget = min(budget, out.shape[-1] * len(out) * MAX_PRODUCT_LENGTH)
-    lines, images = _piece(positions[0], len(x), line, 0, budget, 1)
+    line = x.shape[1] * math.prod(spec.kernel) * math.prod(positions[1:])
+    max_numbers = min(max_numbers, out.shape[-1] * len(out) * MAX_PRODUCT_LENGTH)
+    lines, images = _chunk_sizes(positions[0], len(x), line, 0, max_numbers, 1)
     panel = _panel(out)
     for start in range(0, positions[0], lines):
         for chunk in x.split(images):
-            covered = _lines(chunk, 0, start, min(start + lines, positions[0]), window, _dtype(x, out))
-            _add_gram(out, _patch_matrix(covered, window), panel)
+            covered = _lines(chunk, 0, start, min(start + lines, positions[0]), spec, _dtype(x, out))
+            _add_gram(out, _patch_matrix(covered, spec), panel)
             del covered
     _mirror(out, panel)
 
 
-def _patch_matrix(x: Tensor, window: Window) -> Tensor:
+def _patch_matrix(x: Tensor, spec: PatchSpec) -> Tensor:
     """The patches of padded (N, c, *size) as (g, n, b)."""
-    dims = len(window.kernel)
-    views = _windows(x, window, 2).unflatten(1, (window.groups, -1))  # (N, g, c / g, *o, *k)
+    dims = len(spec.kernel)
+    views = _windows(x, spec, 2).unflatten(1, (spec.groups, -1))  # (N, g, c / g, *o, *k)
     positions, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
     by_column = views.shape[2 + dims] >= views.shape[-1]  # the longer of the two runs innermost
     order = (1, 2, *kernel, 0, *positions) if by_column else (1, 0, *positions, 2, *kernel)
@@ -161,36 +163,40 @@ def _patch_matrix(x: Tensor, window: Window) -> Tensor:
     return matrix if by_column else matrix.mT
 
 
-def shared_lines(window: Window, positions: tuple[int, ...]) -> tuple[int, float]:
+def best_overlap(spec: PatchSpec, positions: tuple[int, ...]) -> tuple[int, float]:
     """The dimension in which overlapping windows share most, and the share of the operations that `_row_products` leaves."""
     shares = [
         (o + (k - 1) // s) * s / (o * k) if d == 1 else math.inf
-        for o, k, s, d in zip(positions, window.kernel, window.stride, window.dilation, strict=True)
+        for o, k, s, d in zip(positions, spec.kernel, spec.stride, spec.dilation, strict=True)
     ]
     return shares.index(min(shares)), min(shares)
 
 
-def _row_products(x: Tensor, window: Window, dim: int, positions: tuple[int, ...], out: Tensor, budget: int) -> None:
+def _overlapping_sums(
+    x: Tensor, spec: PatchSpec, dim: int, positions: tuple[int, ...], out: Tensor, max_numbers: int
+) -> None:
     """Products of each line with the lines near it, which all windows over both have in common.
 
     A line is a position h along `dim`, unfolded along the other dimensions: S[h]. Block t holds the products of lines
     t s .. t s + k - 1 with the first s of them. C's entries for kernel lines i = a s + r and j >= i, the sum over the
     output positions o of S[o s + j] S[o s + i]^T, are the sum over t = a .. a + O - 1 of block t's for lines j - a s and r.
     """
-    kernel, stride, count = window.kernel[dim], window.stride[dim], positions[dim]
+    kernel, stride, count = spec.kernel[dim], spec.stride[dim], positions[dim]
     groups, n = out.shape[:2]
     width, shifts = n // kernel, (kernel - 1) // stride
     panel, blocks = width * stride, count + shifts
     across = math.prod(positions) // count
-    kernels, strides, dilations = (part[:dim] + part[dim + 1 :] for part in (window.kernel, window.stride, window.dilation))
-    others = Window(kernels, strides, dilation=dilations, groups=groups)
-    lines, images = _piece(blocks, len(x), groups * panel * across, groups * n * panel, budget, -(-1024 // across))
+    kernels, strides, dilations = (part[:dim] + part[dim + 1 :] for part in (spec.kernel, spec.stride, spec.dilation))
+    others = PatchSpec(kernels, strides, dilation=dilations, groups=groups)
+    lines, images = _chunk_sizes(
+        blocks, len(x), groups * panel * across, groups * n * panel, max_numbers, -(-1024 // across)
+    )
     sums = torch.zeros_like(out)
     for start in range(0, blocks, lines):
         stop = min(start + lines, blocks)
         products = out.new_zeros((groups, stop - start, n, panel))
         for chunk in x.split(images):
-            covered = _lines(chunk, dim, start, stop, window, _dtype(x, out)).movedim(2 + dim, 2)
+            covered = _lines(chunk, dim, start, stop, spec, _dtype(x, out)).movedim(2 + dim, 2)
             _add_blocks(products, _strips(covered, others))
             del covered
         for shift in range(shifts + 1):
@@ -200,13 +206,13 @@ def _row_products(x: Tensor, window: Window, dim: int, positions: tuple[int, ...
         del products
     _mirror(sums, panel)
     # `sums` has the kernel's line before the rest of a patch, (c / g, *others); the weight has it in its place.
-    first, dims = n // math.prod(window.kernel), len(positions)
+    first, dims = n // math.prod(spec.kernel), len(positions)
     order = (2, *(3 + i if i < dim else 1 if i == dim else 2 + i for i in range(dims)))  # of (g, line, c / g, *others)
     sums = sums.view(groups, *(kernel, first, *kernels) * 2).permute(0, *order, *(1 + dims + i for i in order))
-    out.view(groups, *(first, *window.kernel) * 2).copy_(sums)
+    out.view(groups, *(first, *spec.kernel) * 2).copy_(sums)
 
 
-def _strips(x: Tensor, others: Window) -> Tensor:
+def _strips(x: Tensor, others: PatchSpec) -> Tensor:
     """The lines of padded (N, c, h, *others), unfolded along the others: (g, h * c / g * prod(k), N * prod(o))."""
     dims = len(others.kernel)
     views = _windows(x, others, 3).unflatten(1, (others.groups, -1))  # (N, g, c / g, h, *o, *k)
@@ -222,7 +228,7 @@ def _add_blocks(products: Tensor, strips: Tensor) -> None:
         _add_product(product, lines.unfold(0, n, panel).mT, lines.unfold(0, panel, panel)[:blocks])
 
 
-def _piece(lines: int, images: int, each: int, fixed: int, budget: int, least: int) -> tuple[int, int]:
+def _chunk_sizes(lines: int, images: int, each: int, fixed: int, max_numbers: int, least: int) -> tuple[int, int]:
     """How many lines of how many images to take at a time.
 
     Args:
@@ -233,18 +239,18 @@ def _piece(lines: int, images: int, each: int, fixed: int, budget: int, least: i
         budget: numbers.
         least: images of which lines are rather taken in several pieces.
     """
-    taken = max(1, min(lines, budget // max(1, min(images, least) * each + fixed)))
-    most = max(1, min(images, (budget - taken * fixed) // max(1, taken * each)))
+    taken = max(1, min(lines, max_numbers // max(1, min(images, least) * each + fixed)))
+    most = max(1, min(images, (max_numbers - taken * fixed) // max(1, taken * each)))
     return taken, -(-images // -(-images // most))  # evenly
 
 
-def _lines(x: Tensor, dim: int, start: int, stop: int, window: Window, dtype: torch.dtype) -> Tensor:
+def _lines(x: Tensor, dim: int, start: int, stop: int, spec: PatchSpec, dtype: torch.dtype) -> Tensor:
     """What the windows `start` .. `stop` - 1 along `dim` cover of (N, c, *size), zeros of the padding included."""
-    low = start * window.stride[dim] - window.padding[2 * dim]
-    high = (stop - 1) * window.stride[dim] - window.padding[2 * dim] + window.span[dim]
+    low = start * spec.stride[dim] - spec.padding[2 * dim]
+    high = (stop - 1) * spec.stride[dim] - spec.padding[2 * dim] + spec.extent[dim]
     size = x.shape[2 + dim]
     first = min(max(low, 0), size)
-    padding = list(window.padding)
+    padding = list(spec.padding)
     padding[2 * dim : 2 * dim + 2] = max(0, min(high, 0) - low), max(0, high - max(low, size))
     x = x.narrow(2 + dim, first, max(0, min(high, size) - first)).to(dtype)
     if not any(padding):
@@ -253,13 +259,13 @@ def _lines(x: Tensor, dim: int, start: int, stop: int, window: Window, dtype: to
 
 
 def last_dimension_first(padding: Sequence[int]) -> list[int]:
-    """Returns a `Window`'s padding in the order of `F.pad`."""
+    """Returns a `PatchSpec`'s padding in the order of `F.pad`."""
     return [side for i in reversed(range(0, len(padding), 2)) for side in padding[i : i + 2]]
 
 
-def _windows(x: Tensor, window: Window, first: int) -> Tensor:
+def _windows(x: Tensor, spec: PatchSpec, first: int) -> Tensor:
     """A view of (..., *size), sizes from dimension `first` on, as (..., *o, *k)."""
-    for dim, (span, stride, dilation) in enumerate(zip(window.span, window.stride, window.dilation, strict=True)):
+    for dim, (span, stride, dilation) in enumerate(zip(spec.extent, spec.stride, spec.dilation, strict=True)):
         x = x.unfold(first + dim, span, stride)
         if dilation > 1:
             x = x[..., ::dilation]
@@ -268,7 +274,11 @@ def _windows(x: Tensor, window: Window, first: int) -> Tensor:
 
 def _dtype(x: Tensor, out: Tensor) -> torch.dtype:
     """The factors' precision: tensor cores multiply 16-bit numbers exactly and sum in float32."""
-    return x.dtype if x.is_cuda and out.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) else out.dtype
+    return (
+        x.dtype
+        if x.is_cuda and out.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+        else out.dtype
+    )
 
 
 def _panel(out: Tensor) -> int:

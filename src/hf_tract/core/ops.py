@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_tract.core.forward_call import CALLS, ForwardCall
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 from hf_tract.core.notices import tell_second_order
 from hf_tract.core.preconditioner import PRECONDITIONERS, LayerPreconditioner
 from hf_tract.core.second_order import LinearInGrad
@@ -29,15 +29,15 @@ _library.define(
 )
 
 
-def _precondition(grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *window: Any) -> Tensor:
+def _precondition(grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *spec: Any) -> Tensor:
     """Returns what the preconditioner `key` hands on; the ordinary gradient where its layer is gone.
 
     Where `output_grad` is given, `grad` is computed again from it: a 16-bit operation rounds its weight's gradient, and
     inv(C + lam I) enlarges that.
     """
-    *sizes, groups = window
+    *sizes, groups = spec
     kernel, stride, padding, dilation = map(tuple, sizes)
-    patches = Window(kernel, stride, padding, dilation, groups)
+    patches = PatchSpec(kernel, stride, padding, dilation, groups)
     preconditioner = PRECONDITIONERS.get(key)
     with _full_precision(grad):
         if output_grad is not None:
@@ -67,7 +67,7 @@ class PreconditionWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, x: Tensor, owner: LayerPreconditioner | None, call: Any, key: int, window: Window
+        ctx: Any, weight: Tensor, x: Tensor, owner: LayerPreconditioner | None, call: Any, key: int, spec: PatchSpec
     ) -> Tensor:
         """Returns `weight`.
 
@@ -78,10 +78,10 @@ class PreconditionWeightGrad(torch.autograd.Function):
             owner: kept alive until the backward; None in a compiled graph, which knows it by `key`.
             call: the `ForwardCall`; None in a compiled graph.
             key: of the preconditioner.
-            window: the patches that the operation cuts out of `x`.
+            spec: the patches that the operation cuts out of `x`.
         """
         ctx.save_for_backward(x)
-        ctx.owner, ctx.call, ctx.key, ctx.window = owner, call, key, window
+        ctx.owner, ctx.call, ctx.key, ctx.spec = owner, call, key, spec
         return weight.view_as(weight)
 
     @staticmethod
@@ -89,9 +89,9 @@ class PreconditionWeightGrad(torch.autograd.Function):
         """Returns the preconditioned gradient of the weight."""
         (x,) = ctx.saved_tensors
         if ctx.call is None:
-            out = precondition(grad, x, None, ctx.key, UNTRACKED, *ctx.window)
+            out = precondition(grad, x, None, ctx.key, UNTRACKED, *ctx.spec)
         elif torch.compiler.is_compiling():  # compiled autograd
-            out = precondition(grad, x, None, ctx.key, ctx.call.number, *ctx.window)
+            out = precondition(grad, x, None, ctx.key, ctx.call.number, *ctx.spec)
         else:
             out = _eager_backward(ctx, grad, x)
         return out, None, None, None, None, None
@@ -104,7 +104,7 @@ def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
         return grad
     output_grad, call.output_grad = call.output_grad, None
     with torch.no_grad():
-        out: Tensor = precondition(grad, x, output_grad, ctx.key, call.number, *ctx.window).to(grad.dtype)
+        out: Tensor = precondition(grad, x, output_grad, ctx.key, call.number, *ctx.spec).to(grad.dtype)
     if torch.is_grad_enabled() and grad.requires_grad:
         call.handed_on_differentiably = True
         return LinearInGrad.apply(grad, [out], ctx.owner.last_step)  # type: ignore[no-any-return]

@@ -16,11 +16,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 
 
-def _linear_window(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Window:
-    return Window()
+def _linear_window(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> PatchSpec:
+    return PatchSpec()
 
 
 def _conv_window(
@@ -31,7 +31,7 @@ def _conv_window(
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Window:
+) -> PatchSpec:
     kernel = tuple(weight.shape[2:])
     dilations = _per_dimension(dilation, len(kernel))
     if padding == "same":  # the odd zero goes behind, as in torch
@@ -40,7 +40,7 @@ def _conv_window(
     else:
         each = _per_dimension(0 if isinstance(padding, str) else padding, len(kernel))
         pads = [side for side in each for _ in range(2)]
-    return Window(kernel, _per_dimension(stride, len(kernel)), tuple(pads), dilations, groups)
+    return PatchSpec(kernel, _per_dimension(stride, len(kernel)), tuple(pads), dilations, groups)
 
 
 def _per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ CONV_OPS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv2d: torch.conv2d,
     nn.Conv3d: torch.conv3d,
 }
-PATCH_OPS: dict[Callable[..., Tensor], Callable[..., Window]] = {
+PATCH_OPS: dict[Callable[..., Tensor], Callable[..., PatchSpec]] = {
     F.linear: _linear_window,
     **dict.fromkeys(CONV_OPS.values(), _conv_window),
 }
@@ -72,12 +72,12 @@ class PatchOpMode(TorchFunctionMode):
         raise NotImplementedError
 
 
-def fits(x: Tensor, weight: Tensor, window: Window) -> bool:
+def fits(x: Tensor, weight: Tensor, spec: PatchSpec) -> bool:
     """Says whether the operation can read `x` at all."""
-    if not window.kernel:
+    if not spec.kernel:
         return x.dim() > 0 and x.shape[-1] == weight.shape[-1]
-    dims = len(window.kernel)
-    return x.dim() in (dims + 1, dims + 2) and x.shape[-dims - 1] == weight.shape[1] * window.groups
+    dims = len(spec.kernel)
+    return x.dim() in (dims + 1, dims + 2) and x.shape[-dims - 1] == weight.shape[1] * spec.groups
 
 
 def is_supported(layer: nn.Module) -> bool:

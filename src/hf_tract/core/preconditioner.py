@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_tract.config import TrActConfig
 from hf_tract.core import accumulation
 from hf_tract.core.forward_call import ForwardCall
-from hf_tract.core.moments import Window, patch_sums
+from hf_tract.core.moments import PatchSpec, patch_sums
 from hf_tract.core.notices import look_for_other_uses, tell_unsolved
 from hf_tract.core.solve import DampedInverse, on_host
 from hf_tract.core.weights import weight_parameters
@@ -86,20 +86,22 @@ class LayerPreconditioner:
         self.open_no_syncs = 0  # the user's word, where `.grad` does not tell which backward is the step's last
         self.told: set[str] = set()
         self.last_step: _Step | None = None
-        self.sums_dtype: torch.dtype | None = None  # on an accelerator, as chosen in the first backward, which waits for it
+        self.sums_dtype: torch.dtype | None = (
+            None  # on an accelerator, as chosen in the first backward, which waits for it
+        )
         self._layer = ref(layer)
         self._step: _Step | None = None
         self._aside: _Step | None = None  # of a pass that does not add to `.grad`
         self._lock = threading.RLock()  # DataParallel's replicas share this object
         PRECONDITIONERS[self.key] = self
 
-    def precondition(self, grad: Tensor, x: Tensor, window: Window, call: ForwardCall | None = None) -> Tensor:
+    def precondition(self, grad: Tensor, x: Tensor, spec: PatchSpec, call: ForwardCall | None = None) -> Tensor:
         """Returns what the weight's gradient lacks of the rule after one more backward.
 
         Args:
             grad: the ordinary gradient of this backward, (m, ...).
             x: what the layer's operation read.
-            window: the patches that it cut out of `x`.
+            spec: the patches that it cut out of `x`.
             call: the forward call, so that a graph that is run again counts its patches once; None in a compiled graph.
 
         Returns:
@@ -115,7 +117,7 @@ class LayerPreconditioner:
             if step.task != task:
                 step.task, keep = task, accumulation.holds_gradient(parameters)
             handed_on = step.handed_on(keep)
-            sums = self._new_sums(step, call, x, window, keep)
+            sums = self._new_sums(step, call, x, spec, keep)
             step.add(grad.detach().to(torch.promote_types(grad.dtype, torch.float32)), sums, keep)
             step.closed = step.closed or not (self.open_no_syncs or accumulation.engine_accumulates())
             if self.steps == 1 and step.inverse is None and self._is_alone(call, parameters):
@@ -160,14 +162,16 @@ class LayerPreconditioner:
             self.steps += 1
         return step
 
-    def _new_sums(self, step: _Step, call: ForwardCall | None, x: Tensor, window: Window, keep: Tensor | None) -> Tensor:
+    def _new_sums(
+        self, step: _Step, call: ForwardCall | None, x: Tensor, spec: PatchSpec, keep: Tensor | None
+    ) -> Tensor:
         """Returns the sums that a backward adds: those of its patches, on all ranks, unless they are in already."""
         counted = call is not None and call.number in step.calls
         if call is not None:
             step.calls.add(call.number)
         if counted and keep is None and step.sums is not None:
             return torch.zeros_like(step.sums)
-        sums = patch_sums(x, window, self.config.lam, self.sums_dtype)
+        sums = patch_sums(x, spec, self.config.lam, self.sums_dtype)
         if not on_host(sums):
             self.sums_dtype = sums.dtype
         if self.config.scope == "global":

@@ -20,7 +20,12 @@ _told: set[str] = set()
 
 
 def run_where_acting(
-    preconditioner: LayerPreconditioner | None, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any
+    preconditioner: LayerPreconditioner | None,
+    op: Callable[..., Tensor],
+    input: Any,
+    weight: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Does what `run` does where TrAct acts, and else runs the operation alone."""
     if preconditioner is None or not acts(weight, input):
@@ -29,7 +34,12 @@ def run_where_acting(
 
 
 def run(
-    preconditioner: LayerPreconditioner, op: Callable[..., Tensor], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    preconditioner: LayerPreconditioner,
+    op: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Runs a convolution or linear operation whose weight's gradient is preconditioned.
 
@@ -41,19 +51,19 @@ def run(
         args: of `op`.
         kwargs: of `op`.
     """
-    window = PATCH_OPS[op](input, weight, *args, **kwargs)
-    if not fits(input, weight, window):
+    spec = PATCH_OPS[op](input, weight, *args, **kwargs)
+    if not fits(input, weight, spec):
         return op(input, weight, *args, **kwargs)  # torch itself says what is wrong
     input = _as_autocast_reads(input)
     x, is_half = input.detach(), input.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling():
         if is_half:
             out = op(input, weight.detach(), *args, **kwargs)
-            return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, window)
-        weight = PreconditionWeightGrad.apply(weight, x, None, None, preconditioner.key, window)
+            return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, spec)
+        weight = PreconditionWeightGrad.apply(weight, x, None, None, preconditioner.key, spec)
         return op(input, weight, *args, **kwargs)
     call = ForwardCall(weight)
-    weight = PreconditionWeightGrad.apply(weight, x, preconditioner, call, preconditioner.key, window)
+    weight = PreconditionWeightGrad.apply(weight, x, preconditioner, call, preconditioner.key, spec)
     out = op(input, weight, *args, **kwargs)
     if is_half:
         return KeepOutputGrad.apply(out.clone() if out._is_view() else out, call)

@@ -18,7 +18,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def whole_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+def gathered_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, on every rank at once, `read_weight` and `write_weight` work on these layers of `model`."""
     for unit in _by_fsdp2(model):
         unit.reshard()  # a forward leaves the root unsharded, and what is written then is lost

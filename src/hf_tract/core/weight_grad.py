@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tract.core.moments import SCRATCH_BYTES, Window, last_dimension_first
+from hf_tract.core.moments import MEMORY_LIMIT, PatchSpec, last_dimension_first
 
 
-def weight_grad(x: Tensor, output_grad: Tensor, window: Window, like: Tensor) -> Tensor:
+def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:
     """Returns the sum over all patches p of (gradient of the output there) p^T.
 
     Autocast must be off. What is converted to float32 at a time is bounded.
@@ -20,40 +20,40 @@ def weight_grad(x: Tensor, output_grad: Tensor, window: Window, like: Tensor) ->
     Args:
         x: what the operation read: a convolution's (N, c, *size) or (c, *size), a linear layer's (..., n).
         output_grad: of the operation's output.
-        window: the patches.
+        spec: the patches.
         like: of the gradient's shape.
 
     Returns:
         (m, ...), float32.
     """
     total = torch.zeros_like(like, dtype=torch.float32)
-    if not window.kernel:
+    if not spec.kernel:
         x, output_grad = x.reshape(-1, x.shape[-1]), output_grad.reshape(-1, output_grad.shape[-1])
-    elif x.dim() < len(window.kernel) + 2:
+    elif x.dim() < len(spec.kernel) + 2:
         x, output_grad = x.unsqueeze(0), output_grad.unsqueeze(0)
     if not len(x):
         return total
     bytes_each = 4 * (x[0].numel() + output_grad[0].numel())
-    pieces = max(1, SCRATCH_BYTES // bytes_each)
+    pieces = max(1, MEMORY_LIMIT // bytes_each)
     for part, part_grad in zip(x.split(pieces), output_grad.split(pieces), strict=True):
-        if not window.kernel:
+        if not spec.kernel:
             _add_product(total, part_grad.mT, part)
-        elif _is_side_by_side(window):
-            _add_product(total.flatten(1), part_grad.transpose(0, 1).flatten(1), _patch_rows(part, window))
+        elif _is_side_by_side(spec):
+            _add_product(total.flatten(1), part_grad.transpose(0, 1).flatten(1), _patch_rows(part, spec))
         else:
-            total += _convolution(part.float(), part_grad.float(), window, total)
+            total += _convolution(part.float(), part_grad.float(), spec, total)
     return total
 
 
-def _is_side_by_side(window: Window) -> bool:
+def _is_side_by_side(spec: PatchSpec) -> bool:
     """Says whether patches neither overlap nor leave a pixel between them, so that they are the pixels in another order."""
-    return window.kernel == window.stride and window.groups == 1 and not any(window.padding) and set(window.dilation) == {1}
+    return spec.kernel == spec.stride and spec.groups == 1 and not any(spec.padding) and set(spec.dilation) == {1}
 
 
-def _patch_rows(x: Tensor, window: Window) -> Tensor:
+def _patch_rows(x: Tensor, spec: PatchSpec) -> Tensor:
     """Returns the patches of (N, c, *size) that lie side by side, as (b, n)."""
-    dims = len(window.kernel)
-    for dim, (size, count) in enumerate(zip(window.kernel, window.positions(x.shape[2:]), strict=True)):
+    dims = len(spec.kernel)
+    for dim, (size, count) in enumerate(zip(spec.kernel, spec.output_size(x.shape[2:]), strict=True)):
         x = x.narrow(2 + 2 * dim, 0, size * count).unflatten(2 + 2 * dim, (count, size))  # (N, c, o, k, o, k, ...)
     positions, kernel = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
     return x.permute(0, *positions, 1, *kernel).flatten(0, dims).flatten(1)
@@ -67,15 +67,15 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float(), right.float())
 
 
-def _convolution(x: Tensor, output_grad: Tensor, window: Window, weight: Tensor) -> Tensor:
-    dims = len(window.kernel)
-    before, after = window.padding[::2], window.padding[1::2]
+def _convolution(x: Tensor, output_grad: Tensor, spec: PatchSpec, weight: Tensor) -> Tensor:
+    dims = len(spec.kernel)
+    before, after = spec.padding[::2], spec.padding[1::2]
     if before != after:
-        x = F.pad(x, last_dimension_first(window.padding))
+        x = F.pad(x, last_dimension_first(spec.padding))
         before = (0,) * dims
     mask = (False, True, False)
     grads = torch.ops.aten.convolution_backward(
-        output_grad, x, weight, None, window.stride, before, window.dilation, False, (0,) * dims, window.groups, mask
+        output_grad, x, weight, None, spec.stride, before, spec.dilation, False, (0,) * dims, spec.groups, mask
     )
     grad: Tensor = grads[1]
     return grad

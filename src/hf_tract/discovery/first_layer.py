@@ -14,14 +14,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from hf_tract.config import TrActError
 from hf_tract.core.patches import is_supported
 from hf_tract.core.sharding import is_sharded
-from hf_tract.discovery.inputs import pixel_argument
+from hf_tract.discovery.inputs import pixel_argument_name
 from hf_tract.discovery.trials import callers_in_a_trial, described, probe_example, probe_guesses
-from hf_tract.discovery.wrappers import plain, unwrap
+from hf_tract.discovery.wrappers import unwrap, without_wrappers
 
-Layers = str | nn.Module | Sequence[str | nn.Module]
+LayerSelection = str | nn.Module | Sequence[str | nn.Module]
 
 # What grows with the ecosystem is data: names that models give their vision part.
-TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
+VISION_TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
 
 
 NAMED, BY_ORDER = "named by the user", "first in module order"
@@ -37,7 +37,9 @@ class FirstLayer(NamedTuple):
     source: str
 
 
-def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: Any = None) -> list[FirstLayer]:
+def find_first_layers(
+    model: nn.Module, layers: LayerSelection = "auto", example_batch: Any = None
+) -> list[FirstLayer]:
     """The layers that pixels meet first, in that order; nearly always one.
 
     Args:
@@ -60,8 +62,8 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: 
     """
     sharded, model = is_sharded(model), unwrap(model)
     if not (isinstance(layers, str) and layers == "auto"):
-        return _asked_for(model, [layers] if isinstance(layers, (str, nn.Module)) else list(layers))
-    if example_batch is None and pixel_argument(model) == "input_ids":
+        return _by_request(model, [layers] if isinstance(layers, (str, nn.Module)) else list(layers))
+    if example_batch is None and pixel_argument_name(model) == "input_ids":
         raise TrActError(
             f"`model` (={type(model).__name__}) reads `input_ids` and no pixels: its first layer is an embedding already. "
             f"Name a layer with `layers=` if that is what you want."
@@ -78,7 +80,7 @@ def find_first_layers(model: nn.Module, layers: Layers = "auto", example_batch: 
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    return {plain(name): module for name, module in model.named_modules() if is_supported(module)}
+    return {without_wrappers(name): module for name, module in model.named_modules() if is_supported(module)}
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:
@@ -86,21 +88,25 @@ def _some(names: Iterable[str], most: int = 6) -> str:
     return (", ".join(unique[:most]) or "no module") + (", ..." if len(unique) > most else "")
 
 
-def _asked_for(model: nn.Module, asked: Sequence[str | nn.Module]) -> list[FirstLayer]:
+def _by_request(model: nn.Module, asked: Sequence[str | nn.Module]) -> list[FirstLayer]:
     candidates = _candidates(model)
-    everything = {plain(name): module for name, module in model.named_modules()}
+    everything = {without_wrappers(name): module for name, module in model.named_modules()}
     found: dict[str, FirstLayer] = {}
     for wish in asked:
         if isinstance(wish, nn.Module):
             names = [name for name, module in everything.items() if module is wish]
             if not names:
-                raise TrActError(f"`layers` (={type(wish).__name__}) is no module of `model` (={type(model).__name__}).")
+                raise TrActError(
+                    f"`layers` (={type(wish).__name__}) is no module of `model` (={type(model).__name__})."
+                )
         else:
-            pattern = plain(wish)
+            pattern = without_wrappers(wish)
             names = [pattern] if pattern in everything else fnmatch.filter(candidates, pattern)
             if not names:
                 near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.3) or list(candidates)
-                raise TrActError(f"`layers` (={wish!r}) matches no convolution or linear layer; the nearest are {_some(near)}.")
+                raise TrActError(
+                    f"`layers` (={wish!r}) matches no convolution or linear layer; the nearest are {_some(near)}."
+                )
         for name in names:
             if name not in candidates:
                 inside = [other for other in candidates if other.startswith(f"{name}.")]
@@ -135,14 +141,16 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
 
     Layers beside it in one `nn.ModuleDict` are stems for other inputs, and taken too.
     """
-    prefix = next((name for name, _ in model.named_modules() if name.split(".")[-1] in TOWERS), "")
-    candidates = {name: m for name, m in _candidates(model).items() if name.startswith(plain(prefix))}
+    prefix = next((name for name, _ in model.named_modules() if name.split(".")[-1] in VISION_TOWERS), "")
+    candidates = {name: m for name, m in _candidates(model).items() if name.startswith(without_wrappers(prefix))}
     ordered = sorted(candidates, key=lambda name: isinstance(candidates[name], nn.Linear))  # stable
-    modules = {plain(name): module for name, module in model.named_modules()}
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
     order = list(modules)
     lazy = next((name for name, module in modules.items() if isinstance(module, LazyModuleMixin)), None)
     if lazy is not None and (not ordered or order.index(lazy) < order.index(ordered[0])):
-        raise TrActError(f"`model` (={type(model).__name__}): {lazy} has no weight yet; run a batch through the model first.")
+        raise TrActError(
+            f"`model` (={type(model).__name__}): {lazy} has no weight yet; run a batch through the model first."
+        )
     if not ordered:
         return []
     parent = ordered[0].rpartition(".")[0]
@@ -166,7 +174,7 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     first, others = found.meetings[0], found.others
     modules = dict(model.named_modules())
     if first.layer is None:
-        where = plain(first.module) or "the model itself"
+        where = without_wrappers(first.module) or "the model itself"
         raise TrActError(
             f"`model` (={type(model).__name__}): the first weight that the pixels meet is in {where} "
             f"({type(modules[first.module]).__name__}), in an operation (`{first.operation}`) that is no convolution or linear "
@@ -174,9 +182,12 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
             f"`layers=` if that is what you want."
         )
     if others:
-        logger.warning(OTHER_WEIGHTS, plain(others[0].module) or "the model itself", others[0].operation)
+        logger.warning(OTHER_WEIGHTS, without_wrappers(others[0].module) or "the model itself", others[0].operation)
     in_parents = {meeting.layer for meeting in found.meetings if meeting.layer != meeting.module}
-    return [FirstLayer(plain(name), modules[name], IN_PARENT if name in in_parents else REACHED) for name in found.layers]
+    return [
+        FirstLayer(without_wrappers(name), modules[name], IN_PARENT if name in in_parents else REACHED)
+        for name in found.layers
+    ]
 
 
 def find_functional_callers(
@@ -188,11 +199,15 @@ def find_functional_callers(
     """
     sharded, model = is_sharded(model), unwrap(model)
     modules = dict(model.named_modules())
-    names = {layer.name for layer in layers if layer.source in (NAMED, BY_ORDER, IN_PARENT)}  # what else there is ran by itself
+    names = {
+        layer.name for layer in layers if layer.source in (NAMED, BY_ORDER, IN_PARENT)
+    }  # what else there is ran by itself
     if not names or sharded:
         return []
     callers = callers_in_a_trial(model, example_batch)
-    read = {caller: [layer for layer in owned if plain(layer) in names] for caller, owned in callers.items()}
+    read = {
+        caller: [layer for layer in owned if without_wrappers(layer) in names] for caller, owned in callers.items()
+    }
     return [(modules[caller], [modules[name] for name in owned]) for caller, owned in read.items() if owned]
 
 

@@ -17,12 +17,24 @@ from hf_tract.core.patches import is_supported, patch_size
 CHANNELS = ("num_channels", "in_channels", "in_chans")
 SIZES = ("image_size", "img_size", "input_size", "sample_size")
 FRAMES = ("num_frames", "frames_per_clip")
-PARTS = ("vision_config", "backbone_config", "encoder_config")
-PIXELS = ("pixel_values", "pixel_values_videos", "input_values", "flattened_patches", "image", "images", "x", "hidden_states")
+SUB_CONFIGS = ("vision_config", "backbone_config", "encoder_config")
+PIXELS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "input_values",
+    "flattened_patches",
+    "image",
+    "images",
+    "x",
+    "hidden_states",
+)
 COMMON_SIZES = (224, 32, 28, 96, 1536)
 VOLUMES = (32, 96)  # sides of a cube
-SERIES = (("max_length", "num_mel_bins"), ("context_length", "num_input_channels"))  # of spectrograms and of time series
-AXES = {"aspect_ratio_ids": (1, 4)}  # before an image's, where a forward has this argument
+SERIES = (
+    ("max_length", "num_mel_bins"),
+    ("context_length", "num_input_channels"),
+)  # of spectrograms and of time series
+EXTRA_AXES = {"aspect_ratio_ids": (1, 4)}  # before an image's, where a forward has this argument
 GRID = 4  # patches along each side, where a model wants to be told
 TOKENS = 8
 FEW_FRAMES = 4
@@ -30,7 +42,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MOST_CHANNELS = 6  # of those in a model, that are tried
 
 
-class _Guess(NamedTuple):
+class _InputGuess(NamedTuple):
     """What the other arguments of a forward depend on."""
 
     device: str
@@ -38,12 +50,12 @@ class _Guess(NamedTuple):
     frames: int
 
 
-def _integers(values: Any) -> Callable[[_Guess], Tensor]:
+def _integers(values: Any) -> Callable[[_InputGuess], Tensor]:
     return lambda guess: torch.tensor(values, device="cpu")
 
 
 # Integers are read by forwards that cut and loop by them: beside pixels without values they are on the CPU.
-ARGUMENTS: dict[str, Callable[[_Guess], Any]] = {
+EXTRA_INPUTS: dict[str, Callable[[_InputGuess], Any]] = {
     "input_ids": _integers([[1] * TOKENS]),
     "decoder_input_ids": _integers([[1] * TOKENS]),
     "qformer_input_ids": _integers([[1] * TOKENS]),
@@ -67,7 +79,7 @@ ARGUMENTS: dict[str, Callable[[_Guess], Any]] = {
 }
 
 
-def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
+def guess_inputs(model: nn.Module, device: str = "meta") -> Iterator[Any]:
     """Guesses batches of one image, clip or row of patches, the likeliest first: keyword arguments, a tensor, or a tuple.
 
     Args:
@@ -76,7 +88,7 @@ def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
     """
     config = getattr(model, "config", None)
     parameters = forward_parameters(model)
-    name = pixel_argument(model)
+    name = pixel_argument_name(model)
     generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
     dtype = precision(model)
 
@@ -91,7 +103,9 @@ def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
             if len(required) <= 1:
                 yield pixels(shape)
         else:
-            others: dict[str, Any] = {n: make(guess) for n, make in ARGUMENTS.items() if n in parameters and n != name}
+            others: dict[str, Any] = {
+                n: make(guess) for n, make in EXTRA_INPUTS.items() if n in parameters and n != name
+            }
             if device != "meta":
                 others = {n: other.to(device) for n, other in others.items()}
             # What nobody can guess may not be looked at before the pixels have met their layer.
@@ -99,7 +113,9 @@ def batches(model: nn.Module, device: str = "meta") -> Iterator[Any]:
             yield {**unknown, **others, name: pixels(shape)}
     if len(required) > 1 and (config is None or name is None):
         yield from (tuple(map(pixels, shapes)) for shapes in _shapes_of_several(model, len(required)))
-        yield from ((pixels(shape), *[None] * (len(required) - 1)) for shape, _ in _shapes(model, config, device, parameters))
+        yield from (
+            (pixels(shape), *[None] * (len(required) - 1)) for shape, _ in _shapes(model, config, device, parameters)
+        )
 
 
 def _shapes_of_several(model: nn.Module, count: int) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -114,25 +130,29 @@ def _shapes_of_several(model: nn.Module, count: int) -> Iterator[tuple[tuple[int
                 yield ((1, c, size, size), *[vector] * (count - 1))
 
 
-def pixel_argument(model: nn.Module) -> str | None:
+def pixel_argument_name(model: nn.Module) -> str | None:
     """The argument of a forward that takes pixels."""
     parameters = forward_parameters(model)
-    return next((name for name in (*PIXELS, getattr(model, "main_input_name", ""), "input_ids") if name in parameters), None)
+    return next(
+        (name for name in (*PIXELS, getattr(model, "main_input_name", ""), "input_ids") if name in parameters), None
+    )
 
 
 def precision(model: nn.Module) -> torch.dtype:
     """Returns the precision of the weights."""
-    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)  # no 8-bit numbers
+    dtypes = (
+        p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1
+    )  # no 8-bit numbers
     return next(dtypes, torch.float32)
 
 
-def each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch with `change` done to each tensor in its mappings, lists and tuples."""
     if isinstance(batch, Mapping):
-        changed = {name: each_tensor(value, change) for name, value in batch.items()}
+        changed = {name: map_tensors(value, change) for name, value in batch.items()}
         return _like(batch, changed) if type(batch) is not dict else changed
     if isinstance(batch, (list, tuple)):
-        values = [each_tensor(value, change) for value in batch]
+        values = [map_tensors(value, change) for value in batch]
         if isinstance(batch, list):
             return values
         return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
@@ -150,7 +170,7 @@ def _like(batch: Mapping[str, Any], changed: dict[str, Any]) -> Mapping[str, Any
     return same  # type: ignore[no-any-return]
 
 
-def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def filter_forward_kwargs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that a forward takes: losses that are computed outside of the model have batches with more."""
     parameters = forward_parameters(model)
     return {name: value for name, value in batch.items() if has_open_keywords(parameters) or name in parameters}
@@ -172,7 +192,7 @@ def forward_parameters(model: nn.Module) -> Mapping[str, Any]:
 
 def _shapes(
     model: nn.Module, config: Any, device: str, parameters: Mapping[str, Any]
-) -> Iterator[tuple[tuple[int, ...], _Guess]]:
+) -> Iterator[tuple[tuple[int, ...], _InputGuess]]:
     layers = [m for m in model.modules() if is_supported(m)]
     first = next((m for m in layers if not isinstance(m, nn.Linear)), None)
     dims = len(first.kernel_size) if isinstance(first, CONVOLUTIONS) else 2
@@ -185,9 +205,9 @@ def _shapes(
     for length, width in SERIES:
         series = _entry(config, (length,)), _entry(config, (width,))
         if all(series):
-            yield (1, *series), _Guess(device, series, frames)
-    axes = [a for name, a in AXES.items() if name in parameters]
-    rows, guess = _rows(layers, parameters), _Guess(device, sizes[0], frames)
+            yield (1, *series), _InputGuess(device, series, frames)
+    axes = [a for name, a in EXTRA_AXES.items() if name in parameters]
+    rows, guess = _rows(layers, parameters), _InputGuess(device, sizes[0], frames)
     if "grid_thw" in parameters:  # which counts the patches that the pixels have been cut into before
         if isinstance(first, nn.Conv2d):
             patch = first.in_channels, *first.kernel_size
@@ -195,7 +215,7 @@ def _shapes(
         yield from (((GRID**2, n), guess) for n in rows)
     for count in dict.fromkeys(channels):
         for size in sizes:
-            guess = _Guess(device, size, frames)
+            guess = _InputGuess(device, size, frames)
             image = (count, *(size if dims > 1 else size[:1]))
             clips = [(1, frames, *image), (1, count, frames, *image[1:])]
             images = [*((1, *a, *image) for a in axes), (1, *image)]
@@ -228,5 +248,5 @@ def _entry(config: Any, names: Sequence[str]) -> Any:
     if config is None:
         return None
     values = (getattr(config, name, None) for name in names)
-    parts = (_entry(getattr(config, part, None), names) for part in PARTS)
+    parts = (_entry(getattr(config, part, None), names) for part in SUB_CONFIGS)
     return next((value for value in (*values, *parts) if value is not None), None)

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_tract.core.moments import Window
+from hf_tract.core.moments import PatchSpec
 from hf_tract.core.patches import PATCH_OPS, PatchOpMode, is_supported
-from hf_tract.discovery.inputs import each_tensor, forward_parameters, has_open_keywords, pixel_argument
+from hf_tract.discovery.inputs import forward_parameters, has_open_keywords, map_tensors, pixel_argument_name
 from hf_tract.discovery.random_state import random_state_kept
 from hf_tract.discovery.tracing import EveryOp, LayerOps, Mark, Meeting, PixelTrace, owners_of_weights
 
 ANY_PIXELS = ("image", "x")  # names of arguments beside which others may be pixels too
 
 
-class Reading(NamedTuple):
+class LayerInput(NamedTuple):
     """What one layer reads of a batch: the shape of its operation's input, and the patches that it cuts out of it."""
 
     name: str
     shape: tuple[int, ...]
-    window: Window
+    spec: PatchSpec
 
 
 class Probe(NamedTuple):
@@ -47,7 +47,7 @@ class Probe(NamedTuple):
         return [meeting for meeting in self.meetings if meeting.layer is None]
 
 
-def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
+def meta_copy(model: nn.Module, device: str | None = "meta") -> nn.Module:
     """Returns a copy of `model` whose weights are on the meta device, or where None copies: forwards may write into them.
 
     Raises:
@@ -55,7 +55,9 @@ def twin(model: nn.Module, device: str | None = "meta") -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        alike = torch.empty_like(parameter, device=device, requires_grad=False) if device else parameter.detach().clone()
+        alike = (
+            torch.empty_like(parameter, device=device, requires_grad=False) if device else parameter.detach().clone()
+        )
         memo[id(parameter)] = nn.Parameter(alike, requires_grad=parameter.requires_grad)
     for tensor in (*model.buffers(), *_cached_tensors(model)):
         memo[id(tensor)] = tensor.detach().clone() if device is None else torch.empty_like(tensor, device=device)
@@ -76,7 +78,7 @@ def _cached_tensors(model: nn.Module) -> list[Tensor]:
     return [value for values in attributes for value in values if isinstance(value, Tensor) and not value.is_leaf]
 
 
-def probe(copied: nn.Module, batch: Any, grad: bool = False) -> Probe:
+def layers_reached_first(copied: nn.Module, batch: Any, grad: bool = False) -> Probe:
     """Finds what the pixels of `batch` meet first in one forward of a `twin`.
 
     Args:
@@ -96,13 +98,13 @@ def probe(copied: nn.Module, batch: Any, grad: bool = False) -> Probe:
     with (
         warnings.catch_warnings(),
         torch.set_grad_enabled(grad),
-        watched(copied, trace.running),
+        recording(copied, trace.running),
         EveryOp(trace),
         LayerOps(trace),
     ):
         warnings.simplefilter("ignore")
         try:
-            call(copied, batch)
+            run_forward(copied, batch)
         except Exception as problem:  # many a model fails on the meta device, but after its first layer
             error = problem
     return Probe(trace.meetings, error)
@@ -110,10 +112,14 @@ def probe(copied: nn.Module, batch: Any, grad: bool = False) -> Probe:
 
 def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
     """Returns the tensors of a batch that may be pixels."""
-    if isinstance(batch, Mapping) and (argument := pixel_argument(copied)) in batch and argument not in ANY_PIXELS:
+    if (
+        isinstance(batch, Mapping)
+        and (argument := pixel_argument_name(copied)) in batch
+        and argument not in ANY_PIXELS
+    ):
         batch = batch[argument]
     found = list[Tensor]()
-    each_tensor(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    map_tensors(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found if len(found) == 1 else [tensor for tensor in found if _may_be_pixels(tensor)]
 
 
@@ -122,7 +128,7 @@ def _may_be_pixels(tensor: Tensor) -> bool:
     return tensor.dim() >= (2 if tensor.is_floating_point() else 3)
 
 
-def call(model: nn.Module, batch: Any) -> Any:
+def run_forward(model: nn.Module, batch: Any) -> Any:
     """Runs a forward: a tuple holds positional arguments, a mapping keywords, unless it is the one argument itself.
 
     Random numbers stay as they are.
@@ -142,7 +148,7 @@ def _are_keywords(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def watched(copied: nn.Module, running: list[str]) -> Iterator[None]:
+def recording(copied: nn.Module, running: list[str]) -> Iterator[None]:
     """Keeps in `running` the names of the modules that run, the innermost last."""
     handles = []
     for name, module in copied.named_modules():
@@ -167,14 +173,14 @@ class Recorder(PatchOpMode):
     def __init__(self, names: Container[str]) -> None:
         super().__init__()
         self.names, self.running = names, list[str]()
-        self.readings = list[Reading]()
+        self.readings = list[LayerInput]()
 
     def run_op(self, op: Callable[..., Any], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `op`."""
         out = op(input, weight, *args, **kwargs)
         if self.running and self.running[-1] in self.names:
-            window = PATCH_OPS[op](input, weight, *args, **kwargs)
-            self.readings.append(Reading(self.running[-1], tuple(input.shape), window))
+            spec = PATCH_OPS[op](input, weight, *args, **kwargs)
+            self.readings.append(LayerInput(self.running[-1], tuple(input.shape), spec))
         return out
 
 
@@ -184,7 +190,9 @@ class WeightUses(PatchOpMode):
     def __init__(self, copied: nn.Module) -> None:
         super().__init__()
         self.running = list[str]()
-        self.owners = owners_of_weights({name: module for name, module in copied.named_modules() if is_supported(module)})
+        self.owners = owners_of_weights(
+            {name: module for name, module in copied.named_modules() if is_supported(module)}
+        )
         self.callers: dict[str, dict[str, None]] = {}  # and whose weights they read
         self.ran = False
 
@@ -204,7 +212,13 @@ def functional_callers(copied: nn.Module, batch: Any) -> dict[str, list[str]] | 
     None where `batch` fits no layer. A forward that fails later has told enough.
     """
     uses = WeightUses(copied)
-    with warnings.catch_warnings(), torch.no_grad(), watched(copied, uses.running), uses, contextlib.suppress(Exception):
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        recording(copied, uses.running),
+        uses,
+        contextlib.suppress(Exception),
+    ):
         warnings.simplefilter("ignore")
-        call(copied, batch)
+        run_forward(copied, batch)
     return {caller: list(owners) for caller, owners in uses.callers.items()} if uses.ran else None

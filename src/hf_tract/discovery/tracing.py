@@ -62,7 +62,9 @@ class PixelTrace:
         self.meetings = list[Meeting]()
         self.layers = {name: module for name, module in copied.named_modules() if is_supported(module)}
         self._owners = owners_of_weights(self.layers)
-        self._marks: dict[int, tuple[StorageWeakRef, Mark]] = {}  # a weak reference keeps the key from being used again
+        self._marks: dict[
+            int, tuple[StorageWeakRef, Mark]
+        ] = {}  # a weak reference keeps the key from being used again
         for parameter in copied.parameters():
             if parameter.requires_grad:
                 self.mark(parameter, Mark.WEIGHTS)

@@ -13,9 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from hf_tract.config import TrActError
-from hf_tract.discovery.inputs import batches, each_tensor, forward_parameters, precision
-from hf_tract.discovery.probe import Probe, functional_callers, probe, twin
-from hf_tract.discovery.wrappers import plain
+from hf_tract.discovery.inputs import forward_parameters, guess_inputs, map_tensors, precision
+from hf_tract.discovery.probe import Probe, functional_callers, layers_reached_first, meta_copy
+from hf_tract.discovery.wrappers import without_wrappers
 
 MOST_PARAMETERS = 5 * 10**8  # up to which a forward is made on copies of them, where the meta device does not suffice
 FEW_PARAMETERS = 10**8  # likewise, where a forward on the meta device has told something before it failed
@@ -31,7 +31,7 @@ def probe_guesses(model: nn.Module) -> Probe | None:
     for device, copied in _copies(model, MOST_PARAMETERS):
         tries = 0
         for batch in itertools.islice(_guesses(copied, device), None if device == "meta" else MOST_GUESSES):
-            found = probe(copied, batch)
+            found = layers_reached_first(copied, batch)
             if found.meetings and found.error is None:
                 return found
             if found.meetings and (partial is None or (found.layers and not partial.layers)):
@@ -42,7 +42,7 @@ def probe_guesses(model: nn.Module) -> Probe | None:
         if partial is not None and not _devices_with_values(model, FEW_PARAMETERS):
             break
     if is_uncertain and partial is not None and partial.layers:
-        logger.warning(UNCERTAIN, ", ".join(map(plain, partial.layers)))
+        logger.warning(UNCERTAIN, ", ".join(map(without_wrappers, partial.layers)))
     return partial
 
 
@@ -54,7 +54,7 @@ def _copies(model: nn.Module, most: int) -> Iterator[tuple[str, nn.Module]]:
     """
     for device in ("meta", *_devices_with_values(model, most)):
         try:
-            copied = twin(model, device if device == "meta" else None)
+            copied = meta_copy(model, device if device == "meta" else None)
         except Exception:  # whatever a model's own copying raises
             return
         yield device, copied
@@ -62,7 +62,7 @@ def _copies(model: nn.Module, most: int) -> Iterator[tuple[str, nn.Module]]:
 
 def _guesses(copied: nn.Module, device: str) -> Iterator[Any]:
     """Guesses batches; with values, none that are large."""
-    return (batch for batch in batches(copied, device) if device == "meta" or _numbers(batch) <= MOST_NUMBERS)
+    return (batch for batch in guess_inputs(copied, device) if device == "meta" or _numbers(batch) <= MOST_NUMBERS)
 
 
 def _numbers(batch: Any) -> int:
@@ -78,7 +78,7 @@ def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
     found: Probe | None = None
     device = "meta"
     for device, copied in _copies(model, MOST_PARAMETERS):
-        found = probe(copied, _moved(example_batch, device, precision(model)), grad=device != "meta")
+        found = layers_reached_first(copied, _moved(example_batch, device, precision(model)), grad=device != "meta")
         if found.error is None:
             return found
     if found is None:  # the model cannot be copied
@@ -120,13 +120,17 @@ def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
             return tensor.to("cpu" if device == "meta" else device, copy=True)
         return tensor.to(device, dtype, copy=True)
 
-    return each_tensor(batch, moved)
+    return map_tensors(batch, moved)
 
 
 def callers_in_a_trial(model: nn.Module, example_batch: Any) -> dict[str, list[str]]:
     """Returns what `functional_callers` does for the first batch that reaches a layer; nothing where none does."""
     for device, copied in _copies(model, FEW_PARAMETERS):
-        guesses = _guesses(copied, device) if example_batch is None else iter([_moved(example_batch, device, precision(model))])
+        guesses = (
+            _guesses(copied, device)
+            if example_batch is None
+            else iter([_moved(example_batch, device, precision(model))])
+        )
         found = (functional_callers(copied, batch) for batch in itertools.islice(guesses, 4 * MOST_GUESSES))
         if (callers := next((each for each in found if each is not None), None)) is not None:
             return callers

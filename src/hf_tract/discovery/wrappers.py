@@ -16,6 +16,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def plain(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """`name` without what wrappers added to it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_tract.apply import TrActHandle, apply_tract
 from hf_tract.config import Scope
-from hf_tract.discovery.first_layer import Layers
+from hf_tract.discovery.first_layer import LayerSelection
 
 
 class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
@@ -27,7 +27,9 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         >>> model = remove_hook_from_module(model)
     """
 
-    def __init__(self, lam: float = 0.1, layers: Layers = "auto", scope: Scope = "global", **options: Any) -> None:
+    def __init__(
+        self, lam: float = 0.1, layers: LayerSelection = "auto", scope: Scope = "global", **options: Any
+    ) -> None:
         self.lam, self.layers, self.scope, self.options = lam, layers, scope, options
         self.handle: TrActHandle | None = None
 

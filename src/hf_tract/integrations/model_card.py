@@ -15,8 +15,8 @@ from hf_tract.config import TrActConfig, TrActError
 from hf_tract.integrations.provenance import command, hardware, versions
 
 TAGS = ("tract", "hf-tract")
-RECORD_NAME = "training_record.json"
-SETTINGS_NAME = "tract_config.json"
+RECORD_FILE = "training_record.json"
+CONFIG_FILE = "tract_config.json"
 CURVE_NAME = "training_curve.png"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MOST_ROWS = 20  # of the card's table
@@ -118,7 +118,9 @@ def model_card(
     return card
 
 
-def save_card(record: TrainingRecord, folder: str | Path, model_id: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
+def save_card(
+    record: TrainingRecord, folder: str | Path, model_id: str | None = None, tags: Iterable[str] = ()
+) -> ModelCard:
     """Writes the card, the record, TrAct's settings and, where matplotlib is installed, the curve into a model's folder.
 
     Args:
@@ -129,9 +131,9 @@ def save_card(record: TrainingRecord, folder: str | Path, model_id: str | None =
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record.to_json_file(folder / RECORD_NAME)
+    record.to_json_file(folder / RECORD_FILE)
     if record.tract:
-        record.tract.to_json_file(folder / SETTINGS_NAME)
+        record.tract.to_json_file(folder / CONFIG_FILE)
     card = model_card(record, model_id=model_id, tags=tags, curve=_plot(record, folder / CURVE_NAME))
     card.save(folder / "README.md")
     return card
@@ -142,10 +144,10 @@ def is_hub_id(name: str | None) -> bool:
     return name is not None and re.fullmatch(r"[\w][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def public_name(name: str) -> str:
+def without_local_path(name: str) -> str:
     """A Hub id or a word as it is; a folder by its record's name or its last part: where it lies is nobody else's business."""
-    if (Path(name) / RECORD_NAME).exists():
-        return TrainingRecord.from_json_file(Path(name) / RECORD_NAME).name
+    if (Path(name) / RECORD_FILE).exists():
+        return TrainingRecord.from_json_file(Path(name) / RECORD_FILE).name
     path = Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~"))
     return Path(name).name if path else name
 
@@ -174,7 +176,10 @@ def _number(value: Any) -> str:
 
 def _plot(record: TrainingRecord, path: Path) -> bool:
     """Draws accuracy and loss over epochs; whether there was something to draw, and to draw with."""
-    curves = {name: [(row["epoch"], row[name]) for row in record.history if name in row and "epoch" in row] for name in PLOTTED}
+    curves = {
+        name: [(row["epoch"], row[name]) for row in record.history if name in row and "epoch" in row]
+        for name in PLOTTED
+    }
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return False
@@ -184,7 +189,9 @@ def _plot(record: TrainingRecord, path: Path) -> bool:
         return False
     figure = Figure(figsize=(3.6 * len(curves), 2.8), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        axes.plot(*zip(*points, strict=True), color="#d62728" if record.tract else "#7f7f7f", marker=".", linewidth=1.2)
+        axes.plot(
+            *zip(*points, strict=True), color="#d62728" if record.tract else "#7f7f7f", marker=".", linewidth=1.2
+        )
         axes.set(xlabel="epoch", title=PLOTTED[name])
         axes.grid(alpha=0.2)
     figure.savefig(path, dpi=120)

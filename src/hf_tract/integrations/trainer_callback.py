@@ -15,8 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.weights import is_frozen
-from hf_tract.discovery.first_layer import Layers
-from hf_tract.integrations.model_card import SETTINGS_NAME, TAGS
+from hf_tract.discovery.first_layer import LayerSelection
+from hf_tract.integrations.model_card import CONFIG_FILE, TAGS
 from hf_tract.integrations.trainer_record import save_trainer_card
 from hf_tract.whitening.batches import first_batches
 from hf_tract.whitening.whiten import mark_as_whitened, were_whitened, whiten_first_layer
@@ -55,7 +55,7 @@ class TrActCallback(TrainerCallback):
     def __init__(
         self,
         lam: float = 0.1,
-        layers: Layers = "auto",
+        layers: LayerSelection = "auto",
         scope: Scope = "global",
         *,
         whiten_init: bool = False,
@@ -180,9 +180,11 @@ class TrActCallback(TrainerCallback):
         if handle is None or not args.should_save:
             return
         if folder := _checkpoint(args, state):
-            handle.config.to_json_file(folder / SETTINGS_NAME)
+            handle.config.to_json_file(folder / CONFIG_FILE)
 
-    def _whiten(self, args: TrainingArguments, state: TrainerState, model: nn.Module, handle: TrActHandle, loader: Any) -> None:
+    def _whiten(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, handle: TrActHandle, loader: Any
+    ) -> None:
         layers = [layer.module for layer in handle.layers]
         if state.global_step:  # the checkpoint that is resumed has whitened weights
             mark_as_whitened(layers)
@@ -201,7 +203,9 @@ class TrActCallback(TrainerCallback):
         handle = self.handle_of(model)
         if handle is not None and model is not None and state.is_world_process_zero:
             layers = [layer.name for layer in handle.layers]
-            save_trainer_card(args, state, model, handle.config, layers, model_id=args.hub_model_id, more=self.hyperparameters)
+            save_trainer_card(
+                args, state, model, handle.config, layers, model_id=args.hub_model_id, more=self.hyperparameters
+            )
 
     def _take_off(self, model: nn.Module) -> None:
         """Removes TrAct; from a model whose first layer is frozen too, which has no handle here."""
@@ -219,7 +223,7 @@ class TrActCallback(TrainerCallback):
 
 def _compare(folder: Path, now: TrActConfig) -> None:
     """Warns where a run is resumed under other settings than its checkpoint's."""
-    path = folder / SETTINGS_NAME
+    path = folder / CONFIG_FILE
     then = TrActConfig.from_json_file(path) if path.exists() else None
     if then != now:
         logger.warning(RESUMED, folder, "no TrAct" if then is None else then.to_dict(), now.to_dict())

@@ -11,11 +11,19 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_tract.config import TrActConfig
 from hf_tract.core.sharding import is_sharded
-from hf_tract.integrations.model_card import SETTINGS_NAME, TrainingRecord, public_name, save_card
+from hf_tract.integrations.model_card import CONFIG_FILE, TrainingRecord, save_card, without_local_path
 from hf_tract.whitening.fresh import checkpoint_of
 
 HYPERPARAMETERS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "label_smoothing_factor"),
+    *(
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "optim",
+        "weight_decay",
+        "max_grad_norm",
+        "label_smoothing_factor",
+    ),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"),
 )
 UNSET = {"warmup_steps": 0, "label_smoothing_factor": 0, "max_steps": -1, "bf16": False, "fp16": False}
@@ -56,14 +64,18 @@ def trainer_record(
     return TrainingRecord(
         name=(args.hub_model_id or Path(args.output_dir or "model").absolute().name).split("/")[-1],
         library="timm" if getattr(config, "model_type", None) == "timm_wrapper" else "transformers",
-        dataset=public_name(dataset) if dataset else "a data set that its author did not name",
+        dataset=without_local_path(dataset) if dataset else "a data set that its author did not name",
         tract=tract,
         layers=list(layers),
-        base_model=public_name(base_model) if base_model else None,
+        base_model=without_local_path(base_model) if base_model else None,
         license=license,
         metrics={name: rows[-1][name] for name in dict.fromkeys(SCORES.values()) if rows and name in rows[-1]},
         history=rows,
-        hyperparameters={**_settings(args), **({"processes": args.world_size} if args.world_size > 1 else {}), **(more or {})},
+        hyperparameters={
+            **_settings(args),
+            **({"processes": args.world_size} if args.world_size > 1 else {}),
+            **(more or {}),
+        },
         split=split,
         seed=args.seed,
     )
@@ -96,7 +108,7 @@ def save_trainer_card(
     if not hasattr(model, "peft_config"):
         save_card(trainer_record(args, state, model, tract, layers, **about), folder, model_id, tags)
     elif tract is not None:
-        tract.to_json_file(folder / SETTINGS_NAME)
+        tract.to_json_file(folder / CONFIG_FILE)
 
 
 def _settings(args: TrainingArguments) -> dict[str, Any]:
@@ -114,5 +126,7 @@ def history(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
         loss = entry.get("loss", loss)
         scores = {name: entry[key] for key, name in {"eval_loss": "eval_loss", **SCORES}.items() if key in entry}
         if scores:
-            rows.append({"epoch": round(entry.get("epoch", 0), 2), **({"loss": loss} if loss is not None else {}), **scores})
+            rows.append(
+                {"epoch": round(entry.get("epoch", 0), 2), **({"loss": loss} if loss is not None else {}), **scores}
+            )
     return rows

@@ -56,7 +56,11 @@ def push_folder(
                 f"to commit over it (the old one stays in its history)."
             )
         api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message=message, ignore_patterns=list(IGNORED)
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=list(IGNORED),
         )
     return f"{repo.endpoint}/{repo.repo_id}" + (f"/tree/{revision}" if revision else "")
 
@@ -64,11 +68,15 @@ def push_folder(
 def check_token(repo_id: str) -> None:
     """Raises a `TrActError` where there is no token to push with: better before a training than after it."""
     if get_token() is None:
-        raise TrActError(f"`repo_id` (={repo_id!r}) cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
+        raise TrActError(
+            f"`repo_id` (={repo_id!r}) cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`."
+        )
 
 
 @contextlib.contextmanager
-def resumable(folder: str | Path, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> Iterator[None]:
+def resumable(
+    folder: str | Path, repo_id: str, *, private: bool | None = None, revision: str | None = None
+) -> Iterator[None]:
     """Turns what goes wrong in an upload into a `TrActError` with the command that does the rest.
 
     Args:

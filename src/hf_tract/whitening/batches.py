@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_tract.config import TrActError
-from hf_tract.discovery.inputs import accepted, each_tensor
+from hf_tract.discovery.inputs import filter_forward_kwargs, map_tensors
 from hf_tract.discovery.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
 
-def as_batches(batches: Any, model: nn.Module) -> list[Any]:
+def to_model_inputs(batches: Any, model: nn.Module) -> list[Any]:
     """Each batch as pixels or as the keyword arguments that `model` takes.
 
     Args:
@@ -34,7 +34,9 @@ def as_batches(batches: Any, model: nn.Module) -> list[Any]:
     if isinstance(batches, DataLoader):
         batches = first_batches(batches)
     each = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
-    each = [batch[0] if isinstance(batch, (list, tuple)) and batch and not _are_images(batch) else batch for batch in each]
+    each = [
+        batch[0] if isinstance(batch, (list, tuple)) and batch and not _are_images(batch) else batch for batch in each
+    ]
     for batch in each:
         if not (isinstance(batch, (Tensor, Mapping)) or _are_images(batch)):
             raise TrActError(
@@ -51,7 +53,7 @@ def as_batches(batches: Any, model: nn.Module) -> list[Any]:
 
 def _as_taken(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        return accepted(model, batch)
+        return filter_forward_kwargs(model, batch)
     return list(batch) if isinstance(batch, tuple) else batch  # images of any sizes are one argument
 
 
@@ -131,7 +133,7 @@ def _fresh(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(loader.dataset, batch_sampler=copy.deepcopy(loader.batch_sampler, memo), **settings)
 
 
-def sent(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
+def move_batch(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
     """The batch on `device`, and its floats in `dtype` if that is a half one, which float32 does not meet without autocast.
 
     Args:
@@ -140,7 +142,7 @@ def sent(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
         dtype: of the weight that reads it.
     """
     half = dtype in (torch.float16, torch.bfloat16)
-    return each_tensor(batch, lambda t: t.to(device or t.device, dtype if half and t.is_floating_point() else t.dtype))
+    return map_tensors(batch, lambda t: t.to(device or t.device, dtype if half and t.is_floating_point() else t.dtype))
 
 
 @contextlib.contextmanager

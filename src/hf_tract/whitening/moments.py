@@ -19,21 +19,27 @@ from hf_tract.core.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.core.sharding import is_sharded
 from hf_tract.core.weights import weight_like
 from hf_tract.discovery.first_layer import FirstLayer
-from hf_tract.discovery.probe import call
+from hf_tract.discovery.probe import run_forward
 from hf_tract.discovery.wrappers import unwrap
-from hf_tract.whitening.batches import sent
+from hf_tract.whitening.batches import move_batch
 
 
-def moments_over(model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], group: Any = None) -> list[Tensor]:
+def moments_over(
+    model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], group: Any = None
+) -> list[Tensor]:
     """Returns what `input_moments` does, for a model that may be wrapped or sharded and batches that may lie elsewhere."""
     sharded = is_sharded(model)  # whose weights may wait on another device than the one they work on
     like = weight_like(layers[0].module)
-    each = [sent(batch, None if sharded else like.device, like.dtype) for batch in batches]
+    each = [move_batch(batch, None if sharded else like.device, like.dtype) for batch in batches]
     return input_moments(model if sharded else unwrap(model), each, layers, group, whole_forward=sharded)
 
 
 def input_moments(
-    model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], group: Any = None, whole_forward: bool = False
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Sequence[FirstLayer],
+    group: Any = None,
+    whole_forward: bool = False,
 ) -> list[Tensor]:
     """C = (1/b) sum of p p^T of each layer, over all batches and ranks.
 
@@ -60,19 +66,21 @@ def input_moments(
             for collector in collectors:
                 collector.met = False
             with contextlib.nullcontext() if whole_forward else _until_met(layers, collectors):
-                call(model, batch)
+                run_forward(model, batch)
     moments = []
     for layer, collector in zip(layers, collectors, strict=True):
         payload = torch.cat([collector.sums.flatten(), collector.sums.new_tensor([collector.count])])
         if dist.is_available() and dist.is_initialized():
             payload = _all_reduced(payload, group)
-        if wrong := _wrong(payload, layer.name):
-            raise TrActError(f"`batches` has {wrong}: give it batches as training does, as tensors or keyword arguments.")
+        if wrong := _problem_with(payload, layer.name):
+            raise TrActError(
+                f"`batches` has {wrong}: give it batches as training does, as tensors or keyword arguments."
+            )
         moments.append((payload[:-1] / payload[-1]).view_as(collector.sums).cpu().double())
     return moments
 
 
-def _wrong(payload: Tensor, name: str) -> str:
+def _problem_with(payload: Tensor, name: str) -> str:
     if not payload[-1] > 0:
         return f"nothing that reaches {name}"
     if not payload.isfinite().all():
@@ -133,9 +141,9 @@ class _Collector(PatchOpMode):
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `op`, and takes in its patches."""
         new = torch.zeros_like(self.sums)
-        window = PATCH_OPS[op](input, weight, *args, **kwargs)
+        spec = PATCH_OPS[op](input, weight, *args, **kwargs)
         with torch.autocast(input.device.type, enabled=False):
-            self.count += patch_moments(input.detach().to(self.sums.dtype), window, new)
+            self.count += patch_moments(input.detach().to(self.sums.dtype), spec, new)
         self.sums += new
         self.met = True
         return op(input, weight, *args, **kwargs)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig
-from hf_tract.discovery.first_layer import Layers, find_first_layers
+from hf_tract.discovery.first_layer import LayerSelection, find_first_layers
 from hf_tract.discovery.wrappers import unwrap
-from hf_tract.whitening.batches import as_batches
+from hf_tract.whitening.batches import to_model_inputs
 from hf_tract.whitening.moments import moments_over
 
 
@@ -27,7 +27,9 @@ class Spectrum(NamedTuple):
     n: int
 
 
-def first_layer_spectrum(model: nn.Module, batches: Any, lam: float = 0.1, layers: Layers = "auto") -> dict[str, Spectrum]:
+def first_layer_spectrum(
+    model: nn.Module, batches: Any, lam: float = 0.1, layers: LayerSelection = "auto"
+) -> dict[str, Spectrum]:
     """Measures the eigenvalues of C = (1/b) sum of p p^T over the patches p that the first layer reads of `batches`.
 
     Their mean is that of the squared pixels, 1 where these are standardised, which is what a `lam` of 0.05 to 0.2 is for.
@@ -52,7 +54,7 @@ def first_layer_spectrum(model: nn.Module, batches: Any, lam: float = 0.1, layer
         48.0
     """
     lam = TrActConfig(lam=lam).lam  # checked
-    each = as_batches(batches, unwrap(model))
+    each = to_model_inputs(batches, unwrap(model))
     found = find_first_layers(model, layers, each[0] if each else None)
     moments = moments_over(model, each, found)
     return {layer.name: spectrum_of(moment, lam) for layer, moment in zip(found, moments, strict=True)}

@@ -14,23 +14,26 @@ from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.core.patches import out_features, patch_size
-from hf_tract.core.sharding import read_weight, whole_weights, write_weight
-from hf_tract.discovery.first_layer import FirstLayer, Layers, find_first_layers
+from hf_tract.core.sharding import gathered_weights, read_weight, write_weight
+from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
 from hf_tract.discovery.wrappers import unwrap
-from hf_tract.whitening.batches import as_batches
+from hf_tract.whitening.batches import to_model_inputs
 from hf_tract.whitening.fresh import checkpoint_of
 from hf_tract.whitening.moments import moments_over
 
-ROUND = 2.0  # how far the spectrum of fresh weights may be from that of independent entries
-_MARK = "_tract_whitened"  # in a layer's `__dict__`, so that copies have it: the digest of its fresh weight
-DERIVED = ("weight_g", "weight_orig")  # from which weight norm, spectral norm and pruning make the weight in a hook
+MAX_SPREAD_RATIO = 2.0  # how far the spectrum of fresh weights may be from that of independent entries
+_WHITENED = "_tract_whitened"  # in a layer's `__dict__`, so that copies have it: the digest of its fresh weight
+COMPUTED_WEIGHTS = (
+    "weight_g",
+    "weight_orig",
+)  # from which weight norm, spectral norm and pruning make the weight in a hook
 
 
 def whiten_first_layer(
     model: nn.Module,
     batches: Any,
     lam: float = 0.1,
-    layers: Layers = "auto",
+    layers: LayerSelection = "auto",
     *,
     match_scale: bool = True,
     force: bool = False,
@@ -72,38 +75,38 @@ def whiten_first_layer(
         '0'
     """
     lam = TrActConfig(lam=lam).lam  # checked
-    each = as_batches(batches, unwrap(model))
+    each = to_model_inputs(batches, unwrap(model))
     found = find_first_layers(model, layers, each[0] if each else None)
     modules = [layer.module for layer in found]
-    with whole_weights(model, modules):
+    with gathered_weights(model, modules):
         fresh = [read_weight(module).clone() for module in modules]
     for layer, weight in zip(found, fresh, strict=True):
         _check(model, layer, weight, force)
     moments = moments_over(model, each, found, process_group)
-    with whole_weights(model, modules):
+    with gathered_weights(model, modules):
         for module, weight, moment in zip(modules, fresh, moments, strict=True):
             root = _inverse_root(moment, lam, match_scale)
             flat = weight.to(root).reshape(len(root), -1, root.shape[-1])
             write_weight(module, (flat @ root).reshape(weight.shape).to(weight))
-            module.__dict__[_MARK] = _digest(weight)
+            module.__dict__[_WHITENED] = _digest(weight)
     return found
 
 
 def were_whitened(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
     """Whether these layers of `model` have been whitened, or their copies' originals, and not been reset since."""
     layers = list(layers)
-    with whole_weights(model, layers):
+    with gathered_weights(model, layers):
         return all(_is_whitened(layer, read_weight(layer)) for layer in layers)
 
 
 def mark_as_whitened(layers: Iterable[nn.Module]) -> None:
     """For layers whose whitened weights come from elsewhere, such as a checkpoint that is resumed."""
     for layer in layers:
-        layer.__dict__.setdefault(_MARK, "")
+        layer.__dict__.setdefault(_WHITENED, "")
 
 
 def _is_whitened(layer: nn.Module, weight: Tensor) -> bool:
-    fresh: str | None = layer.__dict__.get(_MARK)
+    fresh: str | None = layer.__dict__.get(_WHITENED)
     return fresh is not None and fresh != _digest(weight)
 
 
@@ -113,7 +116,7 @@ def _digest(weight: Tensor) -> str:
 
 def _check(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool) -> None:
     module = layer.module
-    if derived := next((name for name in DERIVED if hasattr(module, name)), None):
+    if derived := next((name for name in COMPUTED_WEIGHTS if hasattr(module, name)), None):
         raise TrActError(
             f"`model` has a first layer ({layer.name}) whose weight a hook computes from `{derived}`: whiten it before it is "
             f"pruned, or use torch.nn.utils.parametrizations for a norm."
@@ -140,7 +143,7 @@ def _trained(layer: nn.Module, weight: Tensor) -> str:
     fresh = 1 + n * groups / m
     return (
         ""
-        if spread < ROUND * fresh
+        if spread < MAX_SPREAD_RATIO * fresh
         else f"looks trained (the spread of its spectrum is {spread:.1f}, of a fresh one {fresh:.1f})"
     )
 
@@ -153,5 +156,7 @@ def _inverse_root(moment: Tensor, lam: float, match_scale: bool) -> Tensor:
     if match_scale:
         share = (values / (values + lam)).mean(-1).view(-1, 1, 1)
         white = torch.eye(root.shape[-1], dtype=root.dtype)
-        root = torch.where(share > 0, root / share.sqrt(), white)  # a group that reads nothing but zeros stays as it is
+        root = torch.where(
+            share > 0, root / share.sqrt(), white
+        )  # a group that reads nothing but zeros stays as it is
     return root
