@@ -1,9 +1,10 @@
-"""What only an accelerator tells: equality in each precision and form, waits for the device, NCCL, kernels, peak memory.
+"""Checks what only an accelerator tells: equality in each precision, waits for the device, NCCL, kernels, peak memory.
 
     uv run --group bench benchmarks/gpu_checks.py --device cuda
 
-prints a table, writes gpu_checks.json to --output and exits with 1 if a check fails. Each error is that of the first layer's
-gradient against the rule in float64 on the CPU, relative in the norm, beside the error of the ordinary gradient.
+prints a table, writes gpu_checks.json to --output and exits with 1 if a check fails. Each error is that of the first
+layer's gradient against the rule in float64 on the CPU, relative in the norm, beside the error of the ordinary
+gradient.
 """
 
 from __future__ import annotations

@@ -57,9 +57,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors that are alive together during `run`, beyond those that are alive before it.
+    """Returns the most bytes of tensors that are alive together during `run`, beyond those that are alive before it.
 
-    As torch's allocator counts them: temporaries inside operations are in it, oneDNN's and cuDNN's own are not on the CPU.
+    torch's allocator counts them: temporaries inside operations are in it; on the CPU, oneDNN's and cuDNN's own are
+    not.
     """
     gc.collect()
     if device.type == "cuda":

@@ -2,8 +2,8 @@
 
     uv run --group bench benchmarks/overhead.py --check
 
-prints a table and writes overhead.json and overhead.png to --output; results are kept as they come, and a measurement that is
-in the file already is not made again (--fresh forgets them).
+prints a table and writes overhead.json and overhead.png to --output; each result is written as it comes, and a
+measurement that is in the file already is not made again (--fresh forgets them).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     uv run --group bench benchmarks/scaling.py
 
-measures over image size, batch, kernel and channels, and the all-reduce of two gloo processes over n; prints tables and writes
-scaling.json and scaling.png to --output. The least time stands beside each figure: operations over the machine's rate of
-products or bytes over its rate of copying, both measured in the same run, whichever is more.
+measures over image size, batch, kernel and channels, and the all-reduce of two gloo processes over n; prints tables
+and writes scaling.json and scaling.png to --output. The least time stands beside each figure: operations over the
+machine's rate of products or bytes over its rate of copying, both measured in the same run, whichever is more.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Which layer TrAct takes of every vision architecture of the installed transformers and timm, and whether it is right.
+"""Lists the layer that TrAct takes of every vision architecture of the installed transformers and timm, and checks it.
 
     uv run --group bench benchmarks/survey.py --table docs/models.md
 
-makes each model small, with random weights, and asks of it: is the layer that TrAct finds the one that the pixels meet first;
-are its outputs the same bit by bit; is its gradient the dense float64 formula's, and every other one untouched; does it step?
-The model of the default config, on the meta device, tells TrAct's share of a training step's operations. Results are kept in
---output as they come; what is in it already, of the same versions, is not looked at again (--fresh forgets it).
+makes each model small, with random weights, and asks of it: is the layer that TrAct finds the one that the pixels meet
+first; are its outputs the same bit by bit; is its gradient the dense float64 formula's, and every other one untouched;
+does it step? The model of the default config, on the meta device, tells TrAct's share of a training step's operations.
+Results are written to --output as they come; what is in it already, of the same versions, is not looked at again
+(--fresh forgets it).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _checked(subject: Subject, model: nn.Module, found: list[str]) -> str:
 
 
 def _accepted(model: nn.Module) -> Any:
-    """The first guess of a batch that a forward takes and whose outputs can be trained; raises what the likeliest one did."""
+    """Returns the first guessed batch that the model takes and can be trained on; raises the first guess's error."""
     errors = []
     for batch in guess_inputs(model, "cpu"):
         if _numbers(batch) > LARGEST:
@@ -212,8 +213,8 @@ def versions() -> dict[str, str]:
 COMMAND = "uv run --group bench benchmarks/survey.py --table docs/models.md"
 HEAD = """# Which layer TrAct takes of which model
 
-Every architecture that classifies images in transformers, one class of every other model type of its vision tasks, the vision
-towers of its multimodal models, and a model of every timm module. Written by
+Every architecture that classifies images in transformers, one class of every other model type of its vision tasks, the
+vision towers of its multimodal models, and a model of every timm module. Written by
 
 ```bash
 {command}
@@ -221,12 +222,12 @@ towers of its multimodal models, and a model of every timm module. Written by
 
 with {versions}, on the CPU. Each model is made small (few layers, default width) with random weights (seed 0).
 
-- **ok**: the layer is the one that the pixels meet first (its input changes with the pixels and not with any weight); outputs
-  and all other gradients are those without TrAct bit by bit; the layer's gradient is the dense float64 formula's to 1e-3; an
-  optimizer step leaves finite weights.
+- **ok**: the layer is the one that the pixels meet first (its input changes with the pixels and not with any weight);
+  outputs and all other gradients are those without TrAct bit by bit; the layer's gradient is the dense float64
+  formula's to 1e-3; an optimizer step leaves finite weights.
 - **n**: inputs of one output of the layer; C is n x n.
-- **share**: TrAct's operations over those of a training step of the default model with a batch of {batch}, whose backward is
-  counted as two forwards; - where the forward can't be counted without values.
+- **share**: TrAct's operations over those of a training step of the default model with a batch of {batch}, whose
+  backward is counted as two forwards; - where the forward can't be counted without values.
 
 `hf-tract inspect MODEL` shows the same of any other model."""
 

@@ -1,4 +1,4 @@
-"""Is the layer that TrAct takes the right one, and does it get the right gradient: two answers that use none of its code."""
+"""Checks which layer TrAct takes and the gradient that this layer gets, by none of TrAct's own code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def run(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def objective(outputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """A number that every output matters to: a random projection, since a mean square of normalised outputs is a constant."""
+    """Returns a number that depends on every output.
+
+    It is a random projection, since a mean square of normalised outputs is a constant.
+    """
     generator = torch.Generator().manual_seed(0)
     terms = [t.float() * torch.randn(t.shape, generator=generator) for t in outputs if t.requires_grad]
     return scale * torch.stack([term.nan_to_num(0, 0, 0).mean() for term in terms]).sum()

@@ -49,12 +49,16 @@ FAMILIES: dict[str, dict[str, Family]] = {
         "QwenImageTransformer2DModel": Family("diffusers.QwenImageTransformer2DModel", _JOINT),
     },
     "monai": {
-        "UNet": Family("monai.networks.nets.UNet", {"spatial_dims": 3, **_VOLUME, "channels": (8, 16), "strides": (2,)}),
+        "UNet": Family(
+            "monai.networks.nets.UNet", {"spatial_dims": 3, **_VOLUME, "channels": (8, 16), "strides": (2,)}
+        ),
         "UNETR": Family("monai.networks.nets.UNETR", {**_VOLUME, **_PATCHES}),
         "SwinUNETR": Family("monai.networks.nets.SwinUNETR", {**_VOLUME, **_SWIN}),
         "SegResNet": Family("monai.networks.nets.SegResNet", {}),
         "DenseNet121": Family("monai.networks.nets.DenseNet121", {"spatial_dims": 2, **_VOLUME}),
-        "ViT": Family("monai.networks.nets.ViT", {"in_channels": 1, "patch_size": (16, 16, 16), **_PATCHES, "num_layers": 1}),
+        "ViT": Family(
+            "monai.networks.nets.ViT", {"in_channels": 1, "patch_size": (16, 16, 16), **_PATCHES, "num_layers": 1}
+        ),
     },
     "segmentation_models_pytorch": {
         name: Family(f"segmentation_models_pytorch.{name}", {"encoder_name": "resnet18", "encoder_weights": None})
@@ -66,7 +70,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
         "CCT": Family("vit_pytorch.cct.CCT", {"img_size": 32}),
         "T2TViT": Family("vit_pytorch.t2t.T2TViT", _VIT),
     },
-}  # fmt: skip
+}
 
 
 def batch(name: str) -> dict[str, Any] | None:

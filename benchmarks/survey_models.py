@@ -77,7 +77,7 @@ class Subject(NamedTuple):
 
 
 def subjects() -> list[Subject]:
-    """One class of each model type of `TASKS` (all that classify images), the towers that see, a model of each timm family."""
+    """Lists one class of each model type of `TASKS`, or all that classify images; vision towers; each timm family."""
     found = [Subject("transformers", family, name) for family, name in _by_task()]
     named = {subject.name for subject in found}
     found += [Subject("transformers", family, name) for name, (family, _) in _towers().items() if name not in named]
@@ -105,7 +105,7 @@ def _by_task() -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def _towers() -> dict[str, tuple[str, Any]]:
-    """Family and class by name, of a model of each modelling file with a vision config that takes pixels: few are exported."""
+    """Finds family and class by name in modelling files with a vision config that takes pixels: few are exported."""
     towers: dict[str, tuple[str, Any]] = {}
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         names = re.findall(

@@ -1,4 +1,4 @@
-"""The paper's experiments and those beyond it, one command each: `python benchmarks/paper run cifar10_vit --scale small`."""
+"""Runs the paper's experiments and those beyond it: `python benchmarks/paper run cifar10_vit --scale small`."""
 
 import sys
 from pathlib import Path
@@ -63,8 +63,13 @@ def run(
         results or (output_dir if scale == "smoke" else RESULTS) / f"{scale}.jsonl",
         output_dir / scale,
         dict(each.split("=", 1) for each in dataset or []),
-        jobs, processes, devices.split(), shlex.split(options), shlex.split(launch_options), keep,
-    )  # fmt: skip
+        jobs,
+        processes,
+        devices.split(),
+        shlex.split(options),
+        shlex.split(launch_options),
+        keep,
+    )
     raise SystemExit(f"{len(failed)} runs failed." if failed else 0)
 
 

@@ -1,4 +1,4 @@
-"""What the paper compares TrAct with, on the first layer of any model: input norms, whitening, the paper's package, SGD."""
+"""Holds what the paper compares TrAct with, on any first layer: input norms, whitening, the paper's package, SGD."""
 
 import copy
 import json
@@ -52,7 +52,7 @@ class Around(nn.Module):
 
 
 class OnPatches(nn.Module):
-    """What `inner` makes of each patch of an image, as an image again; it gets (..., n) in the order of `weight.flatten(1)`."""
+    """Applies `inner` to each patch of an image, as (..., n) in the order of `weight.flatten(1)`; returns an image."""
 
     def __init__(self, patch: int, inner: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Whitening(nn.Module):
-    """A frozen linear map after which the given patches are uncorrelated and of variance 1, as in airbench's first layer."""
+    """Maps patches by a frozen matrix, so that the given ones get uncorrelated and of variance 1, as in airbench."""
 
     matrix: Tensor
 

@@ -1,7 +1,7 @@
-"""bfloat16 products on CPUs that have none: in float32, of bfloat16 numbers, rounded to bfloat16 at their end.
+"""Emulates bfloat16 products on CPUs that have none: in float32, of bfloat16 numbers, rounded to bfloat16 at the end.
 
-That is what a GPU's tensor cores give. torch's own CPU kernels for bfloat16 are several times slower where the processor
-has no instructions for it.
+That is what a GPU's tensor cores give. torch's own CPU kernels for bfloat16 are several times slower where the
+processor has no instructions for it.
 """
 
 from typing import Any

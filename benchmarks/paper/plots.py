@@ -13,13 +13,26 @@ from matplotlib.figure import Figure
 
 BASE = "#7f7f7f"
 COLORS = [
-    "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#000080", "#808000",
-    "#ff1493", "#000000", "#4b0082", "#b8860b",
-]  # fmt: skip
+    "#d62728",
+    "#1f77b4",
+    "#2ca02c",
+    "#ff7f0e",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#bcbd22",
+    "#17becf",
+    "#000080",
+    "#808000",
+    "#ff1493",
+    "#000000",
+    "#4b0082",
+    "#b8860b",
+]
 
 
 def curves(title: str, settings: dict[str, dict[str, Arm]], path: Path) -> None:
-    """Means over seeds, with a band of one standard deviation: against epochs on the left, against time on the right."""
+    """Plots means over seeds, with a band of one standard deviation: on the left by epochs, on the right by time."""
     figure, axes = plt.subplots(
         len(settings), 2, figsize=(10, 3.6 * len(settings)), layout="constrained", squeeze=False
     )

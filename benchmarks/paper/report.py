@@ -14,11 +14,11 @@ from summary import Arm, collect, gain, speed_up
 from comparison import spread
 
 HOW = """Top-1 on the test set after the last epoch, per cent, mean ± standard deviation over seeds. *Gain* is the mean
-difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired t-test;
-*from* another arm the same.
-*Speed-up* is the number of epochs of the first arm over the epoch in which the arm's mean curve first reaches the first arm's
-final accuracy, over the seeds that both have. Time is of training alone: of the clock on an accelerator, of the process on a
-CPU.
+difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired
+t-test; *from* another arm the same.
+*Speed-up* is the number of epochs of the first arm over the epoch in which the arm's mean curve first reaches the
+first arm's final accuracy, over the seeds that both have. Time is of training alone: of the clock on an accelerator,
+of the process on a CPU.
 """
 
 
@@ -32,8 +32,14 @@ def write(scale: str, file: Path, folder: Path, seeds: int = 100) -> Path:
         seeds: how many are looked for.
     """
     have = results.read(file)
-    lines = [f"# Results at the {scale} scale", "", "Written by `benchmarks/paper report` from the runs in "
-             f"[{file.name}]({file.name}); what they mean is told in [results.md](../results.md).", "", HOW]  # fmt: skip
+    source = f"Written by `benchmarks/paper report` from the runs in [{file.name}]({file.name})"
+    lines = [
+        f"# Results at the {scale} scale",
+        "",
+        f"{source}; what they mean is told in [results.md](../results.md).",
+        "",
+        HOW,
+    ]
     used: dict[str, Result] = {}
     for name, experiment in ALL.items():
         found = collect(experiment, scale, seeds, have)

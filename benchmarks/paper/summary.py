@@ -68,9 +68,9 @@ def gain(arm: Arm, base: Arm) -> Gain:
 
 
 def speed_up(arm: Arm, base: Arm) -> float | None:
-    """Epochs of the baseline over the epoch in which the arm's mean curve first reaches its final accuracy; None: never.
+    """Returns the baseline's epochs over the epoch in which the arm first reaches the baseline's final accuracy.
 
-    Of the seeds that both have.
+    Compares means over the seeds that both have. None: the arm never gets there.
     """
     mine, theirs = (
         Arm({seed: each.runs[seed] for seed in arm.runs.keys() & base.runs.keys()}) for each in (arm, base)
