@@ -28,7 +28,8 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from hf_tract.cli.cost import moment_cost
-from hf_tract.core.moments import PatchSpec, patch_moments
+from hf_tract.core.moments import patch_moments
+from hf_tract.core.patches import PatchSpec
 from hf_tract.core.solve import DampedInverse
 
 mpl.use("Agg")

@@ -11,7 +11,8 @@ from measure import interleaved, peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tract.cli.cost import moment_cost
-from hf_tract.core.moments import PatchSpec, patch_moments
+from hf_tract.core.moments import patch_moments
+from hf_tract.core.patches import PatchSpec
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from hf_tract.cli.main import advice, app
 from hf_tract.cli.report import inspect_model
 from hf_tract.cli.scale import NATURAL, expected_mean, normalised, spectrum
 from hf_tract.config import TrActError
-from hf_tract.core.moments import PatchSpec
+from hf_tract.core.patches import PatchSpec
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from hf_tract import TrActConfig
-from hf_tract.core.moments import PatchSpec
+from hf_tract.core.patches import PatchSpec
 from hf_tract.core.preconditioner import LayerPreconditioner
 
 try:

@@ -7,8 +7,8 @@ from torch import nn
 
 from helpers import oracle
 from helpers.strategies import cases
-from hf_tract.core.moments import MEMORY_LIMIT, PatchSpec, patch_moments
-from hf_tract.core.patches import PATCH_OPS
+from hf_tract.core.moments import MEMORY_LIMIT, patch_moments
+from hf_tract.core.patches import PATCH_OPS, PatchSpec
 
 
 def window_of(layer: nn.Module, x: torch.Tensor) -> PatchSpec:

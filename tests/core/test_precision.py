@@ -11,7 +11,8 @@ import hf_tract.core.preconditioner
 import hf_tract.core.solve
 from helpers.oracle import assert_close, expected
 from hf_tract import apply_tract
-from hf_tract.core.moments import PatchSpec, patch_sums
+from hf_tract.core.moments import patch_sums
+from hf_tract.core.patches import PatchSpec
 
 LAYERS = {
     "patches": lambda: nn.Conv2d(3, 16, 4, 4),

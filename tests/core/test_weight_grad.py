@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.oracle import assert_close
 from helpers.strategies import cases
-from hf_tract.core.moments import PatchSpec
+from hf_tract.core.patches import PatchSpec
 from hf_tract.core.weight_grad import weight_grad
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hf_tract.core.moments import MAX_OVERLAP_COST, PANEL, PatchSpec, best_overlap
+from hf_tract.core.moments import MAX_OVERLAP_COST, PANEL, best_overlap
+from hf_tract.core.patches import PatchSpec
 
 
 class Cost(NamedTuple):

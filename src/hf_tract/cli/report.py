@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tract.cli.cost import Cost, moment_cost, patches, solve_cost
-from hf_tract.core.moments import PatchSpec
-from hf_tract.core.patches import out_features, patch_size
+from hf_tract.core.patches import PatchSpec, out_features, patch_size
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
 from hf_tract.discovery.inputs import guess_inputs

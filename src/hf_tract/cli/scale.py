@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_tract.cli.loading import Normalization
-from hf_tract.core.moments import PatchSpec, patch_moments
+from hf_tract.core.moments import patch_moments
+from hf_tract.core.patches import PatchSpec
 from hf_tract.whitening.spectrum import Spectrum, spectrum_of
 
 # Of ImageNet's training images, values from 0 to 1: what most image processors subtract and divide by.

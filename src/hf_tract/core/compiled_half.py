@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tract.core.moments import PatchSpec
 from hf_tract.core.ops import UNTRACKED, precondition
+from hf_tract.core.patches import PatchSpec
 
 
 class PreconditionFromOutput(torch.autograd.Function):

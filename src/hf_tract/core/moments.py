@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_tract.core.patches import PatchSpec
 
 MEMORY_LIMIT = 128 * 2**20
 CACHED_BYTES = (
@@ -25,36 +26,6 @@ MAX_ROUNDING = 1e-2  # float32's rounding of C's trace, in units of lam, above w
 MAX_PRODUCT_LENGTH = 2**16  # patches that one product sums, so that float32 does not lose the last ones
 FEW_ENTRIES = 256  # CPU: of a product, up to which torch adds patch by patch to what is there
 MAX_OVERLAP_COST = 0.75  # share of the operations below which row products pay for their sums
-
-
-class PatchSpec(NamedTuple):
-    """How an operation cuts its input into patches; `kernel == ()` stands for a linear layer.
-
-    `padding` holds zeros before and after each dimension, first dimension first: (top, bottom, left, right) in 2-D.
-    """
-
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-
-    @property
-    def extent(self) -> tuple[int, ...]:
-        """Input positions that one patch covers, holes of the dilation included."""
-        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
-
-    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Output positions per dimension for an input of spatial `size`."""
-        before, after = self.padding[::2], self.padding[1::2]
-        return tuple(
-            max(0, (length + lo + hi - extent) // stride + 1)
-            for length, lo, hi, extent, stride in zip(size, before, after, self.extent, self.stride, strict=True)
-        )
-
-    def patch_size(self, shape: Sequence[int]) -> int:
-        """n for an input of this shape."""
-        return shape[-1] if not self.kernel else shape[-len(self.kernel) - 1] // self.groups * math.prod(self.kernel)
 
 
 def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, scratch_bytes: int = MEMORY_LIMIT) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_tract.core.forward_call import CALLS, ForwardCall
-from hf_tract.core.moments import PatchSpec
 from hf_tract.core.notices import tell_second_order
+from hf_tract.core.patches import PatchSpec
 from hf_tract.core.preconditioner import PRECONDITIONERS, LayerPreconditioner
 from hf_tract.core.second_order import LinearInGrad
 from hf_tract.core.weight_grad import weight_grad

@@ -1,13 +1,13 @@
-"""Which patches an operation or a layer reads: the one table of operations, and the one mode that sees them run.
+"""Tells which patches an operation or a layer reads: the one table of operations, and the one mode that sees them run.
 
-Shape letters as in `moments`.
+Shape letters as in core/README.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,47 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from hf_tract.core.moments import PatchSpec
+
+class PatchSpec(NamedTuple):
+    """Tells how an operation cuts its input into patches; `kernel == ()` stands for a linear layer.
+
+    `padding` holds zeros before and after each dimension, first dimension first: (top, bottom, left, right) in 2-D.
+    """
+
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Returns how many input positions one patch spans, the holes of its dilation included."""
+        dims = zip(self.kernel, self.dilation, strict=True)
+        return tuple(d * (k - 1) + 1 for k, d in dims)
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Returns the output positions o per dimension for an input of spatial `size`."""
+        positions = []
+        for dim, extent in enumerate(self.extent):
+            before, after = self.padding[2 * dim : 2 * dim + 2]
+            free = size[dim] + before + after - extent
+            positions.append(max(0, free // self.stride[dim] + 1))
+        return tuple(positions)
+
+    def patch_size(self, shape: Sequence[int]) -> int:
+        """Returns n for an input of this shape."""
+        if not self.kernel:
+            return shape[-1]
+        channels = shape[-len(self.kernel) - 1]
+        return channels // self.groups * math.prod(self.kernel)
 
 
-def _linear_window(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> PatchSpec:
+def _linear_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> PatchSpec:
     return PatchSpec()
 
 
-def _conv_window(
+def _conv_patches(  # noqa: PLR0913 the signature is torch's
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -33,19 +66,40 @@ def _conv_window(
     groups: int = 1,
 ) -> PatchSpec:
     kernel = tuple(weight.shape[2:])
-    dilations = _per_dimension(dilation, len(kernel))
-    if padding == "same":  # the odd zero goes behind, as in torch
-        total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
-        pads = [side for t in total for side in (t // 2, t - t // 2)]
+    dims = len(kernel)
+    strides = _per_dimension(stride, dims)
+    dilations = _per_dimension(dilation, dims)
+    zeros = _zeros_around(padding, kernel, dilations)
+    return PatchSpec(kernel, strides, zeros, dilations, groups)
+
+
+def _zeros_around(
+    padding: str | int | Sequence[int],
+    kernel: tuple[int, ...],
+    dilations: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Returns a `PatchSpec`'s padding for the argument of a convolution."""
+    if padding == "valid":
+        padding = 0
+    zeros: list[int] = []
+    if isinstance(padding, str):
+        for k, d in zip(kernel, dilations, strict=True):
+            total = d * (k - 1)
+            # For "same" the odd zero goes behind, as in torch.
+            zeros += [total // 2, total - total // 2]
     else:
-        each = _per_dimension(0 if isinstance(padding, str) else padding, len(kernel))
-        pads = [side for side in each for _ in range(2)]
-    return PatchSpec(kernel, _per_dimension(stride, len(kernel)), tuple(pads), dilations, groups)
+        for each in _per_dimension(padding, len(kernel)):
+            zeros += [each, each]
+    return tuple(zeros)
 
 
 def _per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
+    if isinstance(value, int):
+        return (value,) * dims
+    values = tuple(value)
+    if len(values) == 1:
+        return values * dims
+    return values
 
 
 CONV_OPS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -54,8 +108,10 @@ CONV_OPS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv3d: torch.conv3d,
 }
 PATCH_OPS: dict[Callable[..., Tensor], Callable[..., PatchSpec]] = {
-    F.linear: _linear_window,
-    **dict.fromkeys(CONV_OPS.values(), _conv_window),
+    F.linear: _linear_patches,
+    torch.conv1d: _conv_patches,
+    torch.conv2d: _conv_patches,
+    torch.conv3d: _conv_patches,
 }
 
 
@@ -65,29 +121,37 @@ class PatchOpMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs `func`, or has `run_op` run it."""
         kwargs = kwargs or {}
-        return self.run_op(func, *args, **kwargs) if func in PATCH_OPS else func(*args, **kwargs)
+        if func in PATCH_OPS:
+            return self.run_op(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op`, and does what a subclass is for; the arguments have torch's names."""
+        """Runs `op` and does what the subclass is for; the arguments have torch's names."""
         raise NotImplementedError
 
 
 def fits(x: Tensor, weight: Tensor, spec: PatchSpec) -> bool:
-    """Says whether the operation can read `x` at all."""
+    """Returns whether the operation can read `x` at all."""
     if not spec.kernel:
         return x.dim() > 0 and x.shape[-1] == weight.shape[-1]
     dims = len(spec.kernel)
-    return x.dim() in (dims + 1, dims + 2) and x.shape[-dims - 1] == weight.shape[1] * spec.groups
+    if x.dim() not in (dims + 1, dims + 2):
+        return False
+    return x.shape[-dims - 1] == weight.shape[1] * spec.groups
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Says whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
+    """Returns whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
     if not isinstance(layer, (nn.Linear, *CONV_OPS)):
         return False
-    if parametrize.is_parametrized(layer, "weight"):  # to read it may change buffers, as spectral norm's
-        return all(original.is_floating_point() for original in layer.parametrizations["weight"].parameters())  # type: ignore[index, union-attr]
+    if parametrize.is_parametrized(layer, "weight"):
+        # Reading the computed weight may change buffers, as spectral norm's does, so its originals are looked at.
+        originals = layer.parametrizations["weight"].parameters()  # type: ignore[index, union-attr]
+        return all(original.is_floating_point() for original in originals)
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_floating_point() and not isinstance(weight, UninitializedParameter)
+    if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter):
+        return False
+    return weight.is_floating_point()
 
 
 def patch_size(layer: nn.Module) -> int:

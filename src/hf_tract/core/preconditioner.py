@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from hf_tract.config import TrActConfig
 from hf_tract.core import accumulation
 from hf_tract.core.forward_call import ForwardCall
-from hf_tract.core.moments import PatchSpec, patch_sums
+from hf_tract.core.moments import patch_sums
 from hf_tract.core.notices import look_for_other_uses, tell_unsolved
+from hf_tract.core.patches import PatchSpec
 from hf_tract.core.solve import DampedInverse, on_host
 from hf_tract.core.weights import weight_parameters
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tract.core.moments import MEMORY_LIMIT, PatchSpec, last_dimension_first
+from hf_tract.core.moments import MEMORY_LIMIT, last_dimension_first
+from hf_tract.core.patches import PatchSpec
 
 
 def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_tract.core.moments import PatchSpec
-from hf_tract.core.patches import PATCH_OPS, PatchOpMode, is_supported
+from hf_tract.core.patches import PATCH_OPS, PatchOpMode, PatchSpec, is_supported
 from hf_tract.discovery.inputs import forward_parameters, has_open_keywords, map_tensors, pixel_argument_name
 from hf_tract.discovery.random_state import random_state_kept
 from hf_tract.discovery.tracing import EveryOp, LayerOps, Mark, Meeting, PixelTrace, owners_of_weights
