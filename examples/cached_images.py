@@ -1,4 +1,4 @@
-"""Images that stay in memory: decoded once, cropped and flipped by the batch, so that a small model need not wait for them."""
+"""Holds images in memory: decoded once, cropped and flipped by the batch, so that a small model need not wait."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

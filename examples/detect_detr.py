@@ -1,11 +1,11 @@
-"""DETR, RT-DETR, YOLOS and their like by transformers' Trainer, vanilla and with TrAct, compared by mean average precision.
+"""Compares vanilla and TrAct in DETR, RT-DETR, YOLOS and their like, trained by transformers' Trainer, by their mAP.
 
-    python examples/detect_detr.py                                     # digit scenes, a small RT-DETR, minutes on two cores
+    python examples/detect_detr.py                                     # digit scenes, a small RT-DETR, a few minutes
     python examples/detect_detr.py --seeds 3 --report_to tensorboard
     python examples/detect_detr.py --model PekingU/rtdetr_r18vd --dataset cppe-5 --image_size 480 --num_train_epochs 20
 
-Both arms train the first layer, which DETR freezes. Every option of TrainingArguments is an option here. Runs that have
-finished are kept in OUTPUT_DIR/records.jsonl and not run again; a run that was killed goes on from its last epoch.
+Both arms train the first layer, which DETR freezes. Every option of TrainingArguments is an option here. Runs that
+have finished are in OUTPUT_DIR/records.jsonl and not run again; a run that was killed goes on from its last epoch.
 """
 
 import dataclasses
@@ -40,14 +40,27 @@ from step_clock import StepClock
 
 SMALL_RT_DETR = {
     "backbone_config": {
-        "model_type": "rt_detr_resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1],
-        "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
+        "model_type": "rt_detr_resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 64, 64],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage2", "stage3", "stage4"],
     },
-    "encoder_in_channels": [32, 64, 64], "encoder_hidden_dim": 64, "encoder_ffn_dim": 128, "encoder_attention_heads": 4,
-    "d_model": 64, "decoder_in_channels": [64, 64, 64], "decoder_ffn_dim": 128, "decoder_attention_heads": 4,
-    "decoder_layers": 2, "num_queries": 30, "num_denoising": 20, "hidden_expansion": 0.5,
+    "encoder_in_channels": [32, 64, 64],
+    "encoder_hidden_dim": 64,
+    "encoder_ffn_dim": 128,
+    "encoder_attention_heads": 4,
+    "d_model": 64,
+    "decoder_in_channels": [64, 64, 64],
+    "decoder_ffn_dim": 128,
+    "decoder_attention_heads": 4,
+    "decoder_layers": 2,
+    "num_queries": 30,
+    "num_denoising": 20,
+    "hidden_expansion": 0.5,
     "freeze_backbone_batch_norms": False,
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -58,7 +71,7 @@ class Arguments(DetectionArguments):
     model_config: str = field(
         default="",
         metadata={
-            "help": "JSON: settings of a model of random weights; by default a small RT-DETR's, or the model type's own"
+            "help": "JSON: settings of a model of random weights; by default a small RT-DETR's or the model type's own"
         },
     )
     image_size: int = field(
@@ -69,11 +82,23 @@ class Arguments(DetectionArguments):
 
 
 USUAL = {
-    "output_dir": "outputs/detect_detr", "num_train_epochs": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
-    "per_device_eval_batch_size": 16, "weight_decay": 1e-4, "warmup_steps": 50, "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "seed": 0,
-    "logging_strategy": "epoch", "report_to": "none", "dataloader_pin_memory": False,
-}  # fmt: skip
+    "output_dir": "outputs/detect_detr",
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "per_device_eval_batch_size": 16,
+    "weight_decay": 1e-4,
+    "warmup_steps": 50,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "seed": 0,
+    "logging_strategy": "epoch",
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
 
 
 def main() -> None:

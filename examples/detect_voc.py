@@ -1,6 +1,6 @@
 """Faster R-CNN with a VGG-16 backbone, vanilla and with TrAct from the same seeds, compared by mean average precision.
 
-    accelerate launch examples/detect_voc.py                           # digit scenes, a narrow VGG-16, minutes on two cores
+    accelerate launch examples/detect_voc.py                           # digit scenes, a narrow VGG-16, a few minutes
     accelerate launch examples/detect_voc.py --seeds 3
     accelerate launch examples/detect_voc.py --recipe examples/recipes/detection/voc_faster_rcnn.yaml --dataset FOLDER
 
@@ -151,7 +151,7 @@ def train(arm: str, seed: int, settings: dict[str, Any], data: Detections, recip
 
 
 def faster_rcnn(classes: int, recipe: Recipe) -> FasterRCNN:
-    """Faster R-CNN on VGG-16 without its last pooling, with VGG-16's two hidden layers as the head; every layer trains."""
+    """Builds Faster R-CNN on VGG-16 without its last pooling; VGG-16's two hidden layers are the head; all train."""
     widths = [each if isinstance(each, str) else round(recipe.width * each) for each in VGG16]
     features = make_layers(widths, batch_norm=recipe.batch_norm)
     features.out_channels = widths[-1]
@@ -163,11 +163,18 @@ def faster_rcnn(classes: int, recipe: Recipe) -> FasterRCNN:
         head.fc7.load_state_dict(source.classifier[3].state_dict())
     anchors = AnchorGenerator((tuple(recipe.anchor_sizes),), ((0.5, 1.0, 2.0),))
     return FasterRCNN(
-        features, None, recipe.min_size, recipe.max_size, rpn_anchor_generator=anchors, box_head=head,
-        rpn_post_nms_top_n_train=recipe.proposals, rpn_post_nms_top_n_test=recipe.proposals,
+        features,
+        None,
+        recipe.min_size,
+        recipe.max_size,
+        rpn_anchor_generator=anchors,
+        box_head=head,
+        rpn_post_nms_top_n_train=recipe.proposals,
+        rpn_post_nms_top_n_test=recipe.proposals,
         box_batch_size_per_image=recipe.regions,
-        box_roi_pool=MultiScaleRoIAlign(["0"], 7, 2), box_predictor=FastRCNNPredictor(recipe.head_size, classes + 1),
-    )  # fmt: skip
+        box_roi_pool=MultiScaleRoIAlign(["0"], 7, 2),
+        box_predictor=FastRCNNPredictor(recipe.head_size, classes + 1),
+    )
 
 
 class Augmented(Dataset[tuple[Tensor, dict[str, Tensor]]]):

@@ -15,9 +15,27 @@ from torchvision.datasets import VOCDetection
 from digit_scenes import digit_scenes
 
 VOC_NAMES = [
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-]  # fmt: skip
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
 # How data sets of the Hub name what belongs to an object.
 BOX_KEYS, CATEGORY_KEYS = ("bbox", "bboxes"), ("category", "categories", "category_id", "classes", "label")
 
@@ -99,7 +117,8 @@ class DetectionArguments:
         parts = name.split("+")
         if missing := [part for part in parts if part not in data]:
             raise SystemExit(
-                f"{self.dataset} has no split {missing[0]}, it has {list(data)}: name one by --train_split or --eval_split."
+                f"{self.dataset} has no split {missing[0]}, it has {list(data)}: "
+                "name one by --train_split or --eval_split."
             )
         return datasets.concatenate_datasets([data[part] for part in parts])
 
@@ -110,7 +129,7 @@ class DetectionArguments:
 
 
 class Rows(Dataset[Example]):
-    """Examples from rows with an image and an `objects` column, in the form that detection data sets of the Hub have."""
+    """Reads examples from rows with an image and an `objects` column, as detection data sets of the Hub have them."""
 
     def __init__(self, rows: datasets.Dataset, bbox_format: str) -> None:
         self.rows, self.bbox_format = rows, bbox_format

@@ -40,8 +40,9 @@ def mean_average_precision(found: Sequence[Found], wanted: Sequence[Objects]) ->
         wanted: what is there; difficult objects are ignored, as crowds are in COCO.
 
     Returns:
-        `map`: COCO's mean over IoU .5 to .95; `map_50`: at .5; `map_voc07`: at .5, by VOC 2007's eleven recalls. (VOC's own
-        program measures a box of whole pixels one pixel larger, and matches difficult objects by IoU instead of overlap.)
+        `map`: COCO's mean over IoU .5 to .95; `map_50`: at .5; `map_voc07`: at .5, by VOC 2007's eleven recalls.
+        (VOC's own program measures a box of whole pixels one pixel larger, and matches difficult objects by IoU
+        instead of overlap.)
     """
     targets = [{"boxes": each.boxes, "labels": each.labels, "iscrowd": each.difficult.int()} for each in wanted]
     coco = MeanAveragePrecision(backend="pycocotools")

@@ -1,7 +1,8 @@
 """Digit scenes: a small detection data set that needs no download.
 
-scikit-learn's scans of handwritten digits (8x8), two to four times as large, in colours of their own, on a canvas of smooth
-colours and noise. Every digit is an object; the boxes of two do not overlap. No scan of a test scene is in a training scene.
+scikit-learn's scans of handwritten digits (8x8), two to four times as large, in colours of their own, on a canvas of
+smooth colours and noise. Every digit is an object; the boxes of two do not overlap. No scan of a test scene is in a
+training scene.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ def digit_scenes(train: int = 1000, test: int = 200, seed: int = 0) -> datasets.
         seed: of everything that is drawn.
 
     Returns:
-        Splits "train" and "test" with the columns `image` (RGB, of several sizes) and `objects`: `bbox` as (x, y, width,
-        height) in pixels, and `category`.
+        Splits "train" and "test" with the columns `image` (RGB, of several sizes) and `objects`: `bbox` as (x, y,
+        width, height) in pixels, and `category`.
     """
     label = datasets.ClassLabel(names=list("0123456789"))
     objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"), 4)), "category": datasets.List(label)}

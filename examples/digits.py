@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a data set: 1797 grey images of 8x8 pixels, a quarter of each digit for testing."""
+"""Makes a data set of scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, a quarter for testing."""
 
 import datasets
 import numpy as np

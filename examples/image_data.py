@@ -1,4 +1,4 @@
-"""Images and labels from any data set that `datasets` reads, and transforms that do not depend on who draws them when."""
+"""Reads images and labels by `datasets`, and transforms them so that no draw depends on which worker makes it when."""
 
 import contextlib
 import random
@@ -56,9 +56,15 @@ class DataArguments:
     def load(self) -> Splits:
         """The data set."""
         return load_splits(
-            self.dataset, self.dataset_config, self.train_split, self.eval_split,
-            self.image_column, self.label_column, self.train_samples, self.test_samples,
-        )  # fmt: skip
+            self.dataset,
+            self.dataset_config,
+            self.train_split,
+            self.eval_split,
+            self.image_column,
+            self.label_column,
+            self.train_samples,
+            self.test_samples,
+        )
 
 
 def load_splits(
@@ -134,9 +140,9 @@ def normalization(splits: Splits, size: int, sample: int = 1000) -> tuple[list[f
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Rows as (pixels, label), each image's random transform drawn from `seed`, the epoch, its index and its copy alone.
+    """Yields rows as (pixels, label), transformed at random by `seed`, the epoch, the image's index and copy alone.
 
-    So it does not depend on the number of workers and processes, nor on where a run was stopped and resumed.
+    So nothing depends on the number of workers and processes, nor on where a run was stopped and resumed.
     """
 
     def __init__(

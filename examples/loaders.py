@@ -32,10 +32,18 @@ def make_loaders(
         first.append(v2.RandomRotation(recipe.rotation))
     whole = recipe.crop_scale == 1
     rest = create_transform(
-        recipe.image_size, is_training=True, scale=(recipe.crop_scale, 1.0), ratio=(1.0, 1.0) if whole else None,
-        hflip=recipe.flip, color_jitter=recipe.color_jitter, auto_augment=policy, re_prob=recipe.random_erasing,
-        interpolation="bicubic", mean=look.mean, std=look.std,
-    )  # fmt: skip
+        recipe.image_size,
+        is_training=True,
+        scale=(recipe.crop_scale, 1.0),
+        ratio=(1.0, 1.0) if whole else None,
+        hflip=recipe.flip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=policy,
+        re_prob=recipe.random_erasing,
+        interpolation="bicubic",
+        mean=look.mean,
+        std=look.std,
+    )
     augmented = v2.Compose([*first, rest])
     plain = create_transform(
         recipe.image_size, interpolation="bicubic", crop_pct=recipe.crop_pct, mean=look.mean, std=look.std

@@ -1,4 +1,4 @@
-"""Image classifiers by name: a transformers model type, a timm name, or a checkpoint; and how a checkpoint sees images."""
+"""Makes image classifiers by name (transformers' model type, timm's name, a checkpoint) and reads their transforms."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import (
 
 
 class Preprocessing(NamedTuple):
-    """Side of the images that a checkpoint expects, and mean and standard deviation of each channel on the scale 0 to 1."""
+    """Holds what a checkpoint expects: the images' side, and each channel's mean and deviation on the scale 0 to 1."""
 
     size: int
     mean: list[float]
@@ -112,7 +112,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def save_model(model: nn.Module, folder: Path, look: Preprocessing, labels: list[str]) -> None:
-    """Saves a model in the form that `from_pretrained` or timm loads, with its normalisation and the classes' names."""
+    """Saves a model so that `from_pretrained` or timm loads it, with its normalisation and the classes' names."""
     if isinstance(model, PreTrainedModel):
         size = {"height": look.size, "width": look.size}
         model.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Pre-trains any transformers or timm vision model from a recipe, with TrAct, by accelerate.
 
-    accelerate launch examples/pretrain_vit.py                                         # photo crops, minutes on two cores
+    accelerate launch examples/pretrain_vit.py                      # photo crops, minutes on two cores
     accelerate launch examples/pretrain_vit.py --recipe examples/recipes/cifar10_vit.yaml --report_to tensorboard
-    torchrun --nproc-per-node 2 examples/pretrain_vit.py                               # two processes, on CPU too
+    torchrun --nproc-per-node 2 examples/pretrain_vit.py            # two processes, on CPU too
     accelerate launch examples/pretrain_vit.py --resume_from_checkpoint latest
 
 A recipe sets defaults; what the command line says wins. A run that was killed and resumed ends in the same weights.
@@ -128,10 +128,17 @@ def train(
         train_loader = accelerator.prepare(train_loader)
     steps_per_epoch = -(-len(train_loader) // recipe.gradient_accumulation_steps)
     schedule, _ = create_scheduler_v2(
-        optimizer, recipe.schedule, recipe.epochs, warmup_epochs=recipe.warmup_epochs, warmup_lr=0.0, warmup_prefix=False,
-        decay_milestones=recipe.decay_milestones, decay_rate=recipe.decay_rate, step_on_epochs=False,
+        optimizer,
+        recipe.schedule,
+        recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=0.0,
+        warmup_prefix=False,
+        decay_milestones=recipe.decay_milestones,
+        decay_rate=recipe.decay_rate,
+        step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
-    )  # fmt: skip
+    )
     ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
     progress = Progress()
     kept = [each for each in (ema, progress) if each]

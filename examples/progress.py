@@ -15,7 +15,7 @@ class Progress:
     seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batch within it, and optimizer step, each counted from 0 as what comes next; seconds of training so far."""
+        """Returns the epoch, the batch within it and the optimizer step that come next, from 0, and seconds so far."""
         return {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

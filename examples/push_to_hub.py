@@ -2,8 +2,8 @@
 
     python examples/push_to_hub.py outputs/pretrain_vit --repo_id me/vit-photo-crops --license mit
 
-The token is the environment's: HF_TOKEN, or what `hf auth login` left. The card is written anew from the run's record; look at
-it first by --dry_run.
+The token is the environment's: HF_TOKEN, or what `hf auth login` left. The card is written anew from the run's record;
+look at it first by --dry_run.
 """
 
 import argparse

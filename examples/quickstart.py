@@ -1,4 +1,4 @@
-"""Trains the same small vision model from the same seed with Trainer: vanilla, with TrAct, with TrAct from a whitened start.
+"""Trains the same small vision model from the same seed with Trainer: vanilla, with TrAct, with a whitened start too.
 
     python examples/quickstart.py                       # photo crops, no download, a few minutes on two cores
     python examples/quickstart.py --seeds 5             # mean and spread

@@ -105,7 +105,7 @@ def parse(*more: type) -> tuple[Any, ...]:
 
 
 def parse_with_recipe(usual: str, recipe: type, *more: type) -> tuple[Any, ...]:
-    """Dataclasses of options from the command line; the values of the file that --recipe names are the first one's defaults.
+    """Parses options into dataclasses; the values of the file that --recipe names are the first one's defaults.
 
     Args:
         usual: the recipe where none is named.

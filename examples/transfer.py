@@ -1,11 +1,11 @@
 """Fine-tunes a checkpoint on a data set of images by Trainer, with TrAct or without it.
 
-    python examples/transfer.py                     # from photo crops to handwritten digits, no download, a few minutes
-    python examples/transfer.py --checkpoint google/vit-base-patch16-224-in21k --dataset dpdl-benchmark/oxford_flowers102
-    python examples/transfer.py --checkpoint hf-hub:timm/resnet50.a1_in1k --dataset tanganke/stanford_cars --push_to_hub
+    python examples/transfer.py                     # from photo crops to handwritten digits, no download, minutes
+    python examples/transfer.py --checkpoint google/vit-base-patch16-224-in21k --dataset tanganke/stanford_cars
+    python examples/transfer.py --checkpoint hf-hub:timm/resnet50.a1_in1k --dataset dpdl-benchmark/oxford_flowers102
 
-Every option of `transformers.TrainingArguments` is one of this script. Images are resized and normalised as the checkpoint's
-image processor says.
+Every option of `transformers.TrainingArguments`, such as --push_to_hub, is one of this script. Images are resized and
+normalised as the checkpoint's image processor says.
 """
 
 import fnmatch
@@ -40,7 +40,7 @@ class Arguments(DataArguments):
     checkpoint: str = field(
         default="photo_crops",
         metadata={
-            "help": "a Hub id, timm's hf-hub:ID, a folder; photo_crops is made by pretrain_vit.py where it is not there"
+            "help": "a Hub id, timm's hf-hub:ID, a folder; photo_crops is made by pretrain_vit.py where it is missing"
         },
     )
     dataset: str = field(default="digits", metadata={"help": DATASET_HELP})
@@ -61,11 +61,19 @@ class Arguments(DataArguments):
 
 
 DEFAULTS = {
-    "output_dir": "outputs/transfer", "num_train_epochs": 10, "per_device_train_batch_size": 64, "learning_rate": 5e-4,
-    "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "eval_strategy": "epoch", "logging_strategy": "epoch",
-    "save_strategy": "no", "per_device_eval_batch_size": 256, "seed": 0,
+    "output_dir": "outputs/transfer",
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "eval_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_strategy": "no",
+    "per_device_eval_batch_size": 256,
+    "seed": 0,
     "dataloader_pin_memory": torch.accelerator.is_available(),
-}  # fmt: skip
+}
 
 
 def main() -> None:

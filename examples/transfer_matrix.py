@@ -1,4 +1,4 @@
-"""Does TrAct pay in pre-training, in fine-tuning, or in both: {vanilla, TrAct} x {vanilla, TrAct}, the paper's table 4 in full.
+"""Compares TrAct in pre-training, in fine-tuning and in both: {vanilla, TrAct} squared, the paper's table 4 in full.
 
     python examples/transfer_matrix.py --pretrain_dataset uoft-cs/cifar10 --datasets dpdl-benchmark/oxford_flowers102
 
