@@ -32,7 +32,9 @@ PUBLIC = {
     "find_first_layers": "(model, layers='auto', example_batch=None)",
     "first_layer_spectrum": "(model, batches, lam=0.1, layers='auto')",
     "remove_tract": "(model)",
-    "whiten_first_layer": "(model, batches, lam=0.1, layers='auto', *, match_scale=True, force=False, process_group=None)",
+    "whiten_first_layer": (
+        "(model, batches, lam=0.1, layers='auto', *, match_scale=True, force=False, process_group=None)"
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the formulas are the operations that run, a broken bound is told, turns are fair."""
+"""The benchmarks measure what they say: formulas count operations that run, a broken bound fails, turns are fair."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The paper's experiments: the full recipes are docs/paper.md's, every arm runs, and the report tells what came out."""
+"""The paper's experiments: the full recipes are docs/paper.md's, every arm runs, the report tells what came out."""
 
 import dataclasses
 import importlib.util
@@ -214,7 +214,7 @@ def test_the_report_has_table_plot_and_provenance(tmp_path):
 
 
 def test_the_stored_results_are_what_the_stored_report_says(tmp_path):
-    """The report in docs/results is made from the lines beside it, and no experiment's definition has changed since."""
+    """The report in docs/results is that of the lines beside it, and no experiment's definition has changed since."""
     stored = ROOT / "docs" / "results"
     text = report.write("small", stored / "small.jsonl", tmp_path).read_text()
     assert text == (stored / "small.md").read_text()

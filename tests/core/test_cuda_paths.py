@@ -1,4 +1,4 @@
-"""The accelerator's way, on fake CUDA tensors: a read of a value by the host, which would wait for the device, raises there."""
+"""The accelerator's paths, on fake CUDA tensors: where the host reads a value, and would wait for it, they raise."""
 
 import pytest
 import torch

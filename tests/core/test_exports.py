@@ -141,7 +141,7 @@ def test_hessian_vector_products_and_the_next_ordinary_step():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_gradient_penalty_on_the_pixels_is_preconditioned_once(autocast):
-    """With autocast too, where the weight's gradient is computed again: not of these, which have second-order parts."""
+    """Autocast computes the weight's gradient again, but not of these, which have second-order parts."""
     layer = nn.Conv2d(3, 4, 4, 4)
     plain, part = copy.deepcopy(layer), x().requires_grad_()
     apply_tract(layer, lam=0.1)

@@ -95,7 +95,7 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
     ],
 )
 def test_is_the_input_factor_of_curvlinops_forward_only_kfac(layer, shape):
-    """KFAC's A with fisher_type="forward-only" and kfac_approx="expand" is exactly C: the divisor is the number of patches."""
+    """KFAC's A with fisher_type="forward-only" and kfac_approx="expand" is C: the divisor is the number of patches."""
     from curvlinops import KFACLinearOperator
 
     layer = layer.double()

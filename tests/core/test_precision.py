@@ -1,4 +1,4 @@
-"""Within 1e-3 of float64 wherever the float64 problem is well posed: normalised pixels in float32, raw ones of any unit."""
+"""Within 1e-3 of float64 wherever the float64 problem is well posed: normalised pixels and raw ones of any unit."""
 
 import copy
 import logging
@@ -45,7 +45,7 @@ def gradient(layer: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> torch.
 @pytest.mark.parametrize("pixels", PIXELS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_float32_model_on_pixels_of_any_unit(layer, pixels, caplog):
-    # More patches than n: else C has no inverse, lam alone decides, and the gradient's own rounding is what it enlarges.
+    # More patches than n: else C has no inverse, lam alone decides, and it enlarges the gradient's own rounding.
     plain, x = LAYERS[layer](), PIXELS[pixels](photos(500 if layer == "patches of 16" else 32))
     weights = torch.randn_like(plain(x))
     wanted = expected(gradient(copy.deepcopy(plain).double(), x.double(), weights), x, plain, 0.1)

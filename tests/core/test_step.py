@@ -1,4 +1,4 @@
-"""What one optimizer step gathers: calls, micro-steps, dropped graphs, recomputation; after every backward, not the last."""
+"""What one optimizer step gathers: calls, micro-steps, dropped graphs, recomputation; after every backward."""
 
 import contextlib
 import copy
@@ -432,8 +432,8 @@ def test_an_unsolvable_moment_is_said_once(layers, caplog, monkeypatch):
         for _ in range(2):
             loss(layer(images(2))).backward()
     assert [record.message for record in caplog.records] == [
-        "TrAct: C + lam I (lam=-1e+06) could not be factorised, in float64 neither: the first layer keeps its ordinary "
-        "gradient in such steps. Normalise the pixels or raise lam. This is said once."
+        "TrAct: C + lam I (lam=-1e+06) could not be factorised, in float64 neither: the first layer keeps its "
+        "ordinary gradient in such steps. Normalise the pixels or raise lam. This is said once."
     ]
     assert handle.stats()[""]["condition"] == float("inf")
 

@@ -1,7 +1,7 @@
-"""The search on one model of each kind; and docs/models.md is what `benchmarks/survey.py` finds with the installed versions.
+"""The search on one model of each kind; and docs/models.md is what `benchmarks/survey.py` finds today.
 
-A new release of transformers or timm changes the table, so what compares with it runs on a schedule (.github/workflows) and by
-`pytest -m survey`, and not with the other tests.
+A new release of transformers or timm changes the table, so what compares with it runs on a schedule
+(.github/workflows) and by `pytest -m survey`, and not with the other tests.
 """
 
 import re
@@ -22,8 +22,8 @@ LINES = {
 }  # family, name
 STALE = f"docs/models.md is stale: run `{survey.COMMAND}`"
 ALL = {subject.name: subject for subject in subjects()}
-# One of each kind: patches, windows, weight standardisation, flat patches, clips, rows with a grid, two stems and a skip
-# connection of pixels, spectrograms, a backbone of timm's, tokens, forwards that look at values.
+# One of each kind: patches, windows, weight standardisation, flat patches, clips, rows with a grid, two stems and a
+# skip connection of pixels, spectrograms, a backbone of timm's, tokens, forwards that look at values.
 SAMPLE = [
     "ViTForImageClassification",
     "ResNetForImageClassification",

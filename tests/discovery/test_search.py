@@ -1,4 +1,4 @@
-"""The search for the first layer in models that are unusual: other kinds of weights, filters, inputs, and failing forwards."""
+"""The search for the first layer in unusual models: other kinds of weights, filters, inputs, and failing forwards."""
 
 import copy
 import logging
@@ -370,7 +370,7 @@ def test_a_list_of_images():
 
 
 def test_arguments_that_nobody_can_guess_are_left_out():
-    """As a diffusion transformer's: its rows have the length of a later layer's, and meet it before the rest is looked at."""
+    """A diffusion transformer has such: its rows are as long as a later layer's, and meet that before the rest."""
 
     class Transformer(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Works with: FSDP2 (`fully_shard`). The gradient is preconditioned before it is sharded, so nothing is gathered for it."""
+"""Works with: FSDP2 (`fully_shard`). The gradient is preconditioned before it is sharded: nothing is gathered."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Works with: Trainer under torchrun, two processes against one, with accumulation, clipping, bf16 and torch_compile."""
+"""Works with: Trainer under torchrun. Two processes equal one, with accumulation, clipping, bf16, torch_compile."""
 
 import json
 import os

@@ -27,18 +27,36 @@ from hf_tract import apply_tract, find_first_layers
 from recipe import Run
 
 TINY_DETR = {
-    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "num_queries": 5, "d_model": 16,
-    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "dropout": 0.0,
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "num_queries": 5,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "dropout": 0.0,
     "backbone_config": {
-        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1],
-        "layer_type": "basic", "out_features": ["stage4"],
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 8, 8],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage4"],
     },
-}  # fmt: skip
+}
 TINY_YOLOS = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": [64, 64],
-    "num_detection_tokens": 5, "use_mid_position_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": [64, 64],
+    "num_detection_tokens": 5,
+    "use_mid_position_embeddings": False,
+}
 SIZES = ((64, 96), (80, 48), (64, 64))  # height, width
 
 

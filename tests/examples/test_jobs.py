@@ -32,7 +32,8 @@ def test_what_fails_is_named_and_the_rest_goes_on(tmp_path, capsys):
 
 
 def test_the_runs_take_the_devices_and_share_the_cores(tmp_path):
-    code = "import os, time; time.sleep(0.5); print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['OMP_NUM_THREADS'])"
+    shown = "os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['OMP_NUM_THREADS']"
+    code = f"import os, time; time.sleep(0.5); print({shown})"
     works = [Work([python(code)], tmp_path / str(index)) for index in range(4)]
     assert run_all("runs", works, 2, devices=("0", "1,2")) == []
     said = [work.log.read_text().split() for work in works]

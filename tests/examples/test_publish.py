@@ -1,4 +1,4 @@
-"""Pre-train, push, load without hf-tract, fine-tune, push, classify: the Hub's real client against a server on loopback."""
+"""Pre-train, push, load without hf-tract, fine-tune, push, classify, by the Hub's client and a server on loopback."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def run(environment, *arguments, cwd, python=sys.executable) -> str:
 
 
 def flowers() -> bytes:
-    """Noise in the layout of Flowers-102: 102 classes, columns `image` and `label`; an image grey, one with transparency."""
+    """Makes noise in the layout of Flowers-102: 102 classes, columns `image` and `label`; one image grey, one RGBA."""
     random = np.random.default_rng(0)
     modes = {0: "L", 1: "RGBA"}
     images = [Image.fromarray(random.integers(0, 256, (40, 32, 3), dtype=np.uint8)) for _ in range(204)]
@@ -78,11 +78,10 @@ def test_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
     inspected = run(environment, "-m", "hf_tract", "inspect", "tester/vit-crops", "--json", cwd=tmp_path)
     assert json.loads(inspected)["layers"][0]["name"] == "vit.embeddings.patch_embeddings.projection"
 
-    out = run(
-        environment, EXAMPLES / "transfer.py", "--use_cpu", "--checkpoint", "tester/vit-crops", "--dataset", FLOWERS,
-        "--num_train_epochs", "1", "--output_dir", "flowers", "--push_to_hub", "--hub_model_id", "tester/vit-flowers",
-        "--hub_private_repo", "True", "--save_strategy", "epoch", "--disable_tqdm", "True", cwd=tmp_path,
-    )  # fmt: skip
+    tune = ["--use_cpu", "--checkpoint", "tester/vit-crops", "--dataset", FLOWERS, "--num_train_epochs", "1"]
+    push = ["--push_to_hub", "--hub_model_id", "tester/vit-flowers", "--hub_private_repo", "True"]
+    quiet = ["--save_strategy", "epoch", "--disable_tqdm", "True", "--output_dir", "flowers"]
+    out = run(environment, EXAMPLES / "transfer.py", *tune, *push, *quiet, cwd=tmp_path)
     assert "The head is made anew: tester/vit-crops knows 20 classes, the data set has 102." in out
     Image.new("RGB", (50, 40), "red").save(tmp_path / "image.png")
     said = run(environment, "-c", CLASSIFY, "tester/vit-flowers", "image.png", cwd=tmp_path, python=python)

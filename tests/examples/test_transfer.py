@@ -196,7 +196,7 @@ def test_a_head_for_the_same_classes_is_kept(checkpoint):
 
 
 def test_the_matrix_runs_each_cell_once_and_writes_table_and_plot(tmp_path, monkeypatch, capsys):
-    """The runs themselves are pretrain_vit.py's and transfer.py's, and tested with these; here they only leave a record."""
+    """The runs are pretrain_vit.py's and transfer.py's, and tested with these; here they only leave a record."""
     done, record = [], TrainingRecord("x", "transformers", "y")
 
     def finish(what, todo, at_once):

@@ -1,7 +1,7 @@
-"""A stand-in for the Hub on loopback, for the real client: repositories, branches, commits with LFS, refs, trees, files.
+"""Stands in for the Hub on loopback, for the real client: repositories, branches, commits with LFS, trees, files.
 
-It keeps everything in memory, knows one user by one token, and cuts connections when told to. Xet is the client's to leave
-out (HF_HUB_DISABLE_XET=1); then it uploads by LFS, as it does where the package hf_xet is not installed.
+It has everything in memory, knows one user by one token, and cuts connections when told to. Xet is the client's to
+leave out (HF_HUB_DISABLE_XET=1); then it uploads by LFS, as it does where the package hf_xet is not installed.
 """
 
 from __future__ import annotations

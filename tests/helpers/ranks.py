@@ -1,4 +1,4 @@
-"""Two gloo processes that train the same model on parts of the same images, and the one process to compare them with."""
+"""Trains a model in two gloo processes on parts of the same images, and in one process to compare them with."""
 
 import faulthandler
 import os
@@ -145,8 +145,8 @@ def _main(rank: int, folder: str, job: Callable[..., Any], names: list[str]) -> 
 def leave() -> None:
     """Ends a rank without the interpreter's shutdown.
 
-    gloo's threads may outlive the group as long as a mesh refers to it, and one that frees a tensor while the interpreter
-    shuts down aborts the process (pytorch/pytorch#179291).
+    gloo's threads may outlive the group as long as a mesh refers to it, and one that frees a tensor while the
+    interpreter shuts down aborts the process (pytorch/pytorch#179291).
     """
     if dist.is_initialized():
         dist.barrier()

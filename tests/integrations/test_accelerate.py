@@ -59,7 +59,7 @@ def test_accumulation_is_one_large_batch(accelerator_of, when, clip):
 
 
 def test_the_last_uneven_accumulation(accelerator_of):
-    """40 images in batches of 16: the last accumulation holds 16 + 16 + 8, and its moment weighs patches, not batches."""
+    """40 images in batches of 16: the last accumulation has 16 + 16 + 8; its moment weighs patches, not batches."""
     large = train(accelerator_of(), 40, "before prepare", count=40)
     GradientState._reset_state()
     small = train(accelerator_of(gradient_accumulation_steps=3), 16, "before prepare", count=40)

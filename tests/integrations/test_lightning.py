@@ -51,10 +51,15 @@ def train(kind: str, micros: int, folder) -> torch.Tensor:
     apply_tract(model, lam=0.1)
     module = Automatic(model) if kind == "automatic" else Manual(model, micros)
     trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
         accumulate_grad_batches=micros if kind == "automatic" else 1,
-    )  # fmt: skip
+    )
     trainer.fit(module, DataLoader(Images(), 64 // micros))
     return weights(model)
 

@@ -49,9 +49,13 @@ def test_it_is_on_in_training_and_off_after_it(tmp_path):
 
 def test_load_best_model_at_end(tmp_path):
     run = trainer(
-        tmp_path, callbacks=[TrActCallback()], num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch",
+        tmp_path,
+        callbacks=[TrActCallback()],
+        num_train_epochs=2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
         load_best_model_at_end=True,
-    )  # fmt: skip
+    )
     run.train()
     assert not has_tract(run.model)
 
@@ -203,7 +207,7 @@ def files_of(folder) -> dict[str, bytes]:
 
 
 def test_checkpoints_are_ordinary_but_for_the_settings(tmp_path):
-    """What is saved loads without hf-tract: the same files, names and class as without, and the settings beside them."""
+    """A checkpoint loads without hf-tract: files, names and class are those of vanilla, with the settings beside."""
     for name, callbacks in {"vanilla": [], "tract": [TrActCallback(lam=0.25)]}.items():
         trainer(tmp_path / name, callbacks=callbacks, save_strategy="epoch").train()
     vanilla, tract = (files_of(tmp_path / name / "checkpoint-4") for name in ("vanilla", "tract"))
