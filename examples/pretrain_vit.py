@@ -31,13 +31,13 @@ from transformers import CONFIG_MAPPING
 from hf_tract import TrActHandle, apply_tract, whiten_first_layer
 from hf_tract.integrations.model_card import TrainingRecord, save_card, without_local_path
 from hf_tract.integrations.provenance import command
-from hf_tract.integrations.upload import check_token, push_folder
 from hf_tract.metrics import TopK
 from image_data import Splits, normalization
 from loaders import make_loaders
 from modeling import Preprocessing, logits_of, make_model, save_model
 from progress import Progress, add_epoch, read_epochs, start
 from recipe import Recipe, Run, parse
+from upload import check_token, push_folder
 
 
 class Trained(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hf_tract import TrActError
 from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord, save_card
-from hf_tract.integrations.upload import push_folder
+from upload import push_folder
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from huggingface_hub.utils import close_session
 
 from helpers.hub_server import TOKEN, serving
 from hf_tract import TrActError
-from hf_tract.integrations.upload import push_folder
+from upload import push_folder
 
 
 @pytest.fixture
