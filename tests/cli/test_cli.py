@@ -39,7 +39,7 @@ def checkpoint(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_folder(checkpoint):
+def test_a_folder_is_inspected(checkpoint):
     told = inspect(checkpoint, "--batch-size", 8)
     (layer,) = told["layers"]
     assert layer["name"] == "vit.embeddings.patch_embeddings.projection"
@@ -54,7 +54,7 @@ def test_a_folder(checkpoint):
 MEAN = "The mean eigenvalue of C, the mean square of what the layer reads, is about"
 
 
-def test_a_folder_without_a_processor_or_with_one_that_does_not_normalise(checkpoint):
+def test_a_processor_that_is_missing_or_does_not_normalise_is_warned_of(checkpoint):
     path = checkpoint / "preprocessor_config.json"
     path.write_text(json.dumps({"do_normalize": False, "do_rescale": False}))
     (warning,) = inspect(checkpoint)["warnings"]
@@ -69,13 +69,13 @@ def test_a_folder_without_a_processor_or_with_one_that_does_not_normalise(checkp
     ]
 
 
-def test_a_timm_model_and_a_model_type():
+def test_timm_models_and_model_types_are_inspected_by_name():
     assert inspect("crossvit_tiny_240")["layers"][1]["source"] == "timm's first_conv"
     assert inspect("timm/resnet18")["layers"][0]["operation"] == "Conv2d 7x7, stride 2x2"
     assert inspect("swin", "--layers", "*patch_embeddings*")["layers"][0]["source"] == "named by the user"
 
 
-def test_the_eigenvalues_on_a_folder_of_images(checkpoint, tmp_path):
+def test_a_folder_of_images_gives_the_eigenvalues(checkpoint, tmp_path):
     folder = tmp_path / "images" / "some"
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_the_eigenvalues_on_a_folder_of_images(checkpoint, tmp_path):
     assert told["largest"] <= told["condition"] * (0.1 + told["largest"])
 
 
-def test_what_it_prints(checkpoint):
+def test_the_report_shows_shape_cost_and_mean_eigenvalue(checkpoint):
     result = CliRunner().invoke(app, ["inspect", str(checkpoint)])
     assert result.exit_code == 0
     text = " ".join(result.output.split())
@@ -114,12 +114,12 @@ def test_an_error_is_one_sentence(args, parts):
     assert all(part in text for part in parts), text
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(TrActError, match=says("is a folder without a config that transformers knows")):
         load(str(tmp_path))
 
 
-def test_without_typer(monkeypatch):
+def test_without_typer_it_names_what_to_install(monkeypatch):
     from hf_tract.__main__ import main
 
     monkeypatch.setitem(sys.modules, "hf_tract.cli.main", None)
@@ -153,7 +153,7 @@ def test_the_spectrum_is_the_dense_moments():
     assert told.above == int((values > 0.5).sum())
 
 
-def test_costs_of_groups_and_rows():
+def test_costs_count_groups_and_rows():
     whole, grouped = (
         moment_cost((2, 8, 12, 12), PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1), groups)) for groups in (1, 4)
     )
@@ -174,13 +174,13 @@ def test_the_inspection_takes_what_apply_tract_takes_and_changes_nothing():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_versions():
+def test_it_prints_its_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout.startswith("hf-tract ")
 
 
-def test_options_with_underscores_too(checkpoint):
+def test_options_take_underscores_and_hyphens(checkpoint):
     assert (
         inspect(checkpoint, "--batch_size", "8")["batch_size"]
         == inspect(checkpoint, "--batch-size", "8")["batch_size"]

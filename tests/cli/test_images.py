@@ -52,7 +52,7 @@ def test_float_images_stay_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["channels first", "channels last"])
-def test_arrays_of_any_number_of_bands(tmp_path, first):
+def test_arrays_may_have_any_number_of_bands(tmp_path, first):
     bands = RNG.random((13, 8, 8), dtype=np.float32)
     np.save(tmp_path / "0.npy", bands if first else np.moveaxis(bands, 0, -1))
     assert torch.equal(read(tmp_path, 13), torch.from_numpy(bands)[None])
@@ -60,7 +60,7 @@ def test_arrays_of_any_number_of_bands(tmp_path, first):
         read(tmp_path, 5)
 
 
-def test_parquet_of_images_and_of_arrays(tmp_path):
+def test_parquet_files_of_images_and_of_arrays_are_read(tmp_path):
     images = [Image.fromarray(np.stack([ramp(255, np.uint8)] * 3, -1))] * 3
     (tmp_path / "images").mkdir()
     datasets.Dataset.from_dict({"image": images, "label": [0, 1, 2]}).to_parquet(tmp_path / "images" / "train.parquet")
@@ -71,7 +71,7 @@ def test_parquet_of_images_and_of_arrays(tmp_path):
     assert torch.allclose(read(tmp_path / "arrays", 5).sum(), torch.from_numpy(bands / 65535).float().sum())
 
 
-def test_what_save_to_disk_wrote(tmp_path):
+def test_what_save_to_disk_wrote_is_read(tmp_path):
     rows = datasets.Dataset.from_dict({"image": [Image.fromarray(ramp(255, np.uint8))] * 2})
     rows.save_to_disk(tmp_path / "rows")
     datasets.DatasetDict({"validation": rows}).save_to_disk(tmp_path / "splits")

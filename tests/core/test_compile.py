@@ -70,7 +70,7 @@ def test_changing_batch_sizes_accumulation_and_lam_need_no_new_graph():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_vit_with_checkpointed_blocks_and_autocast(autocast):
+def test_a_vit_with_checkpointed_blocks_and_autocast_has_the_rule(autocast):
     plain, batch = small_vit().train(), Images().batch(0, 8)
     model = copy.deepcopy(plain)
     apply_tract(model)
@@ -119,7 +119,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.stem, x, use_reentrant=False).square().sum()
 
 
-def test_a_full_graph_with_a_checkpoint_over_the_layer():
+def test_a_full_graph_with_a_checkpoint_over_the_layer_has_the_rule():
     plain = Checkpointed()
     model = copy.deepcopy(plain)
     apply_tract(model, layers="stem")
@@ -132,7 +132,7 @@ def test_a_full_graph_with_a_checkpoint_over_the_layer():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_16_bit_operation_before_an_activation_in_place(backend):
+def test_a_16_bit_operation_before_an_activation_in_place_loses_no_precision(backend):
     """The weight's gradient is as good as the ordinary 16-bit one, in spite of what inv(C + lam I) enlarges."""
     plain, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True)), torch.randn(8, 3, 9, 9).cumsum(-1)
     model, ordinary = copy.deepcopy(plain), copy.deepcopy(plain)

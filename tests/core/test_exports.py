@@ -29,7 +29,7 @@ def names_of(graph: torch.fx.Graph) -> str:
     return " ".join(str(node.target) for node in graph.nodes)
 
 
-def test_torch_export(model):
+def test_torch_export_leaves_the_operator_out(model):
     program = torch.export.export(model, (x(2),))
     assert "hf_tract" not in names_of(program.graph)
     assert "conv2d" in names_of(program.graph)
@@ -38,7 +38,7 @@ def test_torch_export(model):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
-def test_torch_jit_trace_and_script(model):
+def test_torch_jit_trace_and_script_leave_the_operator_out(model):
     part = x(2)
     for scripted in (torch.jit.trace(model, part), torch.jit.script(model)):
         assert "hf_tract" not in str(scripted.inlined_graph)
@@ -123,7 +123,7 @@ def test_a_preconditioned_gradient_is_differentiated_as_the_linear_map_that_made
     assert "is the exact derivative of that preconditioned gradient" in message
 
 
-def test_hessian_vector_products_and_the_next_ordinary_step():
+def test_hessian_vector_products_and_the_next_ordinary_step_are_right():
     """AdaHessian's way: `backward(create_graph=True)`, then a product with a random vector."""
     layer = nn.Linear(6, 4).double()
     plain, part, v = copy.deepcopy(layer), torch.randn(9, 6).double(), torch.randn(4, 6).double()

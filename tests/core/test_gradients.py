@@ -39,18 +39,18 @@ def check(case, tolerance: float, scope: str) -> None:
 
 @settings(max_examples=200)
 @given(cases(torch.float64), st.sampled_from(["global", "local"]))
-def test_float64(case, scope):
+def test_the_gradient_is_the_formulas_in_float64(case, scope):
     check(case, 1e-10, scope)
 
 
 @settings(max_examples=200)
 @given(cases(torch.float32, min_lam=0.1), st.sampled_from(["global", "local"]))
-def test_float32(case, scope):
+def test_the_gradient_is_the_formulas_in_float32(case, scope):
     check(case, 1e-5, scope)
 
 
 @given(cases(torch.float32, min_lam=0.1), st.sampled_from([torch.bfloat16, torch.float16]))
-def test_low_precision_weights(case, dtype):
+def test_low_precision_weights_get_a_gradient_that_is_rounded_once(case, dtype):
     """Everything is float32 but what the operation reads and gives: the result is rounded once, at its end."""
     layer, x = case.layer.to(dtype), case.x.to(dtype)
     exact = copy.deepcopy(layer).double()
@@ -88,7 +88,7 @@ def test_equals_the_papers_own_code(layer, shape):
     assert_close(layer.weight.grad, theirs.weight.grad, 1e-5)
 
 
-def test_a_non_contiguous_input():
+def test_a_non_contiguous_input_has_the_rule():
     layer, x = nn.Linear(6, 4), torch.randn(6, 5, 3).transpose(0, 2)
     assert not x.is_contiguous()
     plain = copy.deepcopy(layer)
@@ -97,7 +97,7 @@ def test_a_non_contiguous_input():
     assert_close(run(layer, x)[1], expected(grad, x, plain, 0.1), 1e-5)
 
 
-def test_more_than_one_layer_each_by_its_own_moment():
+def test_several_layers_are_preconditioned_each_by_its_own_moment():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     plain = copy.deepcopy(model)
     x = torch.randn(20, 6)

@@ -64,7 +64,7 @@ def test_a_grad_scaler_sees_inf_and_trains_on():
     assert weights(model).isfinite().all()
 
 
-def test_an_averaged_copy_is_kept_beside_the_model():
+def test_an_averaged_copy_follows_the_model():
     model, batch = small_vit(), Images().batch()
     apply_tract(model)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))

@@ -44,7 +44,7 @@ def gradient(layer: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> torch.
 
 @pytest.mark.parametrize("pixels", PIXELS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_float32_model_on_pixels_of_any_unit(layer, pixels, caplog):
+def test_a_float32_model_is_right_on_pixels_of_any_unit(layer, pixels, caplog):
     # More patches than n: else C has no inverse, lam alone decides, and it enlarges the gradient's own rounding.
     plain, x = LAYERS[layer](), PIXELS[pixels](photos(500 if layer == "patches of 16" else 32))
     weights = torch.randn_like(plain(x))

@@ -142,7 +142,7 @@ def test_accelerates_flag_is_neither_trusted_nor_written(layers, flag):
         state.sync_gradients = True
 
 
-def test_a_micro_step_that_does_not_use_the_layer(layers):
+def test_a_micro_step_may_leave_the_layer_out(layers):
     """Its gradient is there all the same: a text-only batch at the end of an accumulation."""
     plain, layer = layers
     apply_tract(layer, LAM)
@@ -167,7 +167,7 @@ def test_a_gradient_of_the_bias_alone_begins_no_step(layers):
 
 
 @pytest.mark.parametrize("kind", ["weight norm", "pruned"])
-def test_a_weight_that_is_made_of_other_parameters(kind):
+def test_a_weight_that_is_made_of_other_parameters_accumulates_too(kind):
     whole, parts = (nn.Conv2d(3, 4, 4, stride=4, dtype=torch.float64) for _ in range(2))
     parts.load_state_dict(whole.state_dict())
     for net in (whole, parts):
@@ -351,7 +351,7 @@ def test_a_backward_after_the_end_hands_on_the_ordinary_gradient(layers, how):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("calls", [1, 2])
-def test_activation_checkpointing_over_the_layer(layers, reentrant, calls):
+def test_activation_checkpointing_over_the_layer_has_the_rule(layers, reentrant, calls):
     plain, layer = layers
     apply_tract(layer, LAM)
     parts = [images(count) for count in (3, 5, 2, 4)]
@@ -365,7 +365,7 @@ def test_activation_checkpointing_over_the_layer(layers, reentrant, calls):
     assert_rule(layer, plain, parts[0])
 
 
-def test_a_checkpoint_that_is_run_backward_twice(layers):
+def test_a_checkpoint_that_is_run_backward_twice_has_the_rule(layers):
     plain, layer = layers
     apply_tract(layer, LAM)
     x, y = images(3), images(5)
@@ -377,7 +377,7 @@ def test_a_checkpoint_that_is_run_backward_twice(layers):
     assert_close(layer.weight.grad, expected(raw, [x, y], plain, LAM), 1e-12)
 
 
-def test_saved_tensors_that_are_moved_elsewhere(layers):
+def test_saved_tensors_may_be_moved_elsewhere(layers):
     """As `save_on_cpu` does on a GPU: what comes back is another tensor."""
     plain, layer = layers
     apply_tract(layer, LAM)
@@ -388,7 +388,7 @@ def test_saved_tensors_that_are_moved_elsewhere(layers):
     assert_rule(layer, plain, x, y)
 
 
-def test_an_all_black_batch(layers):
+def test_an_all_black_batch_gives_zeros(layers):
     _, layer = layers
     apply_tract(layer, LAM)
     (layer(torch.zeros(2, 3, 8, 8, dtype=torch.float64)) - 1).square().sum().backward()
@@ -396,14 +396,14 @@ def test_an_all_black_batch(layers):
     assert layer.bias.grad.isfinite().all()
 
 
-def test_an_empty_batch(layers):
+def test_an_empty_batch_gives_zeros(layers):
     _, layer = layers
     apply_tract(layer, LAM)
     loss(layer(images(0))).backward()
     assert not layer.weight.grad.any()
 
 
-def test_one_image_with_fewer_patches_than_n(layers):
+def test_one_image_with_fewer_patches_than_n_has_the_rule(layers):
     plain, layer = layers
     apply_tract(layer, LAM)
     x = images(1)  # 4 patches of 48
@@ -424,7 +424,7 @@ def test_no_grad_and_a_frozen_weight_cost_nothing(layers, monkeypatch):
     assert layer.weight.grad is None
 
 
-def test_an_unsolvable_moment_is_said_once(layers, caplog, monkeypatch):
+def test_an_unsolvable_moment_is_told_once(layers, caplog, monkeypatch):
     _, layer = layers
     handle = apply_tract(layer, LAM)
     object.__setattr__(layer._tract_step.config, "lam", -1e6)  # what no user can ask for: C + lam I is negative
@@ -438,7 +438,7 @@ def test_an_unsolvable_moment_is_said_once(layers, caplog, monkeypatch):
     assert handle.stats()[""]["condition"] == float("inf")
 
 
-def test_figures_of_the_last_step(layers):
+def test_stats_are_the_figures_of_the_last_step(layers):
     plain, layer = layers
     handle, x = apply_tract(layer, LAM), images(6)
     assert handle.stats() == {}

@@ -41,7 +41,7 @@ def told(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_tract")]
 
 
-def test_nothing_where_all_is_well(told):
+def test_nothing_is_told_where_all_is_well(told):
     model = Net()
     apply_tract(model)
     for _ in range(2):
@@ -49,7 +49,7 @@ def test_nothing_where_all_is_well(told):
     assert told() == []
 
 
-def test_a_layer_that_did_not_run_in_the_first_step_once(told):
+def test_a_layer_that_did_not_run_in_the_first_step_is_told_once(told):
     model = Net()
     apply_tract(model)
     for _ in range(3):
@@ -59,7 +59,7 @@ def test_a_layer_that_did_not_run_in_the_first_step_once(told):
     assert "a batch without images" in message
 
 
-def test_a_forward_that_was_replaced_afterwards(told):
+def test_a_forward_that_was_replaced_afterwards_is_told(told):
     model = Net()
     apply_tract(model)
     model.stem._conv_forward = lambda x, w, b: F.conv2d(x, w, b, 4)
@@ -69,7 +69,7 @@ def test_a_forward_that_was_replaced_afterwards(told):
     assert "apply TrAct after it" in message
 
 
-def test_nothing_where_gradients_are_asked_for_and_put_in_place(told):
+def test_nothing_is_told_where_gradients_are_asked_for_and_put_in_place(told):
     """As methods of several losses do: `torch.autograd.grad`, and `.grad` by hand."""
     model = Net()
     handle = apply_tract(model)
@@ -82,7 +82,7 @@ def test_nothing_where_gradients_are_asked_for_and_put_in_place(told):
     assert handle.stats()["stem"]["grad_norm"] > 0
 
 
-def test_a_layer_that_was_exchanged(told):
+def test_a_layer_that_was_exchanged_is_told(told):
     model = Net()
     apply_tract(model)
     model.stem = nn.Conv2d(3, 4, 4, 4)
@@ -91,7 +91,7 @@ def test_a_layer_that_was_exchanged(told):
     assert message.startswith("TrAct: stem was exchanged for another module")
 
 
-def test_a_weight_that_is_used_elsewhere_too(told):
+def test_a_weight_that_is_used_elsewhere_too_is_told(told):
     model = Net()
     apply_tract(model)
     for _ in range(2):
@@ -191,7 +191,7 @@ def test_a_step_of_another_optimizer_is_not_the_layers_first(told):
     assert "stem has handed on no preconditioned gradient" in message
 
 
-def test_find_unused_parameters(told, tmp_path):
+def test_find_unused_parameters_is_told(told, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         apply_tract(DistributedDataParallel(Net(), find_unused_parameters=True))
@@ -235,7 +235,7 @@ def test_a_weight_that_its_parent_reads_is_preconditioned_there(layers, told):
 @pytest.mark.parametrize(
     "how", ["two calls", "weight norm", "spectral norm", "own forward", "local scope", "checkpoint", "penalty"]
 )
-def test_no_false_alarm_where_the_layer_runs_twice_or_its_weight_is_made_of_another(how, told):
+def test_nothing_is_told_where_the_layer_runs_twice_or_its_weight_is_made_of_another(how, told):
     class Standardised(nn.Conv2d):
         def forward(self, x):
             return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, self.stride)

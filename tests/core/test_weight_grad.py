@@ -50,7 +50,7 @@ def test_is_the_exact_gradient_for_every_layer(case, dtype):
 
 @settings(max_examples=50)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 3), st.booleans())
-def test_of_patches_side_by_side(dims, side, channels, images, rest, last):
+def test_is_the_exact_gradient_for_patches_side_by_side(dims, side, channels, images, rest, last):
     """Also where the kernel leaves the last pixels out."""
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](channels, 4, side, side)
     x = torch.randn(images, channels, *[3 * side + min(rest, side - 1)] * dims)
@@ -60,7 +60,7 @@ def test_of_patches_side_by_side(dims, side, channels, images, rest, last):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 8, 8)])
-def test_no_image_and_no_batch_dimension(shape):
+def test_no_image_and_no_batch_dimension_are_allowed(shape):
     layer = nn.Conv2d(3, 4, 4, 4)
     if shape[0]:
         check(layer, torch.randn(shape), torch.bfloat16)

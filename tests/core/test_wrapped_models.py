@@ -99,7 +99,7 @@ def test_it_takes_the_first_layer_and_hands_on_its_gradient(name):
     "name, stem",
     [("resnet18", "conv1"), ("convnext_tiny", "features.0.0"), ("swin_t", "features.0.0"), ("vit_b_32", "conv_proj")],
 )
-def test_torchvision(name, stem):
+def test_torchvision_models_have_the_rule_in_their_stem(name, stem):
     model, x = getattr(torchvision.models, name)().eval(), torch.randn(1, 3, 224, 224)
     nn.init.normal_([m for m in model.modules() if isinstance(m, nn.Linear)][-1].weight)  # ViT's head starts as zero
     want = reference(model, x, [stem], lam=0.1)
@@ -108,7 +108,7 @@ def test_torchvision(name, stem):
         assert differences(model, x, want) == []
 
 
-def test_an_optimized_module():
+def test_an_optimized_module_is_looked_through():
     model, x = vit(), torch.randn(4, 3, 16, 16)
     stem = model.vit.embeddings.patch_embeddings.projection
     compiled = torch.compile(model, backend="aot_eager")
@@ -135,7 +135,7 @@ def test_a_tied_weight_is_preconditioned_where_it_is_first_only():
     torch.testing.assert_close(model.first.weight.grad, untied.first.weight.grad + untied.again.weight.grad)
 
 
-def test_several_layers_also_deeper_ones():
+def test_several_layers_may_be_taken_also_deeper_ones():
     model, x = (
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 4)),
         torch.randn(2, 3, 16, 16),

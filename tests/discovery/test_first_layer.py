@@ -37,7 +37,7 @@ def names(model: nn.Module, **kwargs) -> list[str]:
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
 @pytest.mark.parametrize("head", ["Model", "ForImageClassification"])
-def test_transformers(family, head):
+def test_a_transformers_model_is_searched(family, head):
     config, stem = TRANSFORMERS[family]
     model = getattr(hf, family + head)(config)
     prefix = "" if head == "Model" else f"{model.base_model_prefix}."
@@ -47,7 +47,7 @@ def test_transformers(family, head):
     assert layer.source == "reached first by the pixels"
 
 
-def test_the_vision_tower_of_a_model_of_two_modes():
+def test_a_model_of_two_modes_is_searched_in_its_vision_tower():
     small = {**TINY, "image_size": 32, "patch_size": 8}
     model = hf.CLIPModel(hf.CLIPConfig(text_config=TINY, vision_config=small, projection_dim=16))
     assert names(model) == ["vision_model.embeddings.patch_embedding"]
@@ -81,7 +81,7 @@ def test_timm_says_which_it_is(name):
     assert {layer.source for layer in find_first_layers(model)} == {"timm's first_conv"}
 
 
-def test_timm_in_transformers():
+def test_a_timm_model_in_transformers_is_searched():
     config = hf.TimmWrapperConfig.from_dict({"architecture": "resnet18", "num_classes": 4})
     model = hf.TimmWrapperForImageClassification(config)
     assert names(model) == ["timm_model.conv1"]
@@ -196,7 +196,7 @@ def test_the_search_with_values_draws_no_random_numbers_of_the_user():
         (nn.Sequential(nn.Unflatten(1, (3, 5, 7)), nn.Conv2d(3, 4, 2)), torch.zeros(2, 105), "1"),
     ],
 )
-def test_any_module(model, inputs, expected):
+def test_any_module_is_searched(model, inputs, expected):
     assert names(model, example_batch=inputs) == [expected]
 
 
@@ -221,7 +221,7 @@ def net() -> nn.Module:
     return model
 
 
-def test_by_name_pattern_and_module():
+def test_layers_are_given_by_name_pattern_or_module():
     model = net()
     assert names(model, layers="head") == ["head"]
     assert names(model, layers="stem.*") == ["stem.0", "stem.2"]
@@ -239,7 +239,7 @@ def test_by_name_pattern_and_module():
         (nn.Linear(2, 2), ("`layers` (=Linear) is no module of `model` (=Sequential)",)),
     ],
 )
-def test_a_wish_that_cannot_be_met(layers, parts):
+def test_layers_that_cannot_be_taken_are_refused(layers, parts):
     with pytest.raises(TrActError, match=says(*parts)):
         apply_tract(net(), layers=layers)
 
@@ -253,7 +253,7 @@ def test_a_quantised_or_uninitialised_layer_is_refused():
         apply_tract(model, layers="1")
 
 
-def test_a_model_without_such_a_layer():
+def test_a_model_without_such_a_layer_is_refused():
     with pytest.raises(
         TrActError, match=says("`model` (=Sequential) has no convolution or linear layer", "it has Embedding, ReLU")
     ):
@@ -295,6 +295,6 @@ def test_lora_on_the_first_layer_takes_its_trainable_half(caplog):
     assert not caplog.records
 
 
-def test_a_model_with_layers_that_are_not_made_yet():
+def test_a_model_with_layers_that_are_not_made_yet_is_searched():
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.LazyLinear(10))
     assert [(layer.name, layer.source) for layer in find_first_layers(model)] == [("0", "first in module order")]

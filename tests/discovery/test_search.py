@@ -330,7 +330,7 @@ def test_an_example_that_fails_raises_with_the_forwards_own_error():
     assert type(model.stem) is type(model.decoder) is nn.Conv2d
 
 
-def test_a_forward_that_takes_a_mapping():
+def test_a_forward_may_take_a_mapping():
     class Whole(Bands):
         def forward(self, batch):
             return super().forward(batch["image"])
@@ -357,7 +357,7 @@ def test_what_a_forward_left_on_a_module_does_not_hinder_the_copy():
     assert [layer.source for layer in find_first_layers(model)] == [REACHED]
 
 
-def test_a_list_of_images():
+def test_a_list_of_images_is_an_example():
     class Detector(nn.Module):
         def __init__(self):
             super().__init__()

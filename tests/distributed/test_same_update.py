@@ -106,20 +106,20 @@ def reference():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_accumulated(reference, name):
+def test_micro_steps_end_where_one_batch_does(reference, name):
     assert_close(alone(*name.split("/"), micros=4), reference[name], 1e-5)
 
 
 @pytest.mark.parametrize("how", TOGETHER)
 @pytest.mark.parametrize("name", NAMES)
-def test_on_two_processes(reference, together, name, how):
+def test_two_processes_end_where_one_does(reference, together, name, how):
     first, second = (rank[f"{name}/{how}"] for rank in together)
     assert torch.equal(first, second)
     assert_close(first, reference[name], 1e-5)
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_the_training_is_one(reference, family):
+def test_the_training_moves_the_weights(reference, family):
     """What agrees above has moved: by far more than the tolerance."""
     torch.manual_seed(0)
     start = flat(MODELS[family]())

@@ -150,7 +150,7 @@ def frozen_resnet() -> nn.Module:
 @pytest.mark.parametrize(
     "make", [frozen_resnet, lambda: hf.DetrForObjectDetection(hf.AutoConfig.for_model("detr", **TINY_DETR))]
 )
-def test_a_stem_that_the_library_froze_is_said_to_be_so_and_how_to_train_it(make, caplog):
+def test_a_stem_that_the_library_froze_is_told_with_how_to_train_it(make, caplog):
     model = make()
     with caplog.at_level(logging.WARNING, "hf_tract"), apply_tract(model) as handle:
         (layer,) = handle.layers
@@ -164,7 +164,7 @@ def test_a_stem_that_the_library_froze_is_said_to_be_so_and_how_to_train_it(make
         assert not caplog.records
 
 
-def test_mean_average_precision_by_hand():
+def test_mean_average_precision_is_that_by_hand():
     """Of two objects one is found exactly and first, one not at all; a false hit comes last. Eleven recalls: 6/11."""
     wanted = [
         Objects(
@@ -215,7 +215,7 @@ def voc(tmp_path):
     return tmp_path
 
 
-def test_a_voc_folder(voc):
+def test_a_voc_folder_is_read(voc):
     data = DetectionArguments(dataset=str(voc)).load()
     assert (len(data.train), len(data.test), data.names) == (2, 2, VOC_NAMES)
     boxes, labels, difficult = data.train[1].objects
@@ -228,7 +228,7 @@ def test_a_voc_folder(voc):
 
 
 @pytest.mark.parametrize("box", ["coco", "pascal_voc"])
-def test_a_data_set_of_the_hub_s_form(tmp_path, box):
+def test_a_data_set_of_the_hub_s_form_is_read(tmp_path, box):
     rows = [{"image": Image.new("L", (40, 30)), "objects": {"bbox": [[5.0, 6.0, 20.0, 16.0]], "category": [1]}}] * 2
     data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     for split in ("train", "validation"):

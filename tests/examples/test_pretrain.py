@@ -163,7 +163,7 @@ def test_a_used_folder_is_not_overwritten(whole, monkeypatch):
         run(monkeypatch, whole)
 
 
-def test_every_part_of_a_recipe_together(tmp_path, monkeypatch):
+def test_every_part_of_a_recipe_runs_together(tmp_path, monkeypatch):
     """A timm model, accumulation, bf16, mixup, EMA, repeated augmentation and the like, tracked by TensorBoard."""
     recipe = {
         "model": "resnet18",
@@ -232,7 +232,7 @@ def model_config(file: Path, monkeypatch, model: str) -> dict[str, int]:
     return json.loads(pretrain_vit.parse()[0].model_config)
 
 
-def test_top_1_and_top_5():
+def test_top_1_and_top_5_are_counted():
     scores = torch.eye(8).numpy() + torch.linspace(0.5, 0, 8).numpy()
     assert TopK().compute(predictions=scores, references=list(range(8))) == {"top1": 1.0, "top5": 1.0}
     assert TopK().compute(predictions=scores, references=[0, 7, 0, 0] + [7] * 4) == {"top1": 0.25, "top5": 0.5}

@@ -64,7 +64,7 @@ def flowers() -> bytes:
     return buffer.getvalue()
 
 
-def test_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
+def test_a_model_goes_from_pre_training_to_a_pipeline(hub, environment, python, tmp_path):
     data = Repo()
     part = flowers()
     data.commit("main", {f"data/{split}-00000-of-00001.parquet": part for split in ("train", "test")}, set(), "data")

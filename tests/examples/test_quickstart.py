@@ -29,7 +29,7 @@ def records(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
-def test_all_arms_a_table_and_a_plot_once(tmp_path, monkeypatch, capsys):
+def test_all_arms_run_once_and_leave_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     arguments = [*FAST, TINY_VIT, "--train_samples", "128", "--output_dir", tmp_path]
     out = run(monkeypatch, capsys, *arguments)
     assert "first layer vit.embeddings.patch_embeddings.projection" in out
@@ -54,7 +54,7 @@ def test_all_arms_a_table_and_a_plot_once(tmp_path, monkeypatch, capsys):
     assert "first layer" not in again
 
 
-def test_another_model_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
+def test_another_model_trains_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
     random = np.random.default_rng(0)
     for split, count in {"train": 24, "test": 8}.items():
         for name, brightness in {"dark": 80, "light": 255}.items():
@@ -91,7 +91,7 @@ def test_photo_crops_are_the_same_for_a_seed_and_apart_in_train_and_test():
     assert isinstance(data, datasets.DatasetDict)
 
 
-def test_a_quarter_of_the_cells_is_held_out(monkeypatch):
+def test_a_quarter_of_the_cells_is_for_testing(monkeypatch):
     """Each crop lies in one cell of its split, and no cell is in both."""
     rows, columns = np.indices((480, 480)) // photo_crops.CELL
     numbered = np.repeat((rows * 10 + columns).astype(np.uint8)[:, :, None], 3, axis=2)
@@ -115,5 +115,5 @@ def test_help_names_every_option(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("target, epoch", [(0.5, 1), (0.65, 3), (0.9, None)])
-def test_epochs_to_reach(target, epoch):
+def test_epochs_to_reach_counts_to_the_first_epoch_there(target, epoch):
     assert epochs_to_reach(np.array([0.5, 0.6, 0.7, 0.6]), target) == epoch

@@ -56,7 +56,7 @@ def run(monkeypatch, capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
-def test_digits_from_several_seeds(checkpoint, tmp_path, monkeypatch, capsys):
+def test_digits_are_fine_tuned_from_several_seeds(checkpoint, tmp_path, monkeypatch, capsys):
     options = ["--checkpoint", checkpoint, "--train_samples", "64", "--seeds", "2", "--output_dir", tmp_path / "out"]
     out = run(monkeypatch, capsys, *options)
     assert f"The head is made anew: {checkpoint} knows 3 classes, the data set has 10." in out
@@ -70,7 +70,7 @@ def test_digits_from_several_seeds(checkpoint, tmp_path, monkeypatch, capsys):
     assert model.config.id2label[7] == "7"
 
 
-def test_any_folder_of_images_with_tract_or_without(checkpoint, images, tmp_path, monkeypatch, capsys):
+def test_any_folder_of_images_trains_with_tract_or_without(checkpoint, images, tmp_path, monkeypatch, capsys):
     options = ["--checkpoint", checkpoint, "--dataset", images, "--output_dir"]
     run(monkeypatch, capsys, *options, tmp_path / "tract")
     run(monkeypatch, capsys, *options, tmp_path / "vanilla", "--no_tract")
@@ -189,7 +189,7 @@ def test_without_a_token_a_push_is_refused_before_the_training(tmp_path, monkeyp
         pretrain_vit.main()
 
 
-def test_a_head_for_the_same_classes_is_kept(checkpoint):
+def test_a_head_for_the_same_classes_stays(checkpoint):
     names = ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert transfer.head_of(str(checkpoint), names) == "The head is kept: 3 classes."
     assert transfer.head_of(str(checkpoint), ["a", "b", "c"]) == "The head is kept: 3 classes, though of other names."

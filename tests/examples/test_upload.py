@@ -97,7 +97,7 @@ def test_a_network_that_goes_down_in_an_upload_loses_nothing(hub, folder):
     assert "model.safetensors" in hub.repos["tester/model"].files("v1")
 
 
-def test_a_hub_that_is_not_there(folder, monkeypatch):
+def test_a_hub_that_is_not_there_is_an_error(folder, monkeypatch):
     with serving() as gone:
         endpoint = gone.endpoint
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -110,7 +110,7 @@ def test_a_hub_that_is_not_there(folder, monkeypatch):
     close_session()
 
 
-def test_a_name_that_is_none_and_a_folder_without_a_model(hub, folder, tmp_path):
+def test_a_name_that_is_none_and_a_folder_without_a_model_are_refused(hub, folder, tmp_path):
     with pytest.raises(TrActError, match=r"`repo_id` \(='a b/c'\): the upload did not end"):
         push_folder(folder, "a b/c")
     (tmp_path / "empty").mkdir()

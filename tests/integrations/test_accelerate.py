@@ -58,7 +58,7 @@ def test_accumulation_is_one_large_batch(accelerator_of, when, clip):
     assert_close(weights(small) - start, weights(large) - start, 2e-5)
 
 
-def test_the_last_uneven_accumulation(accelerator_of):
+def test_the_last_uneven_accumulation_weighs_patches(accelerator_of):
     """40 images in batches of 16: the last accumulation has 16 + 16 + 8; its moment weighs patches, not batches."""
     large = train(accelerator_of(), 40, "before prepare", count=40)
     GradientState._reset_state()

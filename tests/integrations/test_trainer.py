@@ -47,7 +47,7 @@ def test_it_is_on_in_training_and_off_after_it(tmp_path):
         assert not has_tract(run.model)
 
 
-def test_load_best_model_at_end(tmp_path):
+def test_load_best_model_at_end_leaves_no_tract(tmp_path):
     run = trainer(
         tmp_path,
         callbacks=[TrActCallback()],
@@ -61,7 +61,7 @@ def test_load_best_model_at_end(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_exception_in_training_and_a_second_train(tmp_path, error):
+def test_after_an_exception_a_second_train_has_tract_again(tmp_path, error):
     run = trainer(tmp_path, callbacks=[TrActCallback(), watch := Watch(raise_at=2, error=error)])
     with pytest.raises(error):
         run.train()
@@ -92,7 +92,7 @@ def test_an_interrupt_in_an_accumulation_leaves_nothing_behind(tmp_path):
     assert torch.equal(weights(run.model), weights(other.model))
 
 
-def test_auto_find_batch_size_after_an_out_of_memory(tmp_path):
+def test_auto_find_batch_size_begins_again_with_tract(tmp_path):
     """Training begins a second time on the model that still has TrAct: once is enough."""
     watch = Watch(raise_at=1, error=RuntimeError)
     run = trainer(tmp_path, callbacks=[TrActCallback(), watch], auto_find_batch_size=True)
@@ -102,7 +102,7 @@ def test_auto_find_batch_size_after_an_out_of_memory(tmp_path):
     assert not has_tract(run.model)
 
 
-def test_model_init_and_hyperparameter_search(tmp_path):
+def test_hyperparameter_search_trains_each_trial_with_tract(tmp_path):
     callback, watch = TrActCallback(), Watch()
     settings = {"save_strategy": "epoch", "eval_strategy": "epoch"}
     run = trainer(tmp_path, model_init=lambda: small_vit(), callbacks=[callback, watch], **settings)
@@ -114,7 +114,7 @@ def test_model_init_and_hyperparameter_search(tmp_path):
     assert len(list(tmp_path.glob("run-*/checkpoint-4/tract_config.json"))) == 2
 
 
-def test_figures_in_the_logs_at_logging_steps_alone(tmp_path, monkeypatch):
+def test_figures_are_in_the_logs_at_logging_steps_alone(tmp_path, monkeypatch):
     computed = []
     original = apply_tract(small_vit()).layers[0].module._tract_step.__class__
     stats = original.stats
@@ -151,7 +151,7 @@ def test_which_layer_it_took_is_shown_once(tmp_path, capsys, caplog):
     assert [r.getMessage() for r in caplog.records if r.name.startswith("hf_tract")] == [line]
 
 
-def test_one_callback_in_two_trainers_one_inside_the_other(tmp_path):
+def test_one_callback_serves_two_trainers_one_inside_the_other(tmp_path):
     callback, had_tract = TrActCallback(), []
 
     class Probe(TrainerCallback):

@@ -102,7 +102,7 @@ def test_an_adapters_card_is_left_to_peft(tmp_path):
     assert (tmp_path / CONFIG_FILE).exists()
 
 
-def test_a_row_of_the_history_for_each_evaluation():
+def test_the_history_has_a_row_for_each_evaluation():
     log = [
         {"loss": 2.0, "epoch": 0.5},
         {"loss": 1.0, "epoch": 1.0, "grad_norm": 3.0},
