@@ -223,7 +223,7 @@ def test_the_stored_results_are_what_the_stored_report_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["run", "nothing"], "nothing: there are cifar10_resnet18_sgd"),
         (["run", "all", "--scale", "tiny"], "--scale tiny: there are full, small, smoke"),
@@ -231,10 +231,10 @@ def test_the_stored_results_are_what_the_stored_report_says(tmp_path):
         (["report", "--results", "none.jsonl"], "--results none.jsonl: there is no such file"),
     ],
 )
-def test_bad_arguments_are_told(arguments, said):
+def test_bad_arguments_are_told(arguments, message):
     spec = importlib.util.spec_from_file_location("paper_main", HERE / "__main__.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shown = CliRunner().invoke(module.app, arguments)
     assert shown.exit_code == 2
-    assert said in " ".join(shown.stderr.replace("│", " ").split())
+    assert message in " ".join(shown.stderr.replace("│", " ").split())

@@ -56,7 +56,7 @@ def test_a_model_of_two_modes_is_searched_in_its_vision_tower():
 def test_the_search_leaves_the_model_and_the_random_numbers_as_they_are(recwarn):
     class Noisy(hf.ViTForImageClassification):
         def forward(self, pixel_values):
-            warnings.warn("said at every forward", stacklevel=1)
+            warnings.warn("told at every forward", stacklevel=1)
             return super().forward(pixel_values + torch.rand(1).to(pixel_values.device))
 
     model = Noisy(hf.ViTConfig(**VIT)).train()

@@ -495,11 +495,11 @@ def test_the_search_writes_into_nothing_of_the_users():
             return self.stem(x)
 
     model, example = Momentum(), torch.rand(2, 3, 8, 8)
-    state, kept = copy.deepcopy(model.state_dict()), example.clone()
+    state, original = copy.deepcopy(model.state_dict()), example.clone()
     numbers = random.getstate(), np.random.get_state()[1].tolist()
     assert names(model, example_batch=example) == names(model) == ["stem"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(example, kept)
+    assert torch.equal(example, original)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == numbers
 
 

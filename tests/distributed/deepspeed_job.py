@@ -17,7 +17,7 @@ def engine_of(model: torch.nn.Module, stage: int, micros: int = 1) -> deepspeed.
     config = {
         "train_micro_batch_size_per_gpu": 6 // micros,
         "gradient_accumulation_steps": micros,
-        "gradient_clipping": 0.0,  # 1.0 where nothing is said
+        "gradient_clipping": 0.0,  # the default is 1.0
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }

@@ -16,7 +16,7 @@ SCENARIOS = {
     "one batch": ([[6], [6]], {}),
     "after DDP": ([[6], [6]], {"before": False}),
     "accumulated": ([[3, 3], [4, 2]], {}),
-    "accumulated without no_sync": ([[3, 3], [4, 2]], {"held": False}),
+    "accumulated without no_sync": ([[3, 3], [4, 2]], {"no_sync": False}),
     "uneven": ([[5, 3], [2, 2]], {}),
     "an empty batch": ([[4, 0], [4, 4]], {}),
     "a dropped forward": ([[3, 3], [4, 2]], {"dropped": True}),
@@ -33,7 +33,7 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int]]:
     sizes, settings = SCENARIOS[name]
     settings = dict(settings)
     net, hook = settings.pop("net", Net), settings.pop("hook", False)
-    held = settings.pop("held", True)
+    no_sync = settings.pop("no_sync", True)
     before, scope, dropped = (
         settings.pop("before", True),
         settings.pop("scope", "global"),
@@ -47,7 +47,7 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int]]:
         ddp.register_comm_hook(None, bf16_compress_hook)
     if not before:
         apply_tract(ddp, lam=0.1, scope=scope)
-    collectives = train(ddp, rank, sizes, ddp.no_sync if held else contextlib.nullcontext, dropped)
+    collectives = train(ddp, rank, sizes, ddp.no_sync if no_sync else contextlib.nullcontext, dropped)
     return flat(ddp), collectives
 
 

@@ -1,4 +1,4 @@
-"""Works with: FSDP1 (`FullyShardedDataParallel`), original parameters kept or not, before or after."""
+"""Works with: FSDP1 (`FullyShardedDataParallel`), with original parameters or without, before or after."""
 
 import logging
 import warnings
@@ -29,9 +29,9 @@ SCENARIOS = {
 def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], list[str]]:
     original, when, wrapped = SCENARIOS[name]
     warnings.simplefilter("ignore", FutureWarning)  # torch deprecates FSDP1
-    model, said = Net(), []
+    model, messages = Net(), []
     logging.getLogger("hf_tract").addHandler(log := logging.Handler())
-    log.emit = lambda record: said.append(record.getMessage())
+    log.emit = lambda record: messages.append(record.getMessage())
     if when == "before":
         handle = apply_tract(model, lam=0.1)
     sharded = FullyShardedDataParallel(
@@ -47,7 +47,7 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], list[str]]:
     collectives = train(sharded, rank, SIZES, lambda: fsdp1_no_sync(sharded, handle))
     with FullyShardedDataParallel.summon_full_params(sharded):
         weights = torch.cat([p.detach().flatten() for p in sharded.parameters()]).clone()
-    return weights, collectives, said
+    return weights, collectives, messages
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_equals_one_process_with_one_collective_for_each_backward(results, name):
-    (weights, collectives, said), (others, *_) = (rank[name] for rank in results)
+    (weights, collectives, messages), (others, *_) = (rank[name] for rank in results)
     assert torch.equal(weights, others)
     want = one_process(sum(map(sum, SIZES)))
     # Without the original parameters there is one flat one a unit, and another order of all of them.
     assert_close(weights.sort().values, want.sort().values, 1e-10)
     assert collectives == [COLUMNS**2 + 1] * STEPS * 2
     # A model that is sharded already cannot be tried, and the layer is taken by the order of the modules: told once.
-    assert ["in the order of the modules" in message for message in said] == [True] * ("after" in name)
+    assert ["in the order of the modules" in message for message in messages] == [True] * ("after" in name)

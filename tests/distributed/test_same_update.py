@@ -57,12 +57,12 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, micros: int, rank=0, ranks=1, held=contextlib.nullcontext
+    model: nn.Module, optimizer: torch.optim.Optimizer, micros: int, rank=0, ranks=1, no_sync=contextlib.nullcontext
 ):
     for step in range(STEPS):
         pixels, labels = (part.chunk(ranks)[rank].chunk(micros) for part in batch(step))
         for micro in range(micros):
-            with held() if micro < micros - 1 else contextlib.nullcontext():
+            with no_sync() if micro < micros - 1 else contextlib.nullcontext():
                 (model(pixel_values=pixels[micro], labels=labels[micro]).loss / micros).backward()
         optimizer.step()
         optimizer.zero_grad()

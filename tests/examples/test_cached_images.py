@@ -1,4 +1,4 @@
-"""Images kept in memory are those of the ordinary loader, and their crops and flips do not depend on the batch."""
+"""Images in memory are those of the ordinary loader, and their crops and flips do not depend on the batch."""
 
 import pytest
 import torch

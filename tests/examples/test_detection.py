@@ -242,14 +242,14 @@ def test_a_data_set_of_the_hub_s_form_is_read(tmp_path, box):
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         ({"bbox_format": "yolo"}, "--bbox_format yolo: it must be coco or pascal_voc"),
         ({"train_split": "all"}, "digit_scenes has no split all, it has"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(wrong, said):
-    with pytest.raises(SystemExit, match=said):
+def test_what_cannot_be_meant_is_refused(wrong, message):
+    with pytest.raises(SystemExit, match=message):
         DetectionArguments(**wrong).load()
 
 

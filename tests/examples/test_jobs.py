@@ -36,9 +36,9 @@ def test_the_runs_take_the_devices_and_share_the_cores(tmp_path):
     code = f"import os, time; time.sleep(0.5); print({shown})"
     works = [Work([python(code)], tmp_path / str(index)) for index in range(4)]
     assert run_all("runs", works, 2, devices=("0", "1,2")) == []
-    said = [work.log.read_text().split() for work in works]
-    assert {device for device, _ in said} == {"0", "1,2"}
-    assert {threads for _, threads in said} == {str(max(1, os.cpu_count() // 2))}
+    printed = [work.log.read_text().split() for work in works]
+    assert {device for device, _ in printed} == {"0", "1,2"}
+    assert {threads for _, threads in printed} == {str(max(1, os.cpu_count() // 2))}
 
 
 def test_a_killed_runner_leaves_no_process_behind(tmp_path):

@@ -31,9 +31,9 @@ def hub():
 def environment(hub, tmp_path_factory) -> dict[str, str]:
     """What makes a process use that server, and nothing else."""
     home = tmp_path_factory.mktemp("home")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    others = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     ours = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    return {**kept, **ours, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_CHECK": "0"}
+    return {**others, **ours, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_CHECK": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +84,15 @@ def test_a_model_goes_from_pre_training_to_a_pipeline(hub, environment, python, 
     out = run(environment, EXAMPLES / "transfer.py", *tune, *push, *quiet, cwd=tmp_path)
     assert "The head is made anew: tester/vit-crops knows 20 classes, the data set has 102." in out
     Image.new("RGB", (50, 40), "red").save(tmp_path / "image.png")
-    said = run(environment, "-c", CLASSIFY, "tester/vit-flowers", "image.png", cwd=tmp_path, python=python)
-    assert said.startswith("flower ")
+    label = run(environment, "-c", CLASSIFY, "tester/vit-flowers", "image.png", cwd=tmp_path, python=python)
+    assert label.startswith("flower ")
 
     pushed = hub.repos["tester/vit-flowers"]
     assert pushed.private
-    said = [pushed.messages[commit] for commit in pushed.branches["main"]]
-    assert said[0] == "initial commit"
-    assert said[1].startswith("Training in progress, epoch 1")
-    assert said[2:] in (
+    messages = [pushed.messages[commit] for commit in pushed.branches["main"]]
+    assert messages[0] == "initial commit"
+    assert messages[1].startswith("Training in progress, epoch 1")
+    assert messages[2:] in (
         ["End of training"],
         [],
     )  # a push in training that comes late has all, and the last one nothing to add

@@ -33,14 +33,14 @@ def test_all_arms_run_once_and_leave_a_table_and_a_plot(tmp_path, monkeypatch, c
     arguments = [*FAST, TINY_VIT, "--train_samples", "128", "--output_dir", tmp_path]
     out = run(monkeypatch, capsys, *arguments)
     assert "first layer vit.embeddings.patch_embeddings.projection" in out
-    for said in (
+    for phrase in (
         "vanilla's final test accuracy",
         "Final gain",
         "Time per training step",
         "TrAct, whitened start reaches",
         "Plot: ",
     ):
-        assert said in out
+        assert phrase in out
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.width > 400
     first = records(tmp_path)

@@ -166,15 +166,15 @@ def test_a_data_set_without_labels_is_refused(checkpoint, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--checkpoint", "no/such-model"], "--checkpoint no/such-model is no folder and no model that the Hub gives"),
         (["--hub_token", "hf_AbCdEfGh1234"], "--hub_token would stand in your shell's history: set HF_TOKEN"),
         (["--seeds", "2", "--resume_from_checkpoint", "x"], "are for one run: leave --seeds at 1"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(options, said, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match=said.replace("(", r"\(")) as error:
+def test_what_cannot_be_is_refused_at_once(options, message, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=message.replace("(", r"\(")) as error:
         run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "out")
     assert "hf_AbCdEfGh1234" not in str(error.value)
 

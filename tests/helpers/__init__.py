@@ -1,1 +1,1 @@
-"""What several test files share: references, models, process groups, a Hub on loopback."""
+"""Holds what several test files share: references, models, process groups, a Hub on loopback."""

@@ -1,4 +1,4 @@
-"""A Python environment beside this one, with its packages and without hf-tract."""
+"""Makes a Python environment beside this one, with its packages and without hf-tract."""
 
 import site
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def fresh_python(folder: Path) -> Path:
-    """An interpreter that imports transformers and timm, and finds no hf-tract."""
+    """Returns an interpreter that imports transformers and timm, and finds no hf-tract."""
     venv.create(folder, with_pip=False)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     packages = [path for path in (*site.getsitepackages(), site.getusersitepackages()) if Path(path).exists()]

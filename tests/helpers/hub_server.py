@@ -23,7 +23,7 @@ USER, TOKEN = "tester", "hf_TestsOnlyNoSecret"
 
 @dataclass
 class Repo:
-    """Its branches as commits, newest last, and the files of each commit."""
+    """Holds a repository's branches as commits, newest last, and the files of each commit."""
 
     private: bool = False
     branches: dict[str, list[str]] = field(default_factory=lambda: {"main": []})
@@ -52,7 +52,7 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server, with what it keeps; `cut` names a part of an address at which it drops connections."""
+    """Serves repositories from memory; `cut` names a part of an address at which it drops connections."""
 
     daemon_threads = True
 
@@ -69,12 +69,12 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is nothing to print."""
+        """Prints nothing where a client goes away."""
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[Hub]:
-    """A Hub that runs inside."""
+    """Runs a Hub while the block runs."""
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
@@ -87,7 +87,7 @@ def serving() -> Iterator[Hub]:
 
 
 def entries(files: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Files as a tree lists them."""
+    """Lists files as a tree does."""
     return [
         {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
         for path, data in files.items()
@@ -115,7 +115,7 @@ ROUTES = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Answers one request."""
 
     protocol_version = "HTTP/1.1"
     server: Hub
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_HEAD = answer  # noqa: N815
 
     def log_message(self, *args: Any) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
     def reply(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -153,12 +153,12 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def found(self, repo: str) -> Repo | None:
-        """A repository that this client may see; else the answer is given, the Hub's own."""
-        kept = self.server.repos.get(repo)
-        if kept is None or (kept.private and not self.known()):
+        """Returns a repository that this client may see, or else gives the Hub's own answer."""
+        repository = self.server.repos.get(repo)
+        if repository is None or (repository.private and not self.known()):
             self.reply(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             return None
-        return kept
+        return repository
 
     def writable(self, repo: str) -> Repo | None:
         if not self.known() or repo.split("/")[0] != USER:
@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"errors": [], "warnings": []})
 
     def preupload(self, repo: str, revision: str) -> None:
-        if kept := self.writable(repo):
+        if repository := self.writable(repo):
             large = (".safetensors", ".png", ".bin", ".pt")
             modes = [
                 {
@@ -197,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
                 }
                 for f in json.loads(self.body)["files"]
             ]
-            kept.lfs |= {mode["path"] for mode in modes if mode["uploadMode"] == "lfs"}
+            repository.lfs |= {mode["path"] for mode in modes if mode["uploadMode"] == "lfs"}
             self.reply(200, {"files": modes})
 
     def batch(self, repo: str) -> None:
@@ -215,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, b"")
 
     def commit(self, repo: str, revision: str) -> None:
-        if kept := self.writable(repo):
+        if repository := self.writable(repo):
             lines = [json.loads(line) for line in self.body.splitlines() if line]
             added, deleted, message = {}, set(), ""
             for line in lines:
@@ -228,36 +228,38 @@ class Handler(BaseHTTPRequestHandler):
                     added[value["path"]] = self.server.objects[value["oid"]]
                 elif line["key"] == "deletedFile":
                     deleted.add(value["path"])
-            if revision not in kept.branches:
+            if revision not in repository.branches:
                 self.reply(404, {"error": "no such branch"}, {"X-Error-Code": "RevisionNotFound"})
                 return
-            sha = kept.commit(revision, added, deleted, message)
+            sha = repository.commit(revision, added, deleted, message)
             self.reply(
                 200, {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{sha}", "commitOid": sha, "success": True}
             )
 
     def branch(self, repo: str, branch: str) -> None:
-        if kept := self.writable(repo):
-            exists = branch in kept.branches
-            kept.branches.setdefault(branch, list(kept.branches["main"]))
+        if repository := self.writable(repo):
+            exists = branch in repository.branches
+            repository.branches.setdefault(branch, list(repository.branches["main"]))
             self.reply(409 if exists else 200, {})
 
     def refs(self, repo: str) -> None:
-        if kept := self.found(repo):
-            heads = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c[-1]} for n, c in kept.branches.items()]
+        if repository := self.found(repo):
+            heads = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commits[-1]}
+                for name, commits in repository.branches.items()
+            ]
             self.reply(200, {"branches": heads, "converts": [], "tags": []})
 
     def info(self, repo: str, revision: str = "main") -> None:
-        if (kept := self.found(repo)) and (sha := self.revision(kept, revision)):
-            files = [{"rfilename": path} for path in kept.trees[sha]]
-            self.reply(
-                200, {"id": repo, "modelId": repo, "sha": sha, "private": kept.private, "tags": [], "siblings": files}
-            )
+        if (repository := self.found(repo)) and (sha := self.revision(repository, revision)):
+            files = [{"rfilename": path} for path in repository.trees[sha]]
+            names = {"id": repo, "modelId": repo, "sha": sha}
+            self.reply(200, {**names, "private": repository.private, "tags": [], "siblings": files})
 
     def tree(self, repo: str, revision: str, under: str = "") -> None:
-        if (kept := self.found(repo)) and (sha := self.revision(kept, revision)):
+        if (repository := self.found(repo)) and (sha := self.revision(repository, revision)):
             start = f"{under}/" if under else ""
-            inside = {path: data for path, data in kept.trees[sha].items() if path.startswith(start)}
+            inside = {path: data for path, data in repository.trees[sha].items() if path.startswith(start)}
             deep = "recursive=true" in urlsplit(self.path).query.lower()
             files = {path: data for path, data in inside.items() if deep or "/" not in path.removeprefix(start)}
             names = {start + path.removeprefix(start).split("/")[0] for path in inside if path not in files}
@@ -265,21 +267,22 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(*((200, folders + entries(files)) if inside else (404, {"error": "no such folder"})))
 
     def paths(self, repo: str, revision: str) -> None:
-        if (kept := self.found(repo)) and (sha := self.revision(kept, revision)):
+        if (repository := self.found(repo)) and (sha := self.revision(repository, revision)):
             asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body or b"{}").get("paths", [])
-            self.reply(200, entries({path: kept.trees[sha][path] for path in asked if path in kept.trees[sha]}))
+            files = repository.trees[sha]
+            self.reply(200, entries({path: files[path] for path in asked if path in files}))
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
-        if not (kept := self.found(repo)) or not (sha := self.revision(kept, revision)):
+        if not (repository := self.found(repo)) or not (sha := self.revision(repository, revision)):
             return
-        data = kept.trees[sha].get(path)
+        data = repository.trees[sha].get(path)
         if data is None:
             self.reply(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
             return
         self.reply(200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": sha})
 
-    def revision(self, kept: Repo, revision: str) -> str | None:
-        sha = kept.sha(revision)
+    def revision(self, repository: Repo, revision: str) -> str | None:
+        sha = repository.sha(revision)
         if sha is None:
             self.reply(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
         return sha

@@ -1,4 +1,4 @@
-"""Small models, images and Trainers that the tests share."""
+"""Makes small models, images and Trainers that the tests share."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ STEM = "vit.embeddings.patch_embeddings.projection"
 
 
 class Images(Dataset):
-    """`count` random 16x16 images of varied brightness and their labels, the same for a seed."""
+    """Holds `count` random 16x16 images of varied brightness and their labels, equal for equal seeds."""
 
     def __init__(self, count: int = 64, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ def small_vit(seed: int = 0, **settings: Any) -> ViTForImageClassification:
 def trainer(
     folder: Path, model: nn.Module | None = None, callbacks: list[Any] | None = None, **settings: Any
 ) -> Trainer:
-    """Four optimizer steps by default: 64 images, batches of 16."""
+    """Makes a Trainer of four optimizer steps by default: 64 images, batches of 16."""
     init = settings.pop("model_init", None)
     defaults = {"per_device_train_batch_size": 16, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no"}
     defaults |= {
@@ -70,7 +70,7 @@ def trainer(
 
 
 def weights(model: nn.Module) -> torch.Tensor:
-    """All parameters in one vector."""
+    """Returns all parameters in one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

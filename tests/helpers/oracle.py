@@ -1,4 +1,4 @@
-"""Dense float64 references, written without the library's own patch code."""
+"""Computes dense float64 references, without the library's own patch code."""
 
 import math
 import re
@@ -11,7 +11,7 @@ CONVS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.co
 
 
 def patches(x: Tensor, layer: nn.Module) -> Tensor:
-    """The patch matrix (g, b, n) in float64: a convolution by one-hot kernels reads out each entry of each patch."""
+    """Returns the patch matrix (g, b, n) in float64; a convolution by one-hot kernels reads each patch's entries."""
     x = x.double()
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, layer.in_features)
@@ -27,24 +27,24 @@ def patches(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def moment(x: Tensor | list[Tensor], layer: nn.Module) -> Tensor:
-    """C = (1/b) sum of p p^T, (g, n, n), over the patches of all inputs."""
+    """Returns C = (1/b) sum of p p^T, (g, n, n), over the patches of all inputs."""
     p = torch.cat([patches(part, layer) for part in (x if isinstance(x, list) else [x])], dim=1)
     return p.mT @ p / p.shape[1]
 
 
 def precondition(grad: Tensor, c: Tensor, lam: float) -> Tensor:
-    """grad inv(C + lam I), by an explicit inverse, in float64."""
+    """Returns grad inv(C + lam I), by an explicit inverse, in float64."""
     rows = grad.double().reshape(len(c), -1, c.shape[-1])
     return (rows @ torch.linalg.inv(c + lam * torch.eye(c.shape[-1], dtype=torch.float64))).reshape(grad.shape)
 
 
 def expected(grad: Tensor, x: Tensor | list[Tensor], layer: nn.Module, lam: float) -> Tensor:
-    """The gradient that TrAct hands on for the ordinary gradient of `layer` on `x`."""
+    """Returns the gradient that TrAct hands on for the ordinary gradient of `layer` on `x`."""
     return precondition(grad, moment(x, layer), lam)
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Relative in the norm; says the ratio of norms, in which a wrong scale shows at once."""
+    """Compares relative to the norm; the message has the ratio of norms, in which a wrong scale shows at once."""
     got, want = got.detach().double(), want.detach().double()
     error = (got - want).norm() / want.norm().clamp(min=1e-300)
     assert error <= tolerance, (
@@ -53,5 +53,5 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 def says(*parts: str) -> str:
-    """A `match=` pattern for an error's text: these parts, in this order."""
+    """Returns a `match=` pattern for an error's text: these parts, in this order."""
     return "(?s)" + ".*".join(re.escape(part) for part in parts)

@@ -23,7 +23,7 @@ Sizes = list[list[int]]  # images of each micro-batch, by rank
 
 
 class Net(nn.Module):
-    """A stem inside a block, so that the stem can be sharded with its parent or by itself."""
+    """Has a stem inside a block, so that the stem can be sharded with its parent or by itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,21 +54,21 @@ def loss_sum(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def flat(model: nn.Module) -> torch.Tensor:
-    """All parameters in one vector, gathered where they are sharded."""
+    """Returns all parameters in one vector, gathered where they are sharded."""
     parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     return torch.cat([p.detach().flatten() for p in parameters])
 
 
 @contextmanager
 def fsdp1_no_sync(model: Any, handle: TrActHandle) -> Iterator[None]:
-    """FSDP1's own way to hold a micro-step's gradients back, and the word for TrAct."""
+    """Accumulates a micro-step's gradients without communication, in FSDP1 and in TrAct."""
     with model.no_sync(), handle.no_sync():
         yield
 
 
 @contextmanager
 def fsdp2_no_sync(model: Any, handle: TrActHandle) -> Iterator[None]:
-    """FSDP2's own way to hold a micro-step's gradients back, and the word for TrAct."""
+    """Accumulates a micro-step's gradients without communication, in FSDP2 and in TrAct."""
     model.set_requires_gradient_sync(False)
     with handle.no_sync():
         yield
@@ -80,7 +80,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def one_process(total: int, net: type[Net] = Net) -> torch.Tensor:
-    """Weights after training on all images of each step at once."""
+    """Returns the weights after training on all images of each step at once."""
     model = net()
     apply_tract(model, lam=0.1)
     optimizer = optimizer_of(model)
@@ -95,17 +95,17 @@ def train(
     model: nn.Module,
     rank: int,
     sizes: Sizes,
-    held: Callable[[], AbstractContextManager[Any]],
+    no_sync: Callable[[], AbstractContextManager[Any]],
     dropped: bool = False,
     mean: bool = True,
 ) -> list[int]:
-    """Trains on this rank's part; returns how many numbers each collective of ours carried.
+    """Trains on this rank's part; returns how many numbers each collective of TrAct carried.
 
     Args:
         model: wrapped or sharded.
         rank: of this process.
         sizes: which part is whose.
-        held: opens what a micro-step that is not the last needs.
+        no_sync: opens the context of every micro-step but the last.
         dropped: forwards a NaN batch first whose graph is still alive at the next forward.
         mean: whether the wrapper averages gradients over the two ranks, and does not sum them.
     """
@@ -124,7 +124,7 @@ def train(
             optimizer.zero_grad()
             *first, last = images(step, total).split([count for counts in sizes for count in counts])[mine]
             for x in first:
-                with held():
+                with no_sync():
                     (loss_sum(model, x) * (2 if mean else 1) / total).backward()
             if dropped:
                 loss = loss_sum(model, last * torch.nan)
@@ -157,6 +157,6 @@ def leave() -> None:
 
 
 def on_two_ranks(folder: Path, job: Callable[[int, str], Any], names: list[str]) -> list[dict[str, Any]]:
-    """`job(rank, name)` for each name in one pair of processes: its results, by rank and name."""
+    """Runs `job(rank, name)` for each name in one pair of processes; returns its results, by rank and name."""
     mp.spawn(_main, (str(folder), job, names), nprocs=2)
     return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for layers and inputs that fit them."""
+"""Draws layers and inputs that fit them, as hypothesis strategies."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw, dtype: torch.dtype, min_images: int = 1, min_lam: float = 0.02) -> Case:
-    """A Linear or a convolution of 1, 2 or 3 dimensions, with any of torch's options, and an input."""
+    """Draws a Linear or a convolution of 1, 2 or 3 dimensions, with any of torch's options, and an input."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     lam, images, bias = draw(st.floats(min_lam, 2.0)), draw(st.integers(min_images, 5)), draw(st.booleans())
     dims = draw(st.integers(0, 3))

@@ -93,8 +93,8 @@ def test_loops_without_accumulate_take_the_step_of_one_batch(accelerator_of, how
     prepared = accelerator.prepare(model)
     for index in range(4):
         part = {key: value.chunk(4)[index] for key, value in batch.items()}
-        held = how == "accelerator.no_sync" and index < 3
-        with accelerator.no_sync(prepared) if held else contextlib.nullcontext():
+        local = how == "accelerator.no_sync" and index < 3
+        with accelerator.no_sync(prepared) if local else contextlib.nullcontext():
             accelerator.backward(prepared(**part).loss / 4)
     assert_close(weights_grad(model), weights_grad(whole), 1e-5)
 

@@ -79,7 +79,7 @@ def test_the_metadata_is_valid_and_reads_back_equal(tmp_path):
 
 def test_the_card_tells_what_was_done_and_how(tmp_path):
     text = save_card(RECORD, tmp_path, "me/vit-flowers").text
-    for said in (
+    for phrase in (
         'pipeline("image-classification", model="me/vit-flowers")',
         "lam = 0.2",
         "patch_embeddings.projection",
@@ -92,7 +92,7 @@ def test_the_card_tells_what_was_done_and_how(tmp_path):
         "81.2 %",
         f"]({CURVE_NAME})",
     ):
-        assert said in text, said
+        assert phrase in text, phrase
     with Image.open(tmp_path / CURVE_NAME) as image:
         assert image.width > 800
     assert TrActConfig.from_json_file(tmp_path / CONFIG_FILE) == RECORD.tract
@@ -168,12 +168,12 @@ def test_a_card_of_this_repository_is_valid_and_whole(path):
     assert ("tract" in card.data.tags) == ("trained by\n[TrAct]" in card.text)
     for image in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
         assert (path.parent / image).exists()
-    for said in ("### To reproduce", "python examples/", "Seed ", "torch 2."):
-        assert said in card.text
+    for phrase in ("### To reproduce", "python examples/", "Seed ", "torch 2."):
+        assert phrase in card.text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["/mnt/me/transfer.py", "--dataset", "/data/x/flowers"], "python transfer.py --dataset PATH_TO/flowers"),
         (["transfer.py", "--hub_token", "secret"], "python transfer.py --hub_token TOKEN"),
@@ -181,8 +181,8 @@ def test_a_card_of_this_repository_is_valid_and_whole(path):
         (["train.py", "--dataset=/data/x", "--lam", "0.1"], "python train.py --dataset=PATH_TO/x --lam 0.1"),
     ],
 )
-def test_a_command_is_told_without_tokens_and_folders(arguments, said):
-    assert provenance.command(arguments) == said
+def test_a_command_is_told_without_tokens_and_folders(arguments, expected):
+    assert provenance.command(arguments) == expected
 
 
 def test_a_path_below_the_working_folder_is_told_from_there(tmp_path, monkeypatch):

@@ -301,7 +301,7 @@ def test_modes_of_trainer_train_on_with_the_same_gradient(tmp_path, settings):
     """Without TrAct the same mode gives the ordinary gradient; TrAct's is the formula's for that one."""
     steps, plain, bf16 = {}, small_vit(), "bf16" in settings
     for name, callbacks in {"vanilla": [], "tract": [TrActCallback()]}.items():
-        mode = {} if bf16 and name == "vanilla" else settings  # the 16-bit gradient is held against float32's
+        mode = {} if bf16 and name == "vanilla" else settings  # the 16-bit gradient is compared with float32's
         run = trainer(
             tmp_path, copy.deepcopy(plain), callbacks, max_steps=1, per_device_train_batch_size=64, **SGD, **mode
         )
