@@ -1,4 +1,4 @@
-"""Operations and bytes of what TrAct adds to a training step: the formulas of docs/performance.md."""
+"""Counts the operations and bytes that TrAct adds to a training step, by the formulas of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -6,42 +6,68 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hf_tract.core.moments import MAX_OVERLAP_COST, PANEL, best_overlap
+from hf_tract.core.moments import PANEL
+from hf_tract.core.overlap import best_overlap
 from hf_tract.core.patches import PatchSpec
+
+BYTES = 4  # of a number in float32
 
 
 class Cost(NamedTuple):
-    """Floating-point operations, and bytes read and written in float32."""
+    """Holds floating-point operations, and bytes that are read and written."""
 
     operations: int
     bytes: int
 
 
-def patches(shape: Sequence[int], spec: PatchSpec) -> int:
-    """b: how many patches a layer reads of an input of this shape, all images together."""
+def patch_count(shape: Sequence[int], spec: PatchSpec) -> int:
+    """Returns b, the number of patches that an operation reads of an input of this shape."""
     if not spec.kernel:
         return math.prod(shape[:-1])
-    dims = len(spec.kernel)
-    return math.prod(shape[: -dims - 1]) * math.prod(spec.output_size(shape[-dims:]))
+    images = math.prod(shape[: -len(spec.kernel) - 1])
+    return images * math.prod(_output_size(shape, spec))
 
 
 def moment_cost(shape: Sequence[int], spec: PatchSpec) -> Cost:
-    """Of `moments.patch_moments` on the CPU for an input of this shape."""
-    n, b, read = spec.patch_size(shape), patches(shape, spec), math.prod(shape)
+    """Returns the cost of `patch_moments` on the CPU for an input of this shape."""
     if spec.kernel:
-        positions = spec.output_size(shape[-len(spec.kernel) :])
-        dim, share = best_overlap(spec, positions)
-        if share <= MAX_OVERLAP_COST:
-            kernel, stride = spec.kernel[dim], spec.stride[dim]
-            blocks, panel = positions[dim] + (kernel - 1) // stride, n * stride // kernel
-            strips = blocks * panel * b // positions[dim]
-            moved = read + spec.groups * 2 * (strips + blocks * n * panel)
-            return Cost(spec.groups * 2 * n * strips, 4 * moved)
-    panel = PANEL if n >= 2 * PANEL else n
-    triangle = sum((n - j) * min(panel, n - j) for j in range(0, n, panel))
-    return Cost(spec.groups * 2 * triangle * b, 4 * (read + spec.groups * 2 * n * b))
+        dim = best_overlap(spec, _output_size(shape, spec))
+        if dim is not None:
+            return _overlap_cost(shape, spec, dim)
+    n = spec.patch_size(shape)
+    b = patch_count(shape, spec)
+    # Only the lower triangle of a symmetric product is computed, a panel of columns at a time.
+    panel = n
+    if n >= 2 * PANEL:
+        panel = PANEL
+    triangle = 0
+    for column in range(0, n, panel):
+        rows = n - column
+        triangle += rows * min(panel, rows)
+    # The patches are written and read once.
+    numbers = math.prod(shape) + spec.groups * 2 * n * b
+    return Cost(spec.groups * 2 * triangle * b, BYTES * numbers)
 
 
-def solve_cost(rows: int, columns: int, groups: int = 1) -> Cost:
-    """Of one factorisation and solve for the whole weight's m `rows` and n `columns`: once an optimizer step."""
-    return Cost(groups * columns**3 // 3 + 2 * rows * columns**2, 4 * (2 * groups * columns**2 + 2 * rows * columns))
+def _overlap_cost(shape: Sequence[int], spec: PatchSpec, dim: int) -> Cost:
+    """Returns the cost of `overlapping_sums` along `dim`, in its letters."""
+    k, s = spec.kernel[dim], spec.stride[dim]
+    n = spec.patch_size(shape)
+    o = _output_size(shape, spec)[dim]
+    columns = patch_count(shape, spec) // o
+    blocks = o + (k - 1) // s
+    panel = n * s // k
+    lines = blocks * panel * columns
+    numbers = math.prod(shape) + spec.groups * 2 * (lines + blocks * n * panel)
+    return Cost(spec.groups * 2 * n * lines, BYTES * numbers)
+
+
+def _output_size(shape: Sequence[int], spec: PatchSpec) -> tuple[int, ...]:
+    return spec.output_size(shape[-len(spec.kernel) :])
+
+
+def solve_cost(m: int, n: int, groups: int = 1) -> Cost:
+    """Returns the cost of factorising C and solving for an m x n weight, once an optimizer step."""
+    operations = groups * n**3 // 3 + 2 * m * n**2
+    numbers = 2 * groups * n**2 + 2 * m * n
+    return Cost(operations, BYTES * numbers)

@@ -130,16 +130,6 @@ class PatchOpMode(TorchFunctionMode):
         raise NotImplementedError
 
 
-def fits(x: Tensor, weight: Tensor, spec: PatchSpec) -> bool:
-    """Returns whether the operation can read `x` at all."""
-    if not spec.kernel:
-        return x.dim() > 0 and x.shape[-1] == weight.shape[-1]
-    dims = len(spec.kernel)
-    if x.dim() not in (dims + 1, dims + 2):
-        return False
-    return x.shape[-dims - 1] == weight.shape[1] * spec.groups
-
-
 def is_supported(layer: nn.Module) -> bool:
     """Returns whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
     if not isinstance(layer, (nn.Linear, *CONV_OPS)):

@@ -1,6 +1,6 @@
-"""The ordinary gradient of a weight in float32, from the 16-bit numbers that its operation read and gave.
+"""Computes the ordinary gradient of a weight in float32, from the 16-bit numbers that its operation read and gave.
 
-Shape letters as in `moments`.
+Shape letters as in core/README.md.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tract.core.moments import MEMORY_LIMIT, last_dimension_first
+from hf_tract.core.moments import MEMORY_LIMIT
 from hf_tract.core.patches import PatchSpec
+from hf_tract.core.pieces import as_images, factor_dtype, pad_argument, windows
 
 
 def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:
@@ -28,55 +29,71 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
         (m, ...), float32.
     """
     total = torch.zeros_like(like, dtype=torch.float32)
-    if not spec.kernel:
-        x, output_grad = x.reshape(-1, x.shape[-1]), output_grad.reshape(-1, output_grad.shape[-1])
-    elif x.dim() < len(spec.kernel) + 2:
-        x, output_grad = x.unsqueeze(0), output_grad.unsqueeze(0)
-    if not len(x):
+    if spec.kernel:
+        x = as_images(x, spec)
+        output_grad = as_images(output_grad, spec)
+    else:
+        x = x.reshape(-1, x.shape[-1])
+        output_grad = output_grad.reshape(-1, output_grad.shape[-1])
+    if len(x) == 0:
         return total
     bytes_each = 4 * (x[0].numel() + output_grad[0].numel())
-    pieces = max(1, MEMORY_LIMIT // bytes_each)
-    for part, part_grad in zip(x.split(pieces), output_grad.split(pieces), strict=True):
+    step = max(1, MEMORY_LIMIT // bytes_each)
+    for part, part_grad in zip(x.split(step), output_grad.split(step), strict=True):
         if not spec.kernel:
             _add_product(total, part_grad.mT, part)
         elif _is_side_by_side(spec):
-            _add_product(total.flatten(1), part_grad.transpose(0, 1).flatten(1), _patch_rows(part, spec))
+            rows = part_grad.transpose(0, 1).flatten(1)
+            _add_product(total.flatten(1), rows, _patch_rows(part, spec))
         else:
-            total += _convolution(part.float(), part_grad.float(), spec, total)
+            total += _convolution_grad(part.float(), part_grad.float(), spec, total)
     return total
 
 
 def _is_side_by_side(spec: PatchSpec) -> bool:
-    """Says whether patches neither overlap nor leave a pixel between them, so that they are the pixels in another order."""
-    return spec.kernel == spec.stride and spec.groups == 1 and not any(spec.padding) and set(spec.dilation) == {1}
+    """Returns whether patches neither overlap nor leave a pixel between them: they are the pixels in another order."""
+    if spec.groups > 1 or any(spec.padding):
+        return False
+    return spec.kernel == spec.stride and set(spec.dilation) == {1}
 
 
 def _patch_rows(x: Tensor, spec: PatchSpec) -> Tensor:
-    """Returns the patches of (N, c, *size) that lie side by side, as (b, n)."""
+    """Returns the patches of (N, c, *size), without padding or groups, as (b, n)."""
     dims = len(spec.kernel)
-    for dim, (size, count) in enumerate(zip(spec.kernel, spec.output_size(x.shape[2:]), strict=True)):
-        x = x.narrow(2 + 2 * dim, 0, size * count).unflatten(2 + 2 * dim, (count, size))  # (N, c, o, k, o, k, ...)
-    positions, kernel = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
-    return x.permute(0, *positions, 1, *kernel).flatten(0, dims).flatten(1)
+    positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+    patches: Tensor = windows(x, spec, 2).permute(0, *positions, 1, *kernel)
+    return patches.flatten(0, dims).flatten(1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds `left` @ `right` in float32: on a GPU tensor cores multiply 16-bit numbers exactly and sum in float32."""
-    if total.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        total += torch.mm(left, right, out_dtype=torch.float32)
+    """Adds `left` @ `right` in float32."""
+    dtype = factor_dtype(left, total)
+    if dtype == total.dtype:
+        total.addmm_(left.to(dtype), right.to(dtype))
     else:
-        total.addmm_(left.float(), right.float())
+        total += torch.mm(left, right, out_dtype=total.dtype)
 
 
-def _convolution(x: Tensor, output_grad: Tensor, spec: PatchSpec, weight: Tensor) -> Tensor:
+def _convolution_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, weight: Tensor) -> Tensor:
+    """Returns the weight's gradient as torch computes it; of `weight` only shape and dtype count."""
     dims = len(spec.kernel)
-    before, after = spec.padding[::2], spec.padding[1::2]
-    if before != after:
-        x = F.pad(x, last_dimension_first(spec.padding))
-        before = (0,) * dims
-    mask = (False, True, False)
+    padding = spec.padding[::2]
+    if padding != spec.padding[1::2]:
+        # The operator takes the same padding on both sides of a dimension.
+        x = F.pad(x, pad_argument(spec.padding))
+        padding = (0,) * dims
     grads = torch.ops.aten.convolution_backward(
-        output_grad, x, weight, None, spec.stride, before, spec.dilation, False, (0,) * dims, spec.groups, mask
+        output_grad,
+        x,
+        weight,
+        bias_sizes=None,
+        stride=spec.stride,
+        padding=padding,
+        dilation=spec.dilation,
+        transposed=False,
+        output_padding=(0,) * dims,
+        groups=spec.groups,
+        output_mask=(False, True, False),
     )
     grad: Tensor = grads[1]
     return grad

@@ -1,0 +1,124 @@
+"""Sums p p^T over patches that overlap, by products of input lines that neighbouring patches share.
+
+Shape letters as in core/README.md; o, k and the stride s are those of the one dimension along which lines are shared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_tract.core.patches import PatchSpec
+from hf_tract.core.pieces import add_product, chunk_sizes, covered_input, factor_dtype, mirror, windows
+
+# Where sharing leaves a larger part of the operations, its additional sums cost more than it saves.
+MAX_OVERLAP_COST = 0.75
+# Products of fewer columns waste the machine, so that many columns are taken at a time where memory allows it.
+MIN_COLUMNS = 1024
+
+
+def best_overlap(spec: PatchSpec, positions: tuple[int, ...]) -> int | None:
+    """Returns the dimension along which overlapping patches share most work, None where sharing does not pay."""
+    best = None
+    lowest_cost = math.inf
+    for dim, o in enumerate(positions):
+        k, s = spec.kernel[dim], spec.stride[dim]
+        cost = (o + (k - 1) // s) * s / (o * k)
+        if cost < lowest_cost and spec.dilation[dim] == 1:
+            best = dim
+            lowest_cost = cost
+    if lowest_cost > MAX_OVERLAP_COST:
+        return None
+    return best
+
+
+def overlapping_sums(x: Tensor, spec: PatchSpec, dim: int, out: Tensor, max_numbers: int) -> None:
+    """Writes the sums of p p^T over all patches of (N, c, *size) to `out`, (g, n, n).
+
+    A line S[h] is the position h along `dim`, unfolded along the other dimensions. Block t holds the products of
+    lines t s .. t s + k - 1 with the first s of them. For kernel lines i = a s + r, with r < s, and j >= i, the
+    entries of the result are the sum over output positions u of S[u s + j] S[u s + i]^T. With t = u + a this is the
+    sum over t = a .. a + o - 1 of block t's products of its lines j - a s and r: one block serves every shift a.
+    """
+    k, s = spec.kernel[dim], spec.stride[dim]
+    positions = spec.output_size(x.shape[2:])
+    o = positions[dim]
+    columns = math.prod(positions) // o
+    groups, n, _ = out.shape
+    panel = n // k * s
+    blocks = o + (k - 1) // s
+    step, images = chunk_sizes(
+        blocks,
+        len(x),
+        max_numbers,
+        numbers_each=groups * panel * columns,
+        numbers_per_line=groups * n * panel,
+        min_images=math.ceil(MIN_COLUMNS / columns),
+    )
+    sums = torch.zeros_like(out)
+    for start in range(0, blocks, step):
+        chunk = range(start, min(start + step, blocks))
+        _add_blocks(sums, x.split(images), spec, dim, chunk)
+    mirror(sums, panel)
+    _copy_in_weight_order(sums, spec, dim, out)
+
+
+def _add_blocks(sums: Tensor, chunks: Sequence[Tensor], spec: PatchSpec, dim: int, blocks: range) -> None:
+    """Adds what these blocks hold to the lower triangle of `sums`, whose patches begin with the kernel's line."""
+    k, s = spec.kernel[dim], spec.stride[dim]
+    o = spec.output_size(chunks[0].shape[2:])[dim]
+    groups, n, _ = sums.shape
+    panel = n // k * s
+    products = sums.new_zeros((groups, len(blocks), n, panel))
+    for chunk in chunks:
+        _add_line_products(products, _lines(chunk, spec, dim, blocks, factor_dtype(chunk, sums)))
+    for a in range((k - 1) // s + 1):
+        first = max(a, blocks.start) - blocks.start
+        last = min(a + o, blocks.stop) - blocks.start
+        j = a * panel
+        if first < last:
+            sums[:, j:, j : j + panel] += products[:, first:last, : n - j, : n - j].sum(1)
+
+
+def _lines(x: Tensor, spec: PatchSpec, dim: int, blocks: range, dtype: torch.dtype) -> Tensor:
+    """Returns the lines that `blocks` read, from first to last: (g, lines * n / k, N * columns)."""
+    covered = covered_input(x, spec, dim, blocks, dtype).movedim(2 + dim, 2)
+    others = PatchSpec(
+        _without(spec.kernel, dim),
+        _without(spec.stride, dim),
+        dilation=_without(spec.dilation, dim),
+        groups=spec.groups,
+    )
+    dims = len(others.kernel)
+    views = windows(covered, others, 3).unflatten(1, (spec.groups, -1))  # (N, g, c / g, h, *o, *k)
+    positions, kernel = range(4, 4 + dims), range(4 + dims, 4 + 2 * dims)
+    lines: Tensor = views.permute(1, 3, 2, *kernel, 0, *positions)
+    return lines.flatten(3 + dims).flatten(1, 2 + dims).contiguous()
+
+
+def _without(values: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return values[:dim] + values[dim + 1 :]
+
+
+def _add_line_products(products: Tensor, lines: Tensor) -> None:
+    """Adds, for each block, its lines times its first s lines to (g, blocks, n, panel)."""
+    _, blocks, n, panel = products.shape
+    for group, rows in enumerate(lines):
+        block_lines = rows.unfold(0, n, panel).mT
+        first_lines = rows.unfold(0, panel, panel)[:blocks]
+        add_product(products[group], block_lines, first_lines)
+
+
+def _copy_in_weight_order(sums: Tensor, spec: PatchSpec, dim: int, out: Tensor) -> None:
+    """Copies `sums`, whose patches begin with the kernel's line along `dim`, to `out`, in the weight's order."""
+    groups, n, _ = out.shape
+    channels = n // math.prod(spec.kernel)
+    dims = len(spec.kernel)
+    lines_first = (spec.kernel[dim], channels, *_without(spec.kernel, dim))
+    weight_order = (channels, *spec.kernel)
+    # Moves the line of the rows' patches and that of the columns' patches.
+    moved = sums.view(groups, *lines_first, *lines_first).movedim((1, 2 + dims), (2 + dim, 3 + dims + dim))
+    out.view(groups, *weight_order, *weight_order).copy_(moved)

@@ -1,0 +1,104 @@
+"""Cuts an input into pieces of bounded size, views their patches, and adds products of them to the sums of p p^T.
+
+Shape letters as in core/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_tract.core.patches import PatchSpec
+
+# Up to so many entries of a product on a CPU, torch's `baddbmm_` adds patch by patch to what is there.
+FEW_ENTRIES = 256
+
+
+def as_images(x: Tensor, spec: PatchSpec) -> Tensor:
+    """Returns a convolution's input or output with its batch dimension, also where it is one image without."""
+    if x.dim() == len(spec.kernel) + 1:
+        return x.unsqueeze(0)
+    return x
+
+
+def chunk_sizes(
+    lines: int,
+    images: int,
+    max_numbers: int,
+    numbers_each: int,
+    numbers_per_line: int = 0,
+    min_images: int = 1,
+) -> tuple[int, int]:
+    """Returns how many of the `lines` of how many of the `images` to take at a time.
+
+    A line of one image takes `numbers_each` in memory, and `numbers_per_line` whatever the number of images. Rather
+    than fewer than `min_images`, fewer lines are taken.
+    """
+    line = min(images, min_images) * numbers_each + numbers_per_line
+    lines = min(lines, max_numbers // max(1, line))
+    lines = max(1, lines)
+    left = max_numbers - lines * numbers_per_line
+    most = min(images, left // max(1, lines * numbers_each))
+    chunks = math.ceil(images / max(1, most))
+    return lines, math.ceil(images / chunks)  # all chunks of about one size
+
+
+def pad_argument(padding: Sequence[int]) -> list[int]:
+    """Returns a `PatchSpec`'s padding in the order of `F.pad`, which begins at the last dimension."""
+    sides: list[int] = []
+    for first in reversed(range(0, len(padding), 2)):
+        sides += padding[first : first + 2]
+    return sides
+
+
+def covered_input(x: Tensor, spec: PatchSpec, dim: int, outputs: range, dtype: torch.dtype) -> Tensor:
+    """Returns what the patches at `outputs` along `dim` cover of (N, c, *size), zeros of the padding included."""
+    stride, size = spec.stride[dim], x.shape[2 + dim]
+    start = outputs.start * stride - spec.padding[2 * dim]
+    stop = (outputs.stop - 1) * stride - spec.padding[2 * dim] + spec.extent[dim]
+    first = min(max(start, 0), size)
+    last = max(first, min(stop, size))
+    padding = list(spec.padding)
+    padding[2 * dim] = max(0, min(stop, 0) - start)
+    padding[2 * dim + 1] = max(0, stop - max(start, size))
+    covered = x.narrow(2 + dim, first, last - first).to(dtype)
+    if not any(padding):
+        return covered
+    return F.pad(covered, pad_argument(padding))
+
+
+def windows(x: Tensor, spec: PatchSpec, first: int) -> Tensor:
+    """Returns a view of (..., *size) as (..., *o, *k), where `size` begins at dimension `first` of `x`."""
+    for dim, extent in enumerate(spec.extent):
+        x = x.unfold(first + dim, extent, spec.stride[dim])
+        if spec.dilation[dim] > 1:
+            x = x[..., :: spec.dilation[dim]]
+    return x
+
+
+def factor_dtype(x: Tensor, out: Tensor) -> torch.dtype:
+    """Returns the precision in which to multiply parts of `x` for a product that is added to `out`."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    if x.is_cuda and is_half and out.dtype == torch.float32:
+        return x.dtype  # tensor cores multiply 16-bit numbers exactly and sum in float32
+    return out.dtype
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left` @ `right` to `out`, each a batch of matrices."""
+    if left.dtype != out.dtype:
+        out += torch.bmm(left, right, out_dtype=out.dtype)
+    elif out.is_cpu and out.shape[-1] * out.shape[-2] <= FEW_ENTRIES:
+        out += torch.bmm(left, right)
+    else:
+        out.baddbmm_(left, right)
+
+
+def mirror(out: Tensor, panel: int) -> None:
+    """Fills what lies above the panels of the lower triangle."""
+    for j in range(panel, out.shape[-1], panel):
+        out[:, :j, j : j + panel] = out[:, j : j + panel, :j].mT
