@@ -1,4 +1,7 @@
-"""A layer's whole weight, read and written, however the model is sharded: FSDP1, FSDP2, ZeRO, or not at all."""
+"""Reads and writes a layer's whole weight, however the model is sharded: FSDP1, FSDP2, ZeRO, or not at all.
+
+Neither FSDP nor DeepSpeed is imported here: what is not imported has sharded nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +14,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+FSDP1 = "FullyShardedDataParallel"
+FSDP2 = "FSDPModule"
+
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward gathers weights, so that every rank must run all of it."""
-    return bool(_by_fsdp1(model) or _by_fsdp2(model)) or any(map(_by_zero, model.parameters()))
+    """Returns whether a forward gathers weights, so that every rank must run all of it."""
+    return bool(_fsdp_units(model, FSDP1) or _fsdp_units(model, FSDP2) or _zero_parameters([model]))
 
 
 @contextlib.contextmanager
 def gathered_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, on every rank at once, `read_weight` and `write_weight` work on these layers of `model`."""
-    for unit in _by_fsdp2(model):
+    """Lets `read_weight` and `write_weight` work on these layers of `model` inside; every rank enters it at once."""
+    for unit in _fsdp_units(model, FSDP2):
         unit.reshard()  # a forward leaves the root unsharded, and what is written then is lost
     with contextlib.ExitStack() as stack:
-        if units := _by_fsdp1(model):
+        units = _fsdp_units(model, FSDP1)
+        if units:
             stack.enter_context(type(units[0]).summon_full_params(model))
-        if partitioned := [parameter for layer in layers for parameter in layer.parameters() if _by_zero(parameter)]:
-            stack.enter_context(sys.modules["deepspeed"].zero.GatheredParameters(partitioned, modifier_rank=0))
+        partitioned = _zero_parameters(layers)
+        if partitioned:
+            zero = sys.modules["deepspeed"].zero
+            stack.enter_context(zero.GatheredParameters(partitioned, modifier_rank=0))
         yield
 
 
 def read_weight(layer: nn.Module) -> Tensor:
-    """The whole weight, detached; where FSDP2 has sharded it, gathered."""
+    """Returns the whole weight, detached; gathered where FSDP2 has sharded it."""
     weight: Any = layer.weight
-    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return whole.detach()
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    whole: Tensor = weight.detach()
+    return whole
 
 
 @torch.no_grad()
 def write_weight(layer: nn.Module, value: Tensor) -> None:
-    """Writes the whole weight in place, also through a parametrization, and into what ZeRO's optimizer keeps of it."""
+    """Writes the whole weight in place, also through a parametrization, and to the copy in ZeRO's optimizer."""
     old: Any = layer.weight
     if hasattr(old, "full_tensor"):
         value = torch.distributed.tensor.distribute_tensor(value, old.device_mesh, old.placements)
@@ -47,23 +58,20 @@ def write_weight(layer: nn.Module, value: Tensor) -> None:
         layer.weight = value
     else:
         old.copy_(value)
-    if deepspeed := sys.modules.get("deepspeed"):
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None:
         for parameter in layer.parameters():
             deepspeed.utils.safe_set_full_fp32_param(parameter, parameter.detach().float())
 
 
-def _by_fsdp1(model: nn.Module) -> list[Any]:
-    return _fsdp_units(model, "FullyShardedDataParallel")
-
-
-def _by_fsdp2(model: nn.Module) -> list[Any]:
-    return _fsdp_units(model, "FSDPModule")
-
-
 def _fsdp_units(model: nn.Module, kind: str) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
-    return [module for module in model.modules() if isinstance(module, getattr(fsdp, kind))] if fsdp else []
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    cls = getattr(fsdp, kind)
+    return [module for module in model.modules() if isinstance(module, cls)]
 
 
-def _by_zero(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id")
+def _zero_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    parameters = nn.ModuleList(modules).parameters()
+    return [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
