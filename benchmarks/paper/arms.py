@@ -13,7 +13,7 @@ from rules import Rule, ruled
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-import hf_tract.core.forward_call
+import hf_tract.core.step
 from hf_tract import apply_tract
 from image_data import Splits, to_tensor
 from modeling import Preprocessing
@@ -98,7 +98,7 @@ def maker(variant: str) -> Callable[[Recipe, Splits, Preprocessing], nn.Module]:
         else:
             model = ready_made(recipe, splits, look)
         if variant == "rounded":  # preconditions the weight gradient that a 16-bit operation rounded
-            hf_tract.core.forward_call.ForwardCall.keep_output_grad = lambda *_: None  # type: ignore[method-assign]
+            hf_tract.core.step.ForwardCall.keep_output_grad = lambda *_: None  # type: ignore[method-assign]
         elif variant not in ("none", "sgd_first"):
             name = first_layer(model)
             parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""TrAct for Hugging Face training: the first layer learns like an embedding."""
+"""Trains the first layer of a vision model by TrAct, so that it learns like an embedding."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ __all__ = [
     "whiten_first_layer",
 ]
 
-# transformers and accelerate take seconds to import: only who asks for these pays.
+# transformers and accelerate take seconds to import, so `hf_tract` imports these only when they are used.
 _LAZY = ("TrActCallback", "TrActHook", "TrActTrainerCallback")
 
 

@@ -1,15 +1,16 @@
-"""`hf-tract`, also as `python -m hf_tract`."""
+"""Runs `hf-tract`, also as `python -m hf_tract`."""
 
 import sys
 
 
 def main() -> None:
-    """Runs the command line, for which typer and rich are needed."""
+    """Runs the command line, whose packages are those of the extra `cli`."""
     try:
-        from hf_tract.cli import app
-    except ImportError as error:
-        sys.exit(f"hf-tract's command line needs typer and rich ({error}): pip install 'hf-tract[cli]'")
-    app(prog_name="hf-tract")
+        from hf_tract.cli.main import app
+
+        app(prog_name="hf-tract")
+    except ModuleNotFoundError as error:
+        sys.exit(f"hf-tract's command line needs another package ({error}): pip install 'hf-tract[cli]'")
 
 
 if __name__ == "__main__":

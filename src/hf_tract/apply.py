@@ -1,4 +1,15 @@
-"""`apply_tract` and `remove_tract`: TrAct on and off, for any model and any training loop."""
+"""Puts TrAct on a model and takes it off, for any training loop.
+
+Source:
+    Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970, section 3.
+
+Example:
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10))
+    >>> with apply_tract(model, lam=0.1) as handle:
+    ...     print(handle)
+    TrAct(lam=0.1, scope='global')
+      0: Conv2d, n=48 (reached first by the pixels)
+"""
 
 from __future__ import annotations
 
@@ -24,41 +35,48 @@ from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_firs
 
 logger = logging.getLogger(__name__)
 
+UNUSED_PARAMETERS = (
+    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first "
+    "layer's backward equally often, since they add up their second moments there; where one may skip the layer, use "
+    "`scope='local'`."
+)
+
 
 class TrActHandle:
-    """What `apply_tract` returns: the layers taken, and the way to take TrAct off again.
+    """Tells which layers of a model have TrAct, and takes it off again.
 
     As a context manager it removes TrAct on leaving.
     """
 
     def __init__(self, model: nn.Module, layers: list[FirstLayer], config: TrActConfig) -> None:
-        """Made by `apply_tract`."""
-        self.layers, self.config = layers, config
+        """Is called by `apply_tract`."""
+        self.layers = layers
+        self.config = config
         self.first_step: FirstStepWatch | None = None
         self._model = ref(model)
 
     @property
     def model(self) -> nn.Module | None:
-        """The model that `apply_tract` was given, as long as somebody else keeps it."""
+        """Returns the model that `apply_tract` was given; the handle does not keep it alive."""
         return self._model()
 
     def remove(self) -> None:
-        """Leaves each layer of the model as it was before; a second call does nothing."""
+        """Makes each layer of the model what it was before; a second call does nothing."""
         if self.first_step is not None:
             self.first_step.stop()
         for layer in self.layers:
             detach(layer.module)
         if self.model is not None:
-            remove_tract(self.model)  # also copies that a library put in a layer's place
+            remove_tract(self.model)  # also from copies that a library has put in a layer's place
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Says that the backward inside is not the step's last, for engines that keep gradients outside of `.grad`.
+        """Marks the backward inside as not the step's last, for engines that keep gradients outside of `.grad`.
 
-        Under FSDP and ZeRO without accelerate, every micro-step but the last goes inside, forward and backward. Everywhere
-        else `.grad` itself tells when a step begins, and this does nothing.
+        Under FSDP and ZeRO without accelerate, run every micro-step but the last inside, forward and backward.
+        Everywhere else `.grad` itself tells when a step begins, and this does nothing.
         """
-        preconditioners = list(self._preconditioners().values())
+        preconditioners = [preconditioner for _, preconditioner in self._preconditioners()]
         for preconditioner in preconditioners:
             preconditioner.open_no_syncs += 1
         try:
@@ -68,44 +86,45 @@ class TrActHandle:
                 preconditioner.open_no_syncs -= 1
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Returns figures of the optimizer step so far, by layer, as this process sees them; computed when asked for.
+        """Computes figures of the optimizer step so far, by layer, as this process sees them.
 
-        `grad_norm_raw` and `grad_norm` are the norm of the weight's gradient before and after the preconditioning (before
-        clipping and before ranks are averaged, in the loss's scale); `condition` estimates the condition number of
-        C + lam I; `mean_eigenvalue` is that of C, the mean square of what the layer reads. A layer that has had no backward
-        yet is left out.
+        Returns:
+            For each layer that has had a backward: `grad_norm_raw` and `grad_norm`, the norm of the weight's gradient
+            before and after preconditioning (before clipping and before ranks are averaged, in the loss's scale);
+            `condition`, an estimate of the condition number of C + lam I; `mean_eigenvalue` of C, the mean square of
+            what the layer reads.
         """
-        return {name: stats for name, layer in self._preconditioners().items() if (stats := layer.stats())}
+        stats = {name: preconditioner.stats() for name, preconditioner in self._preconditioners()}
+        return {name: figures for name, figures in stats.items() if figures}
 
     def summary(self) -> str:
         """Returns the settings and the layers in one line."""
         return " ".join(repr(self).split())
 
-    def _preconditioners(self) -> dict[str, LayerPreconditioner]:
-        """Returns those of the layers taken, and of copies of them that the model now has."""
-        modules: dict[str, nn.Module] = {layer.name: layer.module for layer in self.layers}
-        known = {id(module) for module in modules.values()}
-        for name, module in () if self.model is None else self.model.named_modules():
-            if preconditioner_of(module) is not None and id(module) not in known:
-                modules[name] = module
-        found = {name: preconditioner_of(module) for name, module in modules.items()}
-        return {name: preconditioner for name, preconditioner in found.items() if preconditioner is not None}
+    def _preconditioners(self) -> list[tuple[str, LayerPreconditioner]]:
+        """Returns the preconditioners of the layers, and of copies of them that the model has now, by name."""
+        modules = [(layer.name, layer.module) for layer in self.layers]
+        if self.model is not None:
+            modules += self.model.named_modules()
+        names: dict[LayerPreconditioner, str] = {}
+        for name, module in modules:
+            preconditioner = preconditioner_of(module)
+            if preconditioner is not None:
+                names.setdefault(preconditioner, name)
+        return [(name, preconditioner) for preconditioner, name in names.items()]
 
     def __enter__(self) -> TrActHandle:
-        """The handle itself."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Removes TrAct."""
         self.remove()
 
     def __repr__(self) -> str:
-        """Settings and layers, a line each."""
-        lines = [
-            f"  {layer.name}: {original_class(type(layer.module)).__name__}, n={patch_size(layer.module)} ({layer.source})"
-            for layer in self.layers
-        ]
-        return "\n".join([f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r})", *lines])
+        lines = [f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r})"]
+        for layer in self.layers:
+            kind = original_class(type(layer.module)).__name__
+            lines.append(f"  {layer.name}: {kind}, n={patch_size(layer.module)} ({layer.source})")
+        return "\n".join(lines)
 
 
 def apply_tract(
@@ -117,77 +136,36 @@ def apply_tract(
     example_batch: Any = None,
     process_group: Any = None,
 ) -> TrActHandle:
-    """Lets the first layer of `model` learn by TrAct, whatever the optimizer and the training loop.
+    """Trains the first layer of `model` by TrAct from now on, whatever the optimizer and the training loop.
 
-    From now on the gradient of the layer's weight W, flattened to m x n, is `grad_W @ inv(C + lam I)`, where
-    C = (1/b) sum of p p^T over all b patches p whose gradient is in grad_W: since `.grad` was last empty, over accumulated
-    micro-steps and all ranks. Forward values, other gradients, names and the state dict stay as they are. On a model that
-    has TrAct already the new settings replace all old ones. Before or after `prepare`, `torch.compile` and DDP makes no
-    difference. If the first optimizer step ends without a preconditioned gradient, or with pixels of a scale that `lam` is not
-    meant for, a warning says so.
+    Its weight's gradient, (m, n), is then `grad_W @ inv(C + lam I)`, C = (1/b) sum of p p^T over all b patches p whose
+    gradient is in grad_W: since `.grad` was last empty, on all ranks. Nothing else about the model changes. Call it
+    before or after `prepare`, `torch.compile` and DDP, and again for new settings, which replace all old ones.
 
     Args:
         model: any model.
-        lam: damping, in the units of C's eigenvalues, so of squared normalised pixels.
-        layers: "auto", or names, glob patterns or modules: see `find_first_layers`.
-        scope: "global" for one C per optimizer step, over accumulated micro-steps and all ranks; "local" for one per
-            forward call of each process, as in the paper's code.
-        example_batch: for "auto", where the library's own guesses do not fit: see `find_first_layers`.
-        process_group: the data-parallel ranks that share C, the default group where None. Each of them must run the layer's
-            backward equally often.
+        lam: as in `TrActConfig`.
+        layers: as in `TrActConfig`, or modules.
+        scope: as in `TrActConfig`.
+        example_batch: as in `find_first_layers`.
+        process_group: the data-parallel ranks that share C; None for the default group. Each of them must run the
+            layer's backward equally often.
 
     Returns:
-        A handle: `remove()`, `stats()`, `no_sync()`; also a context manager.
+        A handle with `remove()`, `stats()` and `no_sync()`, which is also a context manager.
 
     Raises:
-        TrActError: for a setting that is none, layers that match nothing, are frozen or have a forward that another library
-            replaced, and a model without a layer. The model is left as it was.
-
-    Source:
-        Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970, section 3.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10))
-        >>> with apply_tract(model, lam=0.1) as handle:
-        ...     print(handle)
-        TrAct(lam=0.1, scope='global')
-          0: Conv2d, n=48 (reached first by the pixels)
+        TrActError: for a setting, a layer or a model that TrAct cannot work with; the model is left as it was.
     """
-    config = TrActConfig(lam=lam, scope=scope)  # checked before the search
-    found = find_first_layers(model, layers, example_batch)
-    by_name = not (isinstance(layers, str) and layers == "auto")
-    names: str | tuple[str, ...] = tuple(layer.name for layer in found) if by_name else "auto"
-    config = dataclasses.replace(config, layers=names)
-    frozen = [layer.name for layer in found if is_frozen(layer.module)]
-    if frozen and by_name:
-        raise TrActError(
-            f"`layers` (={layers!r}) names {', '.join(frozen)}, which is frozen; TrAct acts on a weight's gradient: "
-            f"set `requires_grad=True` on it or name another layer."
-        )
-    trainable = [layer for layer in found if layer.name not in frozen]  # such as LoRA's layer beside its frozen base
-    if not trainable:
-        logger.warning(FROZEN, ", ".join(frozen), frozen[0])
-    found = trainable or found
-    for layer in found:
-        if foreign := foreign_forward(layer.module):
-            raise TrActError(
-                f"`model` has a first layer ({layer.name}) whose forward was replaced by {foreign}, under which TrAct cannot "
-                f"act: call `apply_tract` before that is done."
-            )
-    taken = {id(layer.module) for layer in found}
-    for module in model.modules():
-        detach_caller(module)
-        if id(module) not in taken:
-            detach(module)
-    for layer in found:
-        attach(layer.module, config, process_group)
-    for caller, read in find_functional_callers(model, found, example_batch):
-        attach_caller(caller, read)
+    config = TrActConfig(lam=lam, scope=scope)
+    found = _find_layers(model, layers, example_batch)
+    if not _is_auto(layers):
+        config = dataclasses.replace(config, layers=tuple(layer.name for layer in found))
+    callers = find_functional_callers(model, found, example_batch)
+    # Everything is checked: only now is the model changed.
+    _replace(model, found, callers, config, process_group)
     handle = TrActHandle(model, found, config)
-    if trainable:
-        handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in found])
-        logger.info("%s", handle.summary())
-    _warn_of_unused_parameters(model)
+    _watch_first_step(handle, model)
     return handle
 
 
@@ -198,18 +176,68 @@ def remove_tract(model: nn.Module) -> None:
         detach_caller(module)
 
 
-def _warn_of_unused_parameters(model: nn.Module) -> None:
+def _is_auto(layers: LayerSelection) -> bool:
+    return isinstance(layers, str) and layers == "auto"
+
+
+def _find_layers(model: nn.Module, layers: LayerSelection, example_batch: Any) -> list[FirstLayer]:
+    """Returns the layers that get TrAct.
+
+    Raises:
+        TrActError: for a layer that TrAct cannot act on.
+    """
+    found = find_first_layers(model, layers, example_batch)
+    frozen = [layer.name for layer in found if is_frozen(layer.module)]
+    if frozen and not _is_auto(layers):
+        raise TrActError(
+            f"`layers` (={layers!r}) names {', '.join(frozen)}, which is frozen; TrAct acts on a weight's gradient: "
+            f"set `requires_grad=True` on it or name another layer."
+        )
+    if len(frozen) < len(found):  # LoRA trains a layer beside the frozen one
+        found = [layer for layer in found if layer.name not in frozen]
+    for layer in found:
+        foreign = foreign_forward(layer.module)
+        if foreign:
+            raise TrActError(
+                f"`model` has a first layer ({layer.name}) whose forward was replaced by {foreign}, under which "
+                f"TrAct cannot act: call `apply_tract` before that is done."
+            )
+    return found
+
+
+def _replace(
+    model: nn.Module,
+    taken: list[FirstLayer],
+    callers: list[tuple[nn.Module, list[nn.Module]]],
+    config: TrActConfig,
+    process_group: Any,
+) -> None:
+    """Gives TrAct to the layers taken and to the modules that read their weights, and takes it off all others."""
+    layers = {layer.module for layer in taken}
+    for module in model.modules():
+        detach_caller(module)
+        if module not in layers:
+            detach(module)
+    for layer in layers:
+        attach(layer, config, process_group)
+    for caller, read in callers:
+        attach_caller(caller, read)
+
+
+def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
+    """Tells the user what was taken, and watches that it acts."""
+    names = [layer.name for layer in handle.layers]
+    if all(is_frozen(layer.module) for layer in handle.layers):
+        logger.warning(
+            "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
+            "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors "
+            "freeze it unless `trainable_backbone_layers` counts it, transformers' DETR where its backbone is a "
+            "ResNet), or name another layer with `layers=`.",
+            ", ".join(names),
+            names[0],
+        )
+    else:
+        handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in handle.layers])
+        logger.info("%s", handle.summary())
     if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
         logger.warning(UNUSED_PARAMETERS)
-
-
-UNUSED_PARAMETERS = (
-    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first layer's "
-    "backward equally often, since they add up their second moments there; where one may skip the layer, use `scope='local'`."
-)
-FROZEN = (
-    "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
-    "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors freeze it unless "
-    "`trainable_backbone_layers` counts it, transformers' DETR where its backbone is a ResNet), or name another layer with "
-    "`layers=`."
-)

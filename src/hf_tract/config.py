@@ -1,4 +1,4 @@
-"""TrAct's settings and its one exception type."""
+"""Holds TrAct's settings and its one type of error."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import math
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Scope = Literal["global", "local"]
-SCOPES = ("global", "local")
 
 
 class TrActError(ValueError):
-    """A setting or a model that TrAct cannot work with. The model is left as it was."""
+    """Is raised for a setting or a model that TrAct cannot work with. The model is left as it was."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrActConfig:
-    """TrAct's settings, in the form that travels with a checkpoint.
+    """Holds TrAct's settings, in the form that is saved with a checkpoint.
 
     Args:
-        lam: damping lambda of inv(C + lam I), in the units of C's eigenvalues, so of squared pixels after
-            normalisation. 0.1 for standardised pixels: see docs/usage.md.
+        lam: the damping of inv(C + lam I), in the units of C's eigenvalues: squared pixels, after normalisation. 0.1
+            suits standardised pixels; see docs/usage.md for others.
         layers: "auto" for the first layer, or names or glob patterns of layers.
-        scope: "global" for one second moment per optimizer step, over accumulated micro-steps and data-parallel ranks;
-            "local" for one per forward call of each process, as in the paper's code.
+        scope: "global" for one C per optimizer step, over accumulated micro-steps and data-parallel ranks; "local" for
+            one per forward call of each process, as in the paper's code.
 
     Raises:
-        TrActError: for a value outside of these.
+        TrActError: for any other value.
 
     Example:
         >>> TrActConfig(lam=0.2).to_dict()
@@ -43,35 +42,36 @@ class TrActConfig:
 
     def __post_init__(self) -> None:
         """Checks each value."""
-        if not (_is_number(self.lam) and math.isfinite(self.lam) and self.lam > 0):
+        is_number = isinstance(self.lam, numbers.Real) and not isinstance(self.lam, bool)
+        if not is_number or not 0 < self.lam < math.inf:
             raise TrActError(f"`lam` (={self.lam!r}) must be a positive finite number, such as the paper's 0.1.")
-        object.__setattr__(self, "lam", float(self.lam))
-        if self.scope not in SCOPES:
+        if self.scope not in get_args(Scope):
             raise TrActError(f"`scope` (={self.scope!r}) must be 'global' or 'local'.")
         layers = self.layers if isinstance(self.layers, str) else tuple(self.layers)
         if not layers or not all(isinstance(name, str) for name in layers):  # "" in a tuple names the model itself
             raise TrActError(
                 f"`layers` (={self.layers!r}) must be 'auto', a layer's name or pattern, or several of these."
             )
+        object.__setattr__(self, "lam", float(self.lam))
         object.__setattr__(self, "layers", layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON types."""
+        """Returns the settings as JSON types."""
         values = dataclasses.asdict(self)
-        return {**values, "layers": values["layers"] if isinstance(values["layers"], str) else list(values["layers"])}
+        if not isinstance(self.layers, str):
+            values["layers"] = list(self.layers)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrActConfig:
-        """The settings of `to_dict`.
-
-        Args:
-            values: as `to_dict` gives them; what is missing takes its default.
+        """Returns the settings of `to_dict`; a missing one takes its default.
 
         Raises:
             TrActError: for a name that is no setting.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
+        unknown = sorted(set(values) - set(known))
+        if unknown:
             raise TrActError(f"`values` has {unknown}, which are no settings of TrAct; it has {known}.")
         return cls(**values)
 
@@ -83,7 +83,3 @@ class TrActConfig:
     def from_json_file(cls, path: str | Path) -> TrActConfig:
         """Reads the settings that `to_json_file` wrote to `path`."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

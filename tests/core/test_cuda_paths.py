@@ -35,7 +35,7 @@ def test_no_step_after_the_first_waits_for_the_device(name, dtype):
             x = torch.empty(shape, dtype=dtype, device="cuda")
             grad = torch.empty(8, n, dtype=dtype, device="cuda")
             out = preconditioner.precondition(grad, x, window)
-            preconditioner.last_step.task = task  # as if each were a pass of its own
+            preconditioner.last_step.backward_pass = task  # as if each were a pass of its own
             assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, (8, n))
             layer.weight.grad = torch.empty(8, n, device="cuda")  # perhaps zeros: told there, not here
 

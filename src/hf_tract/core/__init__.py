@@ -1,1 +1,1 @@
-"""The method: second moments of patches, the damped inverse, and the gradient that a layer hands on."""
+"""Holds the method: second moments of patches, the damped inverse, and the preconditioned gradient; see README.md."""

@@ -1,4 +1,4 @@
-"""Tells once, when the first optimizer step ends, that nothing was preconditioned, or pixels of another scale."""
+"""Looks at the layers once, when the first optimizer step has ended, and warns if TrAct did not act as it should."""
 
 from __future__ import annotations
 
@@ -13,100 +13,114 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_tract.core.attach import TrActLayer, preconditioner_of
-from hf_tract.core.notices import look_at_scale
+from hf_tract.core.attach import preconditioner_of
+from hf_tract.core.notices import advice_on_lam
 from hf_tract.core.weights import weight_parameters
 
 logger = logging.getLogger(__name__)
 
+_watches: list[FirstStepWatch] = []
+
 
 class FirstStepWatch:
-    """Waits for the first step of an optimizer that holds a layer's weight, and then looks at the layers."""
+    """Waits for the first step of an optimizer that has a layer's weight, and then checks the layers."""
 
     def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
-        """Begins to wait.
+        """Begins to wait, instead of an earlier watch of `model`.
 
         Args:
-            model: that TrAct was applied to. It is not kept alive.
-            layers: names and layers that were taken.
+            model: the model that TrAct was applied to; it is not kept alive.
+            layers: the names and modules of the layers that have TrAct.
         """
         self._model = ref(model)
         self._layers = [(name, ref(layer)) for name, layer in layers]
-        for watch in [watch for watch in _watches if watch._model() is model]:  # new settings replace old ones
-            watch.stop()
+        for watch in list(_watches):
+            if watch._model() is model:
+                watch.stop()
         _watches.append(self)
-        _register_once()
+        _register_hook()
 
     def stop(self) -> None:
-        """Waits no longer."""
+        """Stops waiting."""
         if self in _watches:
             _watches.remove(self)
 
     def look(self) -> None:
-        """Warns of each layer that has handed on nothing, unless that was done."""
+        """Checks each layer, unless that was done already."""
         if self not in _watches:
             return
         self.stop()
-        model = self._model()
-        inside = {} if model is None else {id(module): name for name, module in model.named_modules()}
-        for name, reference in self._layers:
-            layer = reference()
-            if layer is None or id(layer) not in inside:
-                logger.warning(EXCHANGED, name)
+        for name, layer in self._layers_now():
+            if layer is not None:
+                _check(name, layer)
                 continue
-            preconditioner = preconditioner_of(layer)
-            step = None if preconditioner is None else preconditioner.last_step
-            if preconditioner is not None and step is None:
-                logger.warning(NOTHING_HANDED_ON, name, _reason(layer))
-            elif preconditioner is not None and step is not None and step.inverse is not None:
-                look_at_scale(name, step.inverse.mean_eigenvalue, preconditioner.config.lam)
+            logger.warning(
+                "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has its "
+                "ordinary gradient. Call `apply_tract` again after the model is changed. This is said once.",
+                name,
+            )
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Looks, if `optimizer` holds a weight of the layers."""
+        """Looks, if `optimizer` has a weight of the layers."""
         model = self._model()
         if model is None:
             self.stop()
             return
-        inside = {id(module) for module in model.modules()}
-        layers = [layer for _, reference in self._layers if (layer := reference()) is not None and id(layer) in inside]
-        weights = [parameter for layer in layers for parameter in weight_parameters(layer)]
-        # Where a layer was exchanged, or an engine keeps its weight, any parameter of the model tells.
-        whole = len(layers) < len(self._layers) or not weights
-        mine = {id(parameter) for parameter in (model.parameters() if whole else weights)}
-        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
-            self.look()
+        layers = [layer for _, layer in self._layers_now()]
+        weights: list[nn.Parameter] = []
+        for layer in layers:
+            weights += weight_parameters(layer)
+        if None in layers or not weights:
+            # A layer was exchanged, or an engine keeps the weight elsewhere: then any parameter of the model will do.
+            weights = list(model.parameters())
+        ids = {id(weight) for weight in weights}
+        for group in optimizer.param_groups:
+            if any(id(parameter) in ids for parameter in group["params"]):
+                self.look()
+
+    def _layers_now(self) -> list[tuple[str, nn.Module | None]]:
+        """Returns the layers with their names, and None for a layer that is no longer in the model."""
+        model = self._model()
+        modules = set() if model is None else set(model.modules())
+        layers = [(name, reference()) for name, reference in self._layers]
+        return [(name, layer if layer in modules else None) for name, layer in layers]
 
 
-_watches: list[FirstStepWatch] = []
-
-
-@functools.cache
-def _register_once() -> None:
-    """Lets every optimizer tell of its steps: torch's hooks cannot be removed while they run, so this one stays."""
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    if torch.compiler.is_compiling():  # a compiled optimizer, which must not be cut here
+def _check(name: str, layer: nn.Module) -> None:
+    """Warns if the layer has handed on no preconditioned gradient, or reads pixels whose scale does not fit `lam`."""
+    preconditioner = preconditioner_of(layer)
+    if preconditioner is None:
         return
-    for watch in list(_watches):
-        watch.after_step(optimizer)
+    step = preconditioner.last_step
+    if step is None:
+        logger.warning(
+            "TrAct: the first optimizer step has ended, and %s has handed on no preconditioned gradient (%s). "
+            "Usually the forward did not run the layer with gradients on (a batch without images, a frozen part), "
+            "another library replaced its forward after TrAct was applied (apply TrAct after it), or its weight is "
+            "used outside of the layer. This is said once.",
+            name,
+            _reason(layer),
+        )
+    elif step.inverse is not None:
+        advice = advice_on_lam(step.inverse.mean_eigenvalue, preconditioner.config.lam)
+        if advice:
+            logger.warning("TrAct: %s: %s This is said once.", name, advice)
 
 
 def _reason(layer: nn.Module) -> str:
-    if not isinstance(layer, TrActLayer):
-        return "TrAct was taken off again"
     if any(parameter.grad is not None for parameter in weight_parameters(layer)):
         return "its weight has a gradient that did not come through the layer"
     return "its weight has no gradient"
 
 
-EXCHANGED = (
-    "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has its ordinary gradient. "
-    "Call `apply_tract` again after the model is changed. This is said once."
-)
-NOTHING_HANDED_ON = (
-    "TrAct: the first optimizer step has ended, and %s has handed on no preconditioned gradient (%s). Usually the forward did "
-    "not run the layer with gradients on (a batch without images, a frozen part), another library replaced its forward after "
-    "TrAct was applied (apply TrAct after it), or its weight is used outside of the layer. This is said once."
-)
+@functools.cache
+def _register_hook() -> None:
+    """Has every optimizer report its steps; torch cannot remove such a hook while it runs, so it stays."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():  # A compiled optimizer must not be cut into two graphs here.
+        return
+    for watch in list(_watches):
+        watch.after_step(optimizer)

@@ -1,8 +1,8 @@
-"""The operator between a layer's backward and its preconditioner, and the autograd functions around it.
+"""Defines the operator by which a backward pass reaches the preconditioner of a layer.
 
-The operator is opaque, so that `torch.compile` neither traces nor freezes what happens inside: accumulation, ranks and
-settings may change from call to call under one graph. It is defined without `custom_op`, whose wrappers cost more on the
-host than what they wrap.
+The operator is opaque, so `torch.compile` neither traces nor freezes what happens inside: accumulation, ranks and
+settings may change from call to call of one graph. `torch.library.custom_op` would cost more time on the host than the
+work inside.
 """
 
 from __future__ import annotations
@@ -13,99 +13,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tract.core.forward_call import CALLS, ForwardCall
-from hf_tract.core.notices import tell_second_order
 from hf_tract.core.patches import PatchSpec
-from hf_tract.core.preconditioner import PRECONDITIONERS, LayerPreconditioner
-from hf_tract.core.second_order import LinearInGrad
+from hf_tract.core.preconditioner import PRECONDITIONERS
+from hf_tract.core.step import FORWARD_CALLS
 from hf_tract.core.weight_grad import weight_grad
 
 _library = torch.library.Library("hf_tract", "DEF")
 _library.define(
     "precondition(Tensor grad, Tensor x, Tensor? output_grad, int key, SymInt call, int[] kernel, int[] stride, "
     "int[] padding, int[] dilation, int groups) -> Tensor",
-    # It acts beside computing, so it must run at every call, and a replayed CUDA graph does not call.
+    # A replayed CUDA graph would not call the operator, which does more than compute its result.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
 
 def _precondition(grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *spec: Any) -> Tensor:
-    """Returns what the preconditioner `key` hands on; the ordinary gradient where its layer is gone.
+    """Returns what the weight still lacks, or the ordinary gradient if the layer does not exist any more.
 
-    Where `output_grad` is given, `grad` is computed again from it: a 16-bit operation rounds its weight's gradient, and
-    inv(C + lam I) enlarges that.
+    Args:
+        grad: the ordinary gradient of the weight, (m, ...).
+        x: the input of the layer's operation.
+        output_grad: the gradient of a 16-bit operation's output, from which the weight's is computed again in float32:
+            the operation rounds it to 16 bits, and inv(C + lam I) enlarges that error.
+        key: the number of the preconditioner.
+        call: the number of the forward call.
+        spec: the entries of the `PatchSpec`.
     """
     *sizes, groups = spec
     kernel, stride, padding, dilation = map(tuple, sizes)
     patches = PatchSpec(kernel, stride, padding, dilation, groups)
     preconditioner = PRECONDITIONERS.get(key)
-    with _full_precision(grad):
+    with _without_autocast(grad):
         if output_grad is not None:
             grad = weight_grad(x, output_grad, patches, grad)
         if preconditioner is None:
             return grad.clone()
-        return preconditioner.precondition(grad, x, patches, CALLS.get(call))
+        return preconditioner.precondition(grad, x, patches, FORWARD_CALLS.get(call))
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Switches autocast off where it is on."""
+def _fake_precondition(grad: Tensor, *_: Any) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 _library.impl("precondition", _precondition, "CompositeExplicitAutograd")
-torch.library.register_fake("hf_tract::precondition", lambda grad, *_: grad.new_empty(grad.shape), lib=_library)
+torch.library.register_fake("hf_tract::precondition", _fake_precondition, lib=_library)
 precondition = torch.ops.hf_tract.precondition.default
-UNTRACKED = -1  # the forward call of a compiled graph, which cannot tell its runs apart
-
-
-class PreconditionWeightGrad(torch.autograd.Function):
-    """Identity on a layer's weight whose backward preconditions.
-
-    Its derivative is that of a linear map, v -> v inv(C + lam I): what C itself depends on is left out.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, x: Tensor, owner: LayerPreconditioner | None, call: Any, key: int, spec: PatchSpec
-    ) -> Tensor:
-        """Returns `weight`.
-
-        Args:
-            ctx: autograd's.
-            weight: (m, ...), as the operation is to read it.
-            x: what the operation reads, without a gradient of its own.
-            owner: kept alive until the backward; None in a compiled graph, which knows it by `key`.
-            call: the `ForwardCall`; None in a compiled graph.
-            key: of the preconditioner.
-            spec: the patches that the operation cuts out of `x`.
-        """
-        ctx.save_for_backward(x)
-        ctx.owner, ctx.call, ctx.key, ctx.spec = owner, call, key, spec
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the preconditioned gradient of the weight."""
-        (x,) = ctx.saved_tensors
-        if ctx.call is None:
-            out = precondition(grad, x, None, ctx.key, UNTRACKED, *ctx.spec)
-        elif torch.compiler.is_compiling():  # compiled autograd
-            out = precondition(grad, x, None, ctx.key, ctx.call.number, *ctx.spec)
-        else:
-            out = _eager_backward(ctx, grad, x)
-        return out, None, None, None, None, None
-
-
-def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
-    call: ForwardCall = ctx.call
-    if call.handed_on_differentiably:
-        tell_second_order(ctx.owner.told)
-        return grad
-    output_grad, call.output_grad = call.output_grad, None
-    with torch.no_grad():
-        out: Tensor = precondition(grad, x, output_grad, ctx.key, call.number, *ctx.spec).to(grad.dtype)
-    if torch.is_grad_enabled() and grad.requires_grad:
-        call.handed_on_differentiably = True
-        return LinearInGrad.apply(grad, [out], ctx.owner.last_step)  # type: ignore[no-any-return]
-    return out

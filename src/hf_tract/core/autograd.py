@@ -1,0 +1,133 @@
+"""Holds the autograd functions around a layer's operation: identities whose backward preconditions.
+
+In eager mode `PreconditionWeightGrad` lies on the weight, and in 16 bits `KeepOutputGrad` on the output too. A
+compiled graph has no second derivatives and shares no objects with Python, so there `PreconditionFromOutput` does
+both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tract.core.notices import warn_of_second_order
+from hf_tract.core.ops import precondition
+from hf_tract.core.patches import PatchSpec
+from hf_tract.core.step import ForwardCall, Step
+
+UNTRACKED = -1  # the number of a forward call in a compiled graph, which cannot tell its runs apart
+
+
+class PreconditionWeightGrad(torch.autograd.Function):
+    """Returns a layer's weight as it is; its backward returns the preconditioned gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, key: int, call: ForwardCall | None, spec: PatchSpec) -> Tensor:
+        """Returns `weight`.
+
+        Args:
+            ctx: the context of autograd.
+            weight: what the operation reads, (m, ...).
+            x: the operation's input, detached.
+            key: the number of the layer's preconditioner.
+            call: the forward call; None in a compiled graph.
+            spec: the patches that the operation reads from `x`.
+        """
+        ctx.save_for_backward(x)
+        ctx.key = key
+        ctx.call = call
+        ctx.spec = spec
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the preconditioned gradient of the weight."""
+        (x,) = ctx.saved_tensors
+        if ctx.call is None:
+            out = precondition(grad, x, None, ctx.key, UNTRACKED, *ctx.spec)
+        elif torch.compiler.is_compiling():  # compiled autograd
+            out = precondition(grad, x, None, ctx.key, ctx.call.number, *ctx.spec)
+        else:
+            out = _eager_backward(ctx, grad, x)
+        return out, None, None, None, None
+
+
+def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+    call: ForwardCall = ctx.call
+    if call.was_differentiated:
+        # This pass differentiates a preconditioned gradient: `grad` is exact, and is not preconditioned again.
+        warn_of_second_order(call.preconditioner.warned)
+        return grad
+    output_grad = call.take_output_grad()
+    with torch.no_grad():
+        out: Tensor = precondition(grad, x, output_grad, ctx.key, call.number, *ctx.spec).to(grad.dtype)
+    if torch.is_grad_enabled() and grad.requires_grad:
+        call.was_differentiated = True
+        return DifferentiablePrecondition.apply(grad, [out], call.preconditioner.last_step)  # type: ignore[no-any-return]
+    return out
+
+
+class DifferentiablePrecondition(torch.autograd.Function):
+    """Returns a preconditioned gradient as a linear function of the ordinary one.
+
+    The derivative of C is left out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, preconditioned: list[Tensor], step: Step) -> Tensor:
+        """Returns the one entry of `preconditioned`, which was made of `grad` in `step`."""
+        ctx.step = step
+        return preconditioned[0]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        """Returns v inv(C + lam I), a symmetric matrix, by the C that the pass ended with."""
+        with torch.no_grad():
+            out = ctx.step.inverse(v.to(torch.promote_types(v.dtype, torch.float32))).to(v.dtype)
+        if torch.is_grad_enabled() and v.requires_grad:
+            return DifferentiablePrecondition.apply(v, [out], ctx.step), None, None
+        return out, None, None
+
+
+class KeepOutputGrad(torch.autograd.Function):
+    """Returns the output of a 16-bit operation as it is, and keeps its gradient as the user's hooks leave it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, call: ForwardCall) -> Tensor:
+        """Returns `out` itself, so that an activation may work on it in place."""
+        ctx.mark_dirty(out)
+        ctx.call = call
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Returns `grad`."""
+        ctx.call.keep_output_grad(grad)
+        return grad, None
+
+
+class PreconditionFromOutput(torch.autograd.Function):
+    """Returns the output of a 16-bit operation in a compiled graph; its backward gives the weight its gradient too.
+
+    The operation itself reads the weight detached.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor, x: Tensor, key: int, spec: PatchSpec) -> Tensor:
+        """Returns the values of `out`; the other arguments are those of `PreconditionWeightGrad`."""
+        ctx.save_for_backward(x)
+        ctx.key = key
+        ctx.spec = spec
+        ctx.shape = weight.shape
+        ctx.dtype = weight.dtype
+        return out.clone()  # A view could not be changed in place; the compiler merges this copy with what follows.
+
+    @staticmethod
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the output's gradient, and the weight's."""
+        (x,) = ctx.saved_tensors
+        like = output_grad.new_zeros(ctx.shape, dtype=torch.float32)
+        out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.spec)
+        return output_grad, out.to(ctx.dtype), None, None, None
