@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_tract.discovery.inputs import FEW_FRAMES, FRAMES, PIXELS, SIZES, side_lengths
+from hf_tract.discovery.inputs import PIXELS
+from hf_tract.discovery.shapes import FEW_FRAMES, FRAMES, SIZES, side_lengths
 
 TASKS = (
     "IMAGE_CLASSIFICATION",

@@ -1,11 +1,11 @@
-"""A forward of a weightless copy, and what is seen in it: which layers the pixels meet first, what a layer reads."""
+"""Runs one forward of a copied model, and tells what the pixels meet first in it and what its layers read."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -13,148 +13,126 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_tract.core.patches import PATCH_OPS, PatchOpMode, PatchSpec, is_supported
-from hf_tract.discovery.inputs import forward_parameters, has_open_keywords, map_tensors, pixel_argument_name
-from hf_tract.discovery.random_state import random_state_kept
-from hf_tract.discovery.tracing import EveryOp, LayerOps, Mark, Meeting, PixelTrace, owners_of_weights
+from hf_tract.discovery.calling import run_forward, tensors_in
+from hf_tract.discovery.inputs import pixel_argument_name
+from hf_tract.discovery.tracing import EveryOp, LayerInput, LayerOps, Mark, Meeting, PixelTrace
 
-ANY_PIXELS = ("image", "x")  # names of arguments beside which others may be pixels too
-
-
-class LayerInput(NamedTuple):
-    """What one layer reads of a batch: the shape of its operation's input, and the patches that it cuts out of it."""
-
-    name: str
-    shape: tuple[int, ...]
-    spec: PatchSpec
+# Beside an argument of such a name, others may hold pixels too.
+COMMON_NAMES = ("image", "x")
 
 
 class Probe(NamedTuple):
-    """What pixels met in one forward, in order, and how the forward ended."""
+    """Holds what one forward of `batch` showed: what its pixels met and what its layers read, both in order."""
 
+    batch: Any
     meetings: list[Meeting]
-    error: Exception | None
+    inputs: list[LayerInput]
+    error: Exception | None  # many a forward fails on the meta device, but after its first layer
 
     @property
     def layers(self) -> list[str]:
-        """The layers that they met first; once each."""
-        return list(dict.fromkeys(meeting.layer for meeting in self.meetings if meeting.layer is not None))
+        """Returns the layers that the pixels met first."""
+        layers = []
+        for meeting in self.meetings:
+            if meeting.layer is not None and meeting.layer not in layers:
+                layers.append(meeting.layer)
+        return layers
 
-    @property
-    def others(self) -> list[Meeting]:
-        """What else they met."""
-        return [meeting for meeting in self.meetings if meeting.layer is None]
 
-
-def meta_copy(model: nn.Module, device: str | None = "meta") -> nn.Module:
-    """Returns a copy of `model` whose weights are on the meta device, or where None copies: forwards may write into them.
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of `model` for trial runs, whose weights are on the meta device: it takes no memory.
 
     Raises:
-        Exception: for a model that cannot be copied.
+        Exception: for a model that cannot be copied, such as FSDP2's.
     """
+    return _trial_copy(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def copy_with_values(model: nn.Module) -> nn.Module:
+    """Returns a copy of `model` for trial runs that look at values; raises as `meta_copy` does."""
+    return _trial_copy(model, lambda tensor: tensor.detach().clone())
+
+
+def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        alike = (
-            torch.empty_like(parameter, device=device, requires_grad=False) if device else parameter.detach().clone()
-        )
-        memo[id(parameter)] = nn.Parameter(alike, requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(copy_tensor(parameter), requires_grad=parameter.requires_grad)
     for tensor in (*model.buffers(), *_cached_tensors(model)):
-        memo[id(tensor)] = tensor.detach().clone() if device is None else torch.empty_like(tensor, device=device)
+        memo[id(tensor)] = copy_tensor(tensor)
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            module._forward_hooks.clear()  # the user's; those that make weights run before a forward
-        if "_old_forward" in vars(module) or "_original_forward" in vars(module):  # accelerate's
-            module.__dict__.pop("forward", None)
-        elif isinstance(vars(module).get("forward"), FunctionType) and "_orig_mod" not in module._modules:
-            raise TypeError("a forward that is a plain function of the instance calls the original")
+            module._forward_hooks.clear()  # the user's; hooks that make weights run before a forward
+        attributes = vars(module)
+        if "_old_forward" in attributes or "_original_forward" in attributes:
+            attributes.pop("forward", None)  # accelerate's, which calls the original module
+        elif isinstance(attributes.get("forward"), FunctionType) and "_orig_mod" not in module._modules:
+            raise TypeError("a forward that is a plain function of the instance calls the original module")
     return copied
 
 
 def _cached_tensors(model: nn.Module) -> list[Tensor]:
-    """Returns what forwards have left on modules and cannot be copied, since it has a graph."""
-    attributes = (tree_leaves(list(vars(module).values())) for module in model.modules())
-    return [value for values in attributes for value in values if isinstance(value, Tensor) and not value.is_leaf]
+    """Returns what forwards have left on modules, and `deepcopy` refuses since it has a graph."""
+    cached = []
+    for module in model.modules():
+        for value in tree_leaves(list(vars(module).values())):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                cached.append(value)
+    return cached
 
 
-def layers_reached_first(copied: nn.Module, batch: Any, grad: bool = False) -> Probe:
-    """Finds what the pixels of `batch` meet first in one forward of a `twin`.
+def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
+    """Finds what the pixels of `batch` meet first in one forward.
+
+    A layer that reads pixels beside what other layers made of them, as at the end of a skip connection, is not first.
 
     Args:
-        copied: the twin.
-        batch: on the twin's device, but for integers: forwards that cut and loop by them want to see them. Its pixels are
-            what the forward calls so; else its images, rows and series (see `_may_be_pixels`). A layer that reads pixels
-            beside what other layers made of them, as at the end of a skip connection, is not first.
-        grad: run it as in training, for forwards that differentiate inside.
-
-    Returns:
-        The meetings, and the error by which the forward ended, if it did.
+        copied: the model, or a copy of it that a forward may write into.
+        batch: on the device of `copied`; forwards that cut and loop by integers want these on the CPU.
     """
     trace = PixelTrace(copied)
     for tensor in _pixels(copied, batch):
         trace.mark(tensor, Mark.PIXELS)
     error: Exception | None = None
-    with (
-        warnings.catch_warnings(),
-        torch.set_grad_enabled(grad),
-        recording(copied, trace.running),
-        EveryOp(trace),
-        LayerOps(trace),
-    ):
+    # Some forwards differentiate inside.
+    with warnings.catch_warnings(), torch.enable_grad(), _running_names(copied, trace.running):
         warnings.simplefilter("ignore")
         try:
-            run_forward(copied, batch)
-        except Exception as problem:  # many a model fails on the meta device, but after its first layer
+            with EveryOp(trace), LayerOps(trace):
+                run_forward(copied, batch)
+        except Exception as problem:  # whatever a model's forward raises
             error = problem
-    return Probe(trace.meetings, error)
+    return Probe(batch, trace.meetings, trace.inputs, error)
 
 
 def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
-    """Returns the tensors of a batch that may be pixels."""
-    if (
-        isinstance(batch, Mapping)
-        and (argument := pixel_argument_name(copied)) in batch
-        and argument not in ANY_PIXELS
-    ):
-        batch = batch[argument]
-    found = list[Tensor]()
-    map_tensors(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found if len(found) == 1 else [tensor for tensor in found if _may_be_pixels(tensor)]
+    """Returns the tensors that hold pixels: what the forward calls so, else all that may be images, rows or series."""
+    if isinstance(batch, Mapping):
+        argument = pixel_argument_name(copied)
+        if argument in batch and argument not in COMMON_NAMES:
+            batch = batch[argument]
+    tensors = tensors_in(batch)
+    if len(tensors) == 1:
+        return tensors
+    return list(filter(_may_be_pixels, tensors))
 
 
 def _may_be_pixels(tensor: Tensor) -> bool:
-    """Says whether a tensor of several may be pixels, and no time steps, labels or tokens."""
-    return tensor.dim() >= (2 if tensor.is_floating_point() else 3)
-
-
-def run_forward(model: nn.Module, batch: Any) -> Any:
-    """Runs a forward: a tuple holds positional arguments, a mapping keywords, unless it is the one argument itself.
-
-    Random numbers stay as they are.
-    """
-    with random_state_kept(), torch.compiler.set_stance("force_eager"):
-        if isinstance(batch, tuple):
-            return model(*batch)
-        if isinstance(batch, Mapping) and _are_keywords(model, batch):
-            return model(**batch)
-        return model(batch)
-
-
-def _are_keywords(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Says whether a mapping holds keyword arguments, and is not what a forward with one argument takes whole."""
-    parameters = forward_parameters(model)
-    return any(name in parameters for name in batch) or len(parameters) != 1 or has_open_keywords(parameters)
+    """Says whether a tensor of several may hold pixels, and no time steps, labels or tokens."""
+    if tensor.is_floating_point():
+        return tensor.dim() >= 2
+    return tensor.dim() >= 3
 
 
 @contextlib.contextmanager
-def recording(copied: nn.Module, running: list[str]) -> Iterator[None]:
-    """Keeps in `running` the names of the modules that run, the innermost last."""
+def _running_names(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Appends to `running` the name of each module when it begins, and takes it away when it ends."""
     handles = []
-    for name, module in copied.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: what runs inside counts as its parent's
             continue
-        handles.append(module.register_forward_pre_hook(_enter(running, name)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+        handles.append(module.register_forward_pre_hook(_append_to(running, name)))
+        handles.append(module.register_forward_hook(_pop_from(running), always_call=True))
     try:
         yield
     finally:
@@ -162,62 +140,15 @@ def recording(copied: nn.Module, running: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _enter(running: list[str], name: str) -> Callable[..., None]:
-    return lambda *_: running.append(name)
+def _append_to(running: list[str], name: str) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        running.append(name)
+
+    return hook
 
 
-class Recorder(PatchOpMode):
-    """Notes what the layers called `names` read."""
+def _pop_from(running: list[str]) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        running.pop()
 
-    def __init__(self, names: Container[str]) -> None:
-        super().__init__()
-        self.names, self.running = names, list[str]()
-        self.readings = list[LayerInput]()
-
-    def run_op(self, op: Callable[..., Any], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op`."""
-        out = op(input, weight, *args, **kwargs)
-        if self.running and self.running[-1] in self.names:
-            spec = PATCH_OPS[op](input, weight, *args, **kwargs)
-            self.readings.append(LayerInput(self.running[-1], tuple(input.shape), spec))
-        return out
-
-
-class WeightUses(PatchOpMode):
-    """Notes which modules run an operation with the weight of another module's layer."""
-
-    def __init__(self, copied: nn.Module) -> None:
-        super().__init__()
-        self.running = list[str]()
-        self.owners = owners_of_weights(
-            {name: module for name, module in copied.named_modules() if is_supported(module)}
-        )
-        self.callers: dict[str, dict[str, None]] = {}  # and whose weights they read
-        self.ran = False
-
-    def run_op(self, op: Callable[..., Any], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op`."""
-        out = op(input, weight, *args, **kwargs)
-        owner = self.owners.get(id(weight))
-        self.ran = self.ran or owner is not None
-        if owner is not None and self.running and owner != self.running[-1]:
-            self.callers.setdefault(self.running[-1], {})[owner] = None
-        return out
-
-
-def functional_callers(copied: nn.Module, batch: Any) -> dict[str, list[str]] | None:
-    """Returns the names of modules that read the weight of another module's layer, and of these layers.
-
-    None where `batch` fits no layer. A forward that fails later has told enough.
-    """
-    uses = WeightUses(copied)
-    with (
-        warnings.catch_warnings(),
-        torch.no_grad(),
-        recording(copied, uses.running),
-        uses,
-        contextlib.suppress(Exception),
-    ):
-        warnings.simplefilter("ignore")
-        run_forward(copied, batch)
-    return {caller: list(owners) for caller, owners in uses.callers.items()} if uses.ran else None
+    return hook

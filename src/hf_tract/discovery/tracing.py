@@ -1,11 +1,10 @@
-"""Which weights the pixels of a batch meet first: marks on tensors, followed through one forward of a copy."""
+"""Follows the pixels of a batch through one forward, by marks on tensors, to the weights that they meet first."""
 
 from __future__ import annotations
 
 import enum
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_tract.core.patches import PatchOpMode, is_supported
+from hf_tract.core.patches import PATCH_OPS, PatchOpMode, PatchSpec, is_supported
 
-# Operations that place, copy or normalise numbers, as the pointwise ones do: a weight beside the pixels does not mix them.
+# Operations that place, copy or normalise numbers: a weight beside the pixels does not mix them, as in pointwise ones.
 ELEMENTWISE = {
     *("cat", "stack", "copy", "copy_", "where", "lerp", "addcmul", "addcdiv", "constant_pad_nd"),
     *("index_put", "index_put_", "_unsafe_index_put", "masked_scatter"),
@@ -25,7 +24,7 @@ ELEMENTWISE = {
     *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm", "cudnn_batch_norm"),
     *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 }
-# Products: their operands, without the one that is added.
+# Products, with the places of their two factors: a bias that is added is none.
 PRODUCTS = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "convolution"), slice(0, 2)),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm"), slice(1, 3)),
@@ -33,7 +32,7 @@ PRODUCTS = {
 
 
 class Mark(enum.IntEnum):
-    """What a tensor is made of; the highest of an operation's inputs is that of its output."""
+    """Says what a tensor is made of; the result of an operation has the highest mark of its inputs."""
 
     NOTHING = 0
     WEIGHTS = 1
@@ -42,98 +41,120 @@ class Mark(enum.IntEnum):
 
 
 class Meeting(NamedTuple):
-    """An operation in which pixels met a weight: its name, the module that ran it, and the layer whose operation it is."""
+    """Describes an operation in which pixels met a weight."""
 
     operation: str
-    module: str
-    layer: str | None
+    module: str  # the name of the module that ran it
+    layer: str | None  # the name of the layer whose convolution or linear operation it is
+
+
+class LayerInput(NamedTuple):
+    """Describes what one operation of a layer read: the shape of its input, and how it cuts patches out of that."""
+
+    layer: str
+    module: str  # that ran it: the layer itself, or one that reads the layer's weight
+    shape: tuple[int, ...]
+    spec: PatchSpec
 
 
 class PixelTrace:
-    """Follows the pixels of one forward, operation by operation, until they meet weights.
+    """Holds the marks of one forward's tensors, and what its pixels and layers met.
 
-    Marks belong to storages, so views share them. Layers whose weight is a parameter count also where they are frozen;
-    other weights that are frozen, and tensors that are no parameters, are fixed filters and leave pixels what they are.
+    Marks belong to storages, so views share them. Layers count also where they are frozen; other weights that are
+    frozen, and tensors that are no parameters, are fixed filters: what they make of pixels is still pixels.
     """
 
-    def __init__(self, copied: nn.Module) -> None:
-        """Marks the weights of `copied`."""
-        self.running = list[str]()  # names of modules, the innermost last
-        self.meetings = list[Meeting]()
-        self.layers = {name: module for name, module in copied.named_modules() if is_supported(module)}
-        self._owners = owners_of_weights(self.layers)
-        self._marks: dict[
-            int, tuple[StorageWeakRef, Mark]
-        ] = {}  # a weak reference keeps the key from being used again
-        for parameter in copied.parameters():
-            if parameter.requires_grad:
-                self.mark(parameter, Mark.WEIGHTS)
-        for layer in self.layers.values():
-            for parameter in layer.parameters():
-                self.mark(parameter, Mark.WEIGHTS)
+    def __init__(self, model: nn.Module) -> None:
+        """Marks the weights of `model`."""
+        self.running = [""]  # names of the modules that run, the innermost last
+        self.meetings: list[Meeting] = []
+        self.inputs: list[LayerInput] = []
+        self.layers = [name for name, module in model.named_modules() if is_supported(module)]
+        self._owners: dict[int, list[str]] = {}  # of weights, by `id`; a tied weight has several
+        # A weak reference keeps the address of a storage that is gone from being used again.
+        self._marks: dict[StorageWeakRef, Mark] = {}
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for name in self.layers:
+            layer = model.get_submodule(name)
+            parameters.extend(layer.parameters())
+            weight = layer._parameters.get("weight")
+            if weight is not None:  # through a parametrization it is a new tensor at every forward
+                self._owners.setdefault(id(weight), []).append(name)
+        for parameter in parameters:
+            self.mark(parameter, Mark.WEIGHTS)
 
     def mark(self, tensor: Tensor, mark: Mark) -> None:
         """Marks the storage of `tensor`, unless it has a higher mark."""
         if mark > self.mark_of(tensor):
-            storage = tensor.untyped_storage()
-            self._marks[storage._cdata] = StorageWeakRef(storage), mark
+            storage = _storage(tensor)
+            if storage is not None:
+                self._marks[storage] = mark
 
     def mark_of(self, tensor: Any) -> Mark:
-        """Returns the mark of a tensor; nothing for what has no storage or is no tensor."""
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not self._marks:
+        """Returns the mark of a tensor; `Mark.NOTHING` for what has no storage or is no tensor."""
+        storage = _storage(tensor)
+        if storage is None:
             return Mark.NOTHING
-        try:
-            return self._marks.get(tensor.untyped_storage()._cdata, (None, Mark.NOTHING))[1]
-        except (RuntimeError, NotImplementedError):  # a tensor subclass without one
-            return Mark.NOTHING
+        return self._marks.get(storage, Mark.NOTHING)
 
-    def owner_of(self, weight: Any) -> str | None:
-        """Returns the layer that an operation with `weight` belongs to: the running one, or whose parameter it is."""
-        if self.running and self.running[-1] in self.layers:
-            return self.running[-1]
-        return self._owners.get(id(weight))
+    def layer_of(self, weight: Any) -> str | None:
+        """Returns the name of the layer that an operation with `weight` belongs to.
 
-    def note(self, operation: str, layer: str | None) -> None:
-        """Notes a meeting, once."""
-        meeting = Meeting(operation, self.running[-1] if self.running else "", layer)
-        if meeting not in self.meetings:
-            self.meetings.append(meeting)
+        That is the layer that runs, unless the weight is another layer's parameter.
+        """
+        running = self.running[-1]
+        owners = self._owners.get(id(weight), [running])
+        layer = running if running in owners else owners[0]
+        if layer in self.layers:
+            return layer
+        return None
+
+    def note_meeting(self, operation: str, layer: str | None) -> None:
+        """Notes that pixels met a weight in an operation."""
+        self.meetings.append(Meeting(operation, self.running[-1], layer))
 
 
-def owners_of_weights(layers: Mapping[str, nn.Module]) -> dict[int, str]:
-    """Returns the names of layers by the `id` of the parameter that is their weight; computed weights are left out."""
-    return {id(layer._parameters["weight"]): name for name, layer in layers.items() if "weight" in layer._parameters}
+def _storage(tensor: Any) -> StorageWeakRef | None:
+    if not isinstance(tensor, Tensor):
+        return None
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (RuntimeError, NotImplementedError):  # sparse tensors and some subclasses have none
+        return None
 
 
 class LayerOps(PatchOpMode):
-    """Notes where pixels meet a layer's weight in a convolution or linear operation."""
+    """Notes what the layers read, and where pixels meet a weight in a convolution or linear operation."""
 
     def __init__(self, trace: PixelTrace) -> None:
         super().__init__()
         self.trace = trace
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op`; what is noted of it stands before what its parts would be noted as."""
+        """Runs `op` and notes it, once it has succeeded: a guess of a batch that does not fit fails here."""
         trace = self.trace
+        layer = trace.layer_of(weight)
         meets = trace.mark_of(input) == Mark.PIXELS and trace.mark_of(weight) == Mark.WEIGHTS
-        layer = trace.owner_of(weight) if meets else None
-        if not meets:
-            return op(input, weight, *args, **kwargs)
-        if layer is None:
-            trace.note(op.__name__, None)
+        if meets and layer is None:
+            trace.note_meeting(op.__name__, None)
         before = len(trace.meetings)
         try:
             out = op(input, weight, *args, **kwargs)
         finally:
-            del trace.meetings[before:]
-        trace.mark(out, Mark.FEATURES)
-        if layer is not None:  # a guess of a batch that does not fit has failed by now
-            trace.note(op.__name__, layer)
+            if meets:  # `EveryOp` has noted the parts of the operation
+                del trace.meetings[before:]
+        if meets:
+            trace.mark(out, Mark.FEATURES)
+        if layer is not None:
+            spec = PATCH_OPS[op](input, weight, *args, **kwargs)
+            trace.inputs.append(LayerInput(layer, trace.running[-1], tuple(input.shape), spec))
+            if meets:
+                trace.note_meeting(op.__name__, layer)
         return out
 
 
 class EveryOp(TorchDispatchMode):
-    """Carries marks through every operation, also those of scripted modules, and notes where pixels meet other weights."""
+    """Carries marks through every operation, scripted ones too, and notes where pixels meet other weights."""
 
     def __init__(self, trace: PixelTrace) -> None:
         super().__init__()
@@ -143,14 +164,14 @@ class EveryOp(TorchDispatchMode):
         """Runs `func` and marks what it gives."""
         kwargs = kwargs or {}
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        marks = [self.trace.mark_of(operand) for operand in operands]
+        marks = list(map(self.trace.mark_of, operands))
         mark = max(marks, default=Mark.NOTHING)
         if mark == Mark.PIXELS and _mixes(func, operands, marks):
-            self.trace.note(_name(func, args), None)
+            self.trace.note_meeting(_name(func, args), None)
             mark = Mark.FEATURES
         out = func(*args, **kwargs)
-        if mark:
-            for result in (*tree_leaves(out), *_written(func, args, kwargs)):
+        if mark > Mark.NOTHING:
+            for result in tree_leaves(out):
                 if isinstance(result, Tensor):
                     self.trace.mark(result, mark)
         return out
@@ -161,31 +182,23 @@ def _mixes(func: Any, operands: list[Tensor], marks: list[Mark]) -> bool:
     name = func.overloadpacket.__name__
     if name in PRODUCTS:
         return set(marks[PRODUCTS[name]]) == {Mark.PIXELS, Mark.WEIGHTS}
-    matrices = [
-        operand
-        for operand, mark in zip(operands, marks, strict=True)
-        if mark == Mark.WEIGHTS and sum(size != 1 for size in operand.shape) >= 2
-    ]
+    pixels = 0
+    has_matrix = False
+    for operand, mark in zip(operands, marks, strict=True):
+        if mark == Mark.PIXELS:
+            pixels += operand.numel()
+        elif mark == Mark.WEIGHTS and len(operand.shape) - operand.shape.count(1) >= 2:
+            has_matrix = True
     if name == "mul":  # which repeats each pixel for several weights, for a sum to follow
-        pixels = sum(operand.numel() for operand, mark in zip(operands, marks, strict=True) if mark == Mark.PIXELS)
-        shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
-        return bool(matrices) and math.prod(shape) > pixels
+        shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
+        return has_matrix and math.prod(shape) > pixels
     if torch.Tag.pointwise in func.tags or func.is_view or name in ELEMENTWISE:
         return False
-    return bool(matrices)
+    return has_matrix
 
 
 def _name(func: Any, args: Any) -> str:
     name = str(func.overloadpacket.__name__)
-    return "conv_transpose" if name == "convolution" and len(args) > 6 and args[6] else name
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Returns the arguments that `func` changes in place."""
-    return [args[place] if place < len(args) else kwargs.get(name) for place, name in _changed_arguments(func)]
-
-
-@functools.cache
-def _changed_arguments(func: Any) -> list[tuple[int, str]]:
-    arguments = enumerate(func._schema.arguments)
-    return [(place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    if name == "convolution" and len(args) > 6 and args[6]:
+        return "conv_transpose"
+    return name

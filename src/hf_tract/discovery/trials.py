@@ -1,4 +1,4 @@
-"""Trial runs of a model's copy: with guessed batches, or with the user's."""
+"""Tries a copy of a model with guessed batches, or with the user's, until a forward tells enough."""
 
 from __future__ import annotations
 
@@ -9,136 +9,147 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
 from hf_tract.config import TrActError
-from hf_tract.discovery.inputs import forward_parameters, guess_inputs, map_tensors, precision
-from hf_tract.discovery.probe import Probe, functional_callers, layers_reached_first, meta_copy
+from hf_tract.discovery.calling import forward_parameters, map_tensors, tensors_in
+from hf_tract.discovery.inputs import guess_inputs, precision
+from hf_tract.discovery.probe import Probe, copy_with_values, layers_reached_first, meta_copy
 from hf_tract.discovery.wrappers import without_wrappers
 
-MOST_PARAMETERS = 5 * 10**8  # up to which a forward is made on copies of them, where the meta device does not suffice
-FEW_PARAMETERS = 10**8  # likewise, where a forward on the meta device has told something before it failed
-MOST_GUESSES, FEW_GUESSES = 24, 3  # of batches that reach a weight, without and with values
-MOST_NUMBERS = 4 * 10**6  # of a guess with values
+MAX_PROBE_PARAMETERS = (
+    5 * 10**8
+)  # up to which a model is copied with its values, where the meta device does not suffice
+MAX_GUESSES = 24  # that reach a weight on the meta device; and that are made with values
+MAX_GUESSES_WITH_VALUES = 3  # that reach a weight
+MAX_NUMBERS = 4 * 10**6  # in a guess with values
 logger = logging.getLogger(__name__)
 
 
-def probe_guesses(model: nn.Module) -> Probe | None:
-    """Returns what the pixels meet in the first guess of a batch that the forward takes, or else what a part of one tells."""
-    partial: Probe | None = None
-    is_uncertain = False  # which of several arguments are pixels
-    for device, copied in _copies(model, MOST_PARAMETERS):
-        tries = 0
-        for batch in itertools.islice(_guesses(copied, device), None if device == "meta" else MOST_GUESSES):
-            found = layers_reached_first(copied, batch)
-            if found.meetings and found.error is None:
-                return found
-            if found.meetings and (partial is None or (found.layers and not partial.layers)):
-                partial, is_uncertain = found, isinstance(batch, tuple)
-            tries += bool(found.meetings)
-            if tries == (MOST_GUESSES if device == "meta" else FEW_GUESSES):
+def trial_runs(model: nn.Module, example_batch: Any = None) -> Iterator[tuple[str, Probe]]:
+    """Runs forwards until there is nothing more to try, and yields the device of each with what it showed.
+
+    They are run on the meta device first, where they cost next to nothing, and then with values, since some forwards
+    look at them. There are none for a model that cannot be copied.
+    """
+    for device, copied in _copies(model):
+        tries_left = MAX_GUESSES
+        if device != "meta":
+            tries_left = MAX_GUESSES_WITH_VALUES
+        for batch in _batches(copied, device, example_batch):
+            probe = layers_reached_first(copied, batch)
+            yield device, probe
+            if probe.meetings:
+                tries_left -= 1
+            if tries_left == 0:
                 break
-        if partial is not None and not _devices_with_values(model, FEW_PARAMETERS):
-            break
-    if is_uncertain and partial is not None and partial.layers:
-        logger.warning(UNCERTAIN, ", ".join(map(without_wrappers, partial.layers)))
-    return partial
 
 
-def _copies(model: nn.Module, most: int) -> Iterator[tuple[str, nn.Module]]:
-    """Makes the copies to try, with their devices: none of a model that cannot be copied, such as FSDP2's.
-
-    The first is on the meta device, where a forward costs next to nothing. Some forwards look at values: a model of at most
-    `most` parameters is copied with them too.
-    """
-    for device in ("meta", *_devices_with_values(model, most)):
-        try:
-            copied = meta_copy(model, device if device == "meta" else None)
-        except Exception:  # whatever a model's own copying raises
-            return
-        yield device, copied
+def _copies(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    try:
+        yield "meta", meta_copy(model)
+        device = _device_for_values(model)
+        if device is not None:
+            yield device, copy_with_values(model)
+    except Exception:  # whatever a model's own copying raises
+        return
 
 
-def _guesses(copied: nn.Module, device: str) -> Iterator[Any]:
-    """Guesses batches; with values, none that are large."""
-    return (batch for batch in guess_inputs(copied, device) if device == "meta" or _numbers(batch) <= MOST_NUMBERS)
-
-
-def _numbers(batch: Any) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-
-
-def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
-    """Returns what the pixels of the user's batch meet.
-
-    Raises:
-        TrActError: from the forward's own error, if it does not take the batch.
-    """
-    found: Probe | None = None
-    device = "meta"
-    for device, copied in _copies(model, MOST_PARAMETERS):
-        found = layers_reached_first(copied, _moved(example_batch, device, precision(model)), grad=device != "meta")
-        if found.error is None:
-            return found
-    if found is None:  # the model cannot be copied
+def _device_for_values(model: nn.Module) -> str | None:
+    """Returns the device of a model that can be copied with its values: it is small, and on one device."""
+    size = 0
+    devices = set()
+    for parameter in model.parameters():
+        size += parameter.numel()
+        devices.add(parameter.device)
+    if len(devices) != 1 or torch.device("meta") in devices or size > MAX_PROBE_PARAMETERS:
         return None
-    argument = next(iter(forward_parameters(model)), "batch")
-    if found.meetings and device == "meta":  # the forward may have failed for want of values
-        return found
-    raise TrActError(
-        f"`example_batch` (={described(example_batch)}): the forward of `model` (={type(model).__name__}) failed on it with "
-        f"{type(found.error).__name__}: {found.error}. A tuple is passed as positional arguments and a mapping as keyword "
-        f"arguments; give {{{argument!r}: batch}} if the forward takes a mapping."
-    ) from found.error
+    return str(devices.pop())
 
 
-def described(batch: Any) -> str:
-    """Returns the types and shapes in a batch."""
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key!r}: {described(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, (list, tuple)):
-        return f"{type(batch).__name__} of " + ", ".join(map(described, batch))
-    return f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+def _batches(copied: nn.Module, device: str, example_batch: Any) -> Iterator[Any]:
+    if example_batch is not None:
+        return iter([_moved(example_batch, device, precision(copied))])
+    guesses = guess_inputs(copied, device)
+    if device == "meta":
+        return guesses
+    return itertools.islice(filter(_is_small, guesses), MAX_GUESSES)
 
 
-def _devices_with_values(model: nn.Module, most: int) -> list[str]:
-    """Returns the device of a model of at most `most` parameters, if it is a single one."""
-    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
-        return []
-    devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
-    small = sum(parameter.numel() for parameter in model.parameters()) <= most
-    return [str(next(iter(devices)))] if small and len(devices) == 1 else []
+def _is_small(batch: Any) -> bool:
+    return sum(map(torch.numel, tensors_in(batch))) <= MAX_NUMBERS
 
 
 def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
-    """Returns the caller's batch in the model's precision; on the meta device, only its shapes, and its integers."""
+    """Returns a copy of the user's batch, in the model's precision."""
 
     def moved(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        if not tensor.is_floating_point():
-            return tensor.to("cpu" if device == "meta" else device, copy=True)
-        return tensor.to(device, dtype, copy=True)
+        if tensor.is_floating_point():
+            return tensor.to(device, dtype, copy=True)
+        if device == "meta":  # integers keep their values, as those of guesses do
+            return tensor.to("cpu", copy=True)
+        return tensor.to(device, copy=True)
 
     return map_tensors(batch, moved)
 
 
-def callers_in_a_trial(model: nn.Module, example_batch: Any) -> dict[str, list[str]]:
-    """Returns what `functional_callers` does for the first batch that reaches a layer; nothing where none does."""
-    for device, copied in _copies(model, FEW_PARAMETERS):
-        guesses = (
-            _guesses(copied, device)
-            if example_batch is None
-            else iter([_moved(example_batch, device, precision(model))])
+def probe_guesses(model: nn.Module) -> Probe | None:
+    """Returns the first trial run of a guess that completes, or else the first that went far enough to tell."""
+    partial: Probe | None = None
+    for _, probe in trial_runs(model):
+        if not probe.meetings:
+            continue
+        if probe.error is None:
+            return probe
+        if partial is None or (probe.layers and not partial.layers):
+            partial = probe
+    if partial is not None and partial.layers and isinstance(partial.batch, tuple):
+        logger.warning(
+            "TrAct: no guess of a batch fitted the forward of the model, which takes several arguments; one went far "
+            "enough to meet %s, which is taken. If that is not where the pixels come in, give a batch with "
+            "`example_batch=`, or name the layer with `layers=`.",
+            ", ".join(map(without_wrappers, partial.layers)),
         )
-        found = (functional_callers(copied, batch) for batch in itertools.islice(guesses, 4 * MOST_GUESSES))
-        if (callers := next((each for each in found if each is not None), None)) is not None:
-            return callers
-    return {}
+    return partial
 
 
-UNCERTAIN = (
-    "TrAct: no guess of a batch fitted the forward of the model, which takes several arguments; one went far enough to meet "
-    "%s, which is taken. If that is not where the pixels come in, give a batch with `example_batch=`, or name the layer with "
-    "`layers=`."
-)
+def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
+    """Returns the trial run of the user's batch; None for a model that cannot be copied.
+
+    Raises:
+        TrActError: if its pixels meet no weight; from the forward's own error, if it does not take the batch.
+    """
+    runs: dict[str, Probe] = {}
+    for device, probe in trial_runs(model, example_batch):
+        runs[device] = probe
+        if probe.error is None:
+            break
+    if not runs:
+        return None
+    device, probe = runs.popitem()
+    named = f"`example_batch` (={_described(example_batch)}): the forward of `model` (={type(model).__name__})"
+    if probe.error is None and not probe.meetings:
+        raise TrActError(
+            f"{named} ran, and no tensor of the batch met a weight. Give pixels as tensors, in tuples, lists or "
+            f"mappings, or name the layer with `layers=`."
+        )
+    # On the meta device a forward may have failed for want of values.
+    if probe.error is None or (device == "meta" and probe.meetings):
+        return probe
+    argument = next(iter(forward_parameters(model)), "batch")
+    raise TrActError(
+        f"{named} failed on it with {type(probe.error).__name__}: {probe.error}. A tuple is passed as positional "
+        f"arguments and a mapping as keyword arguments; give {{{argument!r}: batch}} if the forward takes a mapping."
+    ) from probe.error
+
+
+def _described(batch: Any) -> str:
+    """Returns the types and shapes in a batch."""
+    if isinstance(batch, Mapping):
+        entries = [f"{key!r}: {_described(value)}" for key, value in batch.items()]
+        return "{" + ", ".join(entries) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"{type(batch).__name__} of " + ", ".join(map(_described, batch))
+    if isinstance(batch, Tensor):
+        return f"{batch.dtype} {tuple(batch.shape)}"
+    return type(batch).__name__

@@ -1,14 +1,16 @@
-"""A model and its names without what wrappers added to them."""
+"""Looks through what wraps a model, and through what that adds to the names of its modules."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from hf_tract.core.patches import is_supported
+
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of DDP, FSDP1, DataParallel, `torch.compile` and what looks like them."""
+    """Returns the model inside of DDP, FSDP1, DataParallel, `torch.compile` and what looks like them."""
     children = dict(model.named_children())
     while len(children) == 1 and next(iter(children)) in WRAPPERS:
         (model,) = children.values()
@@ -17,5 +19,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def without_wrappers(name: str) -> str:
-    """`name` without what wrappers added to it."""
+    """Returns the name of a module without what wrappers added to it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns all modules by their names without wrappers."""
+    return {without_wrappers(name): module for name, module in model.named_modules()}
+
+
+def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules that TrAct could take, by their names without wrappers."""
+    return {name: module for name, module in modules_by_name(model).items() if is_supported(module)}
