@@ -29,8 +29,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract, whiten_first_layer
-from hf_tract.integrations.model_card import TrainingRecord, save_card, without_local_path
-from hf_tract.integrations.provenance import command
+from hf_tract.integrations import TrainingRecord
 from hf_tract.metrics import TopK
 from image_data import Splits, normalization
 from loaders import make_loaders
@@ -59,7 +58,7 @@ def main() -> None:
     if PartialState().is_main_process:
         folder = Path(run.output_dir) / "model"
         save_model(trained.model, folder, trained.look, trained.splits.names)
-        save_card(record(recipe, hub_id, run.license, trained), folder, run.hub_model_id)
+        record(recipe, hub_id, run.license, trained).save(folder, run.hub_model_id)
         if run.push_to_hub:
             print(push_folder(folder, hub_id, update=True))
 
@@ -243,20 +242,23 @@ def record(recipe: Recipe, hub_id: str, license: str | None, trained: Trained) -
     ours = ("lam", "scope")  # which the card tells by itself, where TrAct is on
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value and key not in ours}
     fresh = recipe.model in CONFIG_MAPPING or timm.is_model(recipe.model)
-    return TrainingRecord(
+    record = TrainingRecord(
         name=hub_id.split("/")[-1],
         library="timm" if timm.is_model(recipe.model) else "transformers",
-        dataset=without_local_path(recipe.dataset),
+        dataset=recipe.dataset,
         tract=handle.config if handle else None,
         layers=[layer.name for layer in handle.layers] if handle else [],
-        base_model=None if fresh else without_local_path(recipe.model),
+        base_model=None if fresh else recipe.model,
         license=license,
         metrics={name: rows[-1][name] for name in ("accuracy", "top5")},
         history=rows,
-        hyperparameters={**settings, "dataset": without_local_path(recipe.dataset)},
         split=trained.splits.eval_split,
         seed=recipe.seed,
-        command=re.sub(r" --resume_from_checkpoint \S+", "", command()),  # which makes no difference
+    )
+    return dataclasses.replace(
+        record,
+        hyperparameters={**settings, "dataset": record.dataset},
+        command=re.sub(r" --resume_from_checkpoint \S+", "", record.command),  # which makes no difference
     )
 
 

@@ -11,7 +11,8 @@ import dataclasses
 from pathlib import Path
 
 from hf_tract import TrActError
-from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord, save_card
+from hf_tract.integrations import TrainingRecord
+from hf_tract.integrations.training_record import RECORD_FILE
 from upload import push_folder
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         record = dataclasses.replace(
             TrainingRecord.from_json_file(folder / RECORD_FILE), name=args.repo_id.split("/")[-1], **given
         )
-        save_card(record, folder, args.repo_id)
+        record.save(folder, args.repo_id)
         if args.dry_run:
             print(f"{folder / 'README.md'} is written, nothing is uploaded.")
         else:

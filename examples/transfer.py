@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_tract import TrActCallback, find_first_layers
-from hf_tract.integrations.trainer_card import use_model_card
+from hf_tract.integrations import use_model_card
 from hf_tract.metrics import compute_top_k
 from image_data import DATASET_HELP, DataArguments, Images, Splits, to_tensor, without_corrupt
 from modeling import Preprocessing, checkpoint_id, head_of, load_processor, make_transformers_model, preprocessing_of

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from comparison import spread
-from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord, without_local_path
+from hf_tract.integrations import TrainingRecord
+from hf_tract.integrations.training_record import RECORD_FILE, without_local_path
 from jobs import Work, run_all
 
 mpl.use("Agg")

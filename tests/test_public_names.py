@@ -3,6 +3,7 @@
 import inspect
 
 import hf_tract
+import hf_tract.integrations
 
 PUBLIC = {
     "FirstLayer": "(name, module, source)",
@@ -36,6 +37,20 @@ PUBLIC = {
         "(model, batches, lam=0.1, layers='auto', *, match_scale=True, force=False, process_group=None)"
     ),
 }
+SHARED = ("TrActCallback", "TrActHook", "TrActTrainerCallback")
+INTEGRATIONS = {
+    **{name: value for name, value in PUBLIC.items() if name.startswith(SHARED)},
+    "TrainingRecord": (
+        "(name, library, dataset, tract=None, layers=(), base_model=None, license=None, metrics=<factory>, "
+        "history=(), hyperparameters=<factory>, split='test', seed=0, command=<factory>, hardware=<factory>, "
+        "versions=<factory>)"
+    ),
+    "TrainingRecord.from_trainer": "(trainer, *, dataset=None, base_model=None, license=None, split='test')",
+    "TrainingRecord.from_json_file": "(path)",
+    "TrainingRecord.to_json_file": "(self, path)",
+    "TrainingRecord.save": "(self, folder, model_id=None, tags=())",
+    "use_model_card": "(trainer, *, dataset, license=None, base_model=None, split='test')",
+}
 
 
 def signatures(package) -> dict[str, str]:
@@ -65,3 +80,7 @@ def arguments(value) -> str:
 
 def test_public_names_have_these_signatures():
     assert signatures(hf_tract) == PUBLIC
+
+
+def test_public_names_of_the_integrations_have_these_signatures():
+    assert signatures(hf_tract.integrations) == INTEGRATIONS

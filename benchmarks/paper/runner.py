@@ -12,7 +12,7 @@ import yaml
 from experiments import HERE, Job
 from results import RAN_ON, Result
 
-from hf_tract.integrations.model_card import without_local_path
+from hf_tract.integrations.training_record import without_local_path
 from jobs import Work, run_all
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForImageClassification
 
 import pretrain_vit
 from helpers.oracle import assert_close
-from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord
+from hf_tract.integrations import TrainingRecord
+from hf_tract.integrations.training_record import RECORD_FILE
 from hf_tract.metrics import TopK
 from recipe import Recipe
 

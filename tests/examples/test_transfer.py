@@ -17,7 +17,8 @@ import transfer
 import transfer_matrix
 from digits import digits
 from hf_tract import TrActError
-from hf_tract.integrations.model_card import RECORD_FILE, TrainingRecord
+from hf_tract.integrations import TrainingRecord
+from hf_tract.integrations.training_record import RECORD_FILE
 
 STEM = "vit.embeddings.patch_embeddings.projection.weight"
 FAST = ["--use_cpu", "--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--disable_tqdm", "True"]

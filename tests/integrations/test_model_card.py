@@ -7,22 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_eval_result, metadata_load
 from PIL import Image
 
 from hf_tract import TrActConfig, TrActError
-from hf_tract.integrations import provenance
-from hf_tract.integrations.model_card import (
-    CONFIG_FILE,
-    CURVE_NAME,
-    RECORD_FILE,
-    TrainingRecord,
-    is_hub_id,
-    model_card,
-    save_card,
-    without_local_path,
-)
+from hf_tract.integrations import TrainingRecord, provenance
+from hf_tract.integrations.model_card import CURVE_FILE, is_hub_id
+from hf_tract.integrations.training_record import CONFIG_FILE, RECORD_FILE, without_local_path
 
 ROWS = [{"epoch": float(i), "loss": 3 / i, "eval_loss": 2 / i, "accuracy": 0.1 * i, "top5": 0.9} for i in range(1, 6)]
 RECORD = TrainingRecord(
@@ -41,12 +33,14 @@ RECORD = TrainingRecord(
 )
 
 
+def saved_card(record: TrainingRecord, folder: Path, model_id: str | None = None) -> ModelCard:
+    record.save(folder, model_id)
+    return ModelCard.load(folder / "README.md")
+
+
 def test_the_metadata_is_valid_and_reads_back_equal(tmp_path):
-    card = save_card(RECORD, tmp_path, "me/vit-flowers")
-    again = ModelCard.load(tmp_path / "README.md")
-    assert again.data.to_dict() == card.data.to_dict()
-    assert again.data.eval_results == card.data.eval_results
-    data = again.data
+    data = saved_card(RECORD, tmp_path, "me/vit-flowers").data
+    assert data.to_dict() == ModelCardData(**metadata_load(tmp_path / "README.md")).to_dict()
     assert (data.library_name, data.pipeline_tag, data.license) == (
         "transformers",
         "image-classification",
@@ -71,14 +65,14 @@ def test_the_metadata_is_valid_and_reads_back_equal(tmp_path):
         dataset_split="test",
     )
     del expected["model-index"][0]["results"][0]["metrics"][0]["verified"]  # of the Hub's own evaluations alone
-    index = metadata_load(tmp_path / "README.md")["model-index"]
-    one = dataclasses.replace(RECORD, metrics={"accuracy": 0.8125})
-    assert model_card(one).data.to_dict()["model-index"] == expected["model-index"]
-    assert index[0]["results"][0]["metrics"][0] == expected["model-index"][0]["results"][0]["metrics"][0]
+    one = saved_card(dataclasses.replace(RECORD, metrics={"accuracy": 0.8125}), tmp_path)
+    assert one.data.to_dict()["model-index"] == expected["model-index"]
+    first = data.to_dict()["model-index"][0]["results"][0]
+    assert first["metrics"][0] == expected["model-index"][0]["results"][0]["metrics"][0]
 
 
 def test_the_card_tells_what_was_done_and_how(tmp_path):
-    text = save_card(RECORD, tmp_path, "me/vit-flowers").text
+    text = saved_card(RECORD, tmp_path, "me/vit-flowers").text
     for phrase in (
         'pipeline("image-classification", model="me/vit-flowers")',
         "lam = 0.2",
@@ -90,44 +84,41 @@ def test_the_card_tells_what_was_done_and_how(tmp_path):
         "| 5 | 0.6 | 0.4 | 0.5 | 0.9 |",
         "title     = {{TrAct}: Making First-layer Pre-Activations Trainable}",
         "81.2 %",
-        f"]({CURVE_NAME})",
+        f"]({CURVE_FILE})",
     ):
         assert phrase in text, phrase
-    with Image.open(tmp_path / CURVE_NAME) as image:
+    with Image.open(tmp_path / CURVE_FILE) as image:
         assert image.width > 800
     assert TrActConfig.from_json_file(tmp_path / CONFIG_FILE) == RECORD.tract
     assert TrainingRecord.from_json_file(tmp_path / RECORD_FILE) == RECORD
 
 
-def test_a_run_without_tract_is_not_tagged_and_says_so():
-    card = model_card(dataclasses.replace(RECORD, tract=None, layers=[], base_model=None))
+def test_a_run_without_tract_is_not_tagged_and_says_so(tmp_path):
+    card = saved_card(dataclasses.replace(RECORD, tract=None, layers=[], base_model=None), tmp_path)
     assert card.data.tags == ["image-classification"]
     assert "without TrAct" in card.text
     assert "from random weights" in card.text
     assert "lam" not in card.text.split("### To reproduce")[0]
 
 
-def test_a_timm_model_is_loaded_by_timm():
-    card = model_card(dataclasses.replace(RECORD, library="timm"), model_id="me/resnet")
+def test_a_timm_model_is_loaded_by_timm(tmp_path):
+    card = saved_card(dataclasses.replace(RECORD, library="timm"), tmp_path, "me/resnet")
     assert card.data.library_name == "timm"
     assert 'timm.create_model("hf-hub:me/resnet", pretrained=True)' in card.text
 
 
 def test_without_matplotlib_there_is_a_table_and_no_curve(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    text = save_card(RECORD, tmp_path).text
-    assert CURVE_NAME not in text
-    assert not (tmp_path / CURVE_NAME).exists()
+    text = saved_card(RECORD, tmp_path).text
+    assert CURVE_FILE not in text
+    assert not (tmp_path / CURVE_FILE).exists()
     assert "| epoch | loss |" in text
 
 
-def test_of_a_long_history_the_table_has_some_rows_and_the_last():
+def test_of_a_long_history_the_table_has_some_rows_and_the_last(tmp_path):
     long = [{"epoch": epoch, "loss": 1.0} for epoch in range(1, 301)]
-    rows = [
-        line
-        for line in model_card(dataclasses.replace(RECORD, history=long)).text.splitlines()
-        if line.endswith("| 1 |")
-    ]
+    text = saved_card(dataclasses.replace(RECORD, history=long), tmp_path).text
+    rows = [line for line in text.splitlines() if line.endswith("| 1 |")]
     assert len(rows) == 20
     assert rows[-1] == "| 300 | 1 |"
 
@@ -141,7 +132,8 @@ def test_what_is_no_hub_id_is_named_and_not_linked(tmp_path):
     assert without_local_path(str(folder)) == "vit-flowers"  # a trained model's
     assert not is_hub_id("photo crops")
     assert is_hub_id("uoft-cs/cifar10")
-    card = model_card(dataclasses.replace(RECORD, dataset="my images", base_model="a folder"))
+    assert dataclasses.replace(RECORD, dataset=str(folder)).dataset == "vit-flowers"
+    card = saved_card(dataclasses.replace(RECORD, dataset="my images", base_model="a folder"), tmp_path)
     assert card.data.datasets is None
     assert card.data.base_model is None
     assert card.data.eval_results[0].dataset_type == "my-images"
@@ -176,7 +168,8 @@ def test_a_card_of_this_repository_is_valid_and_whole(path):
     ("arguments", "expected"),
     [
         (["/mnt/me/transfer.py", "--dataset", "/data/x/flowers"], "python transfer.py --dataset PATH_TO/flowers"),
-        (["transfer.py", "--hub_token", "secret"], "python transfer.py --hub_token TOKEN"),
+        (["transfer.py", "--hub_token", "sec=ret"], "python transfer.py --hub_token TOKEN"),
+        (["transfer.py", "--hub_token=secret"], "python transfer.py --hub_token=TOKEN"),
         (["transfer.py", "--note", "my hf_AbCdEfGh12345 token"], "python transfer.py --note 'my TOKEN token'"),
         (["train.py", "--dataset=/data/x", "--lam", "0.1"], "python train.py --dataset=PATH_TO/x --lam 0.1"),
     ],

@@ -7,9 +7,9 @@ from transformers import TrainerState
 
 from helpers.models import STEM, small_vit, trainer
 from hf_tract import TrActCallback, TrActConfig
-from hf_tract.integrations.model_card import CONFIG_FILE, RECORD_FILE, TrainingRecord
-from hf_tract.integrations.trainer_card import use_model_card
-from hf_tract.integrations.trainer_record import history
+from hf_tract.integrations import TrainingRecord, use_model_card
+from hf_tract.integrations.trainer_facts import history_of
+from hf_tract.integrations.training_record import CONFIG_FILE, RECORD_FILE
 
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 2, "logging_strategy": "epoch"}
 
@@ -110,7 +110,7 @@ def test_the_history_has_a_row_for_each_evaluation():
         {"eval_loss": 1.2, "eval_accuracy": 0.5, "epoch": 2.0},
         {"train_runtime": 3.0},
     ]
-    assert history(log) == [
+    assert history_of(log) == [
         {"epoch": 1.0, "loss": 1.0, "eval_loss": 1.5, "accuracy": 0.4, "top5": 0.9},
         {"epoch": 2.0, "loss": 1.0, "eval_loss": 1.2, "accuracy": 0.5},
     ]

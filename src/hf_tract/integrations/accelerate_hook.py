@@ -1,4 +1,4 @@
-"""`TrActHook`: TrAct as an accelerate `ModelHook`, so that accelerate's own tools carry it."""
+"""Makes TrAct one of accelerate's hooks, so that accelerate's own tools add and remove it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
     """Applies TrAct when accelerate adds this hook to a model or to a layer, and removes it with the hook.
 
     Args:
-        lam: as in `apply_tract`; so are the others.
-        layers: which layers of the module that carries the hook.
-        scope: "global" or "local".
+        lam: as in `TrActConfig`, like `scope`.
+        layers: of the module that gets the hook, as in `apply_tract`.
+        scope: as in `TrActConfig`.
         options: `example_batch` and `process_group` of `apply_tract`.
 
     Example:
@@ -30,16 +30,19 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
     def __init__(
         self, lam: float = 0.1, layers: LayerSelection = "auto", scope: Scope = "global", **options: Any
     ) -> None:
-        self.lam, self.layers, self.scope, self.options = lam, layers, scope, options
+        self.lam = lam
+        self.layers = layers
+        self.scope: Scope = scope
+        self.options = options
         self.handle: TrActHandle | None = None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """Applies TrAct to `module`, which is returned."""
+        """Applies TrAct to `module`, and returns it."""
         self.handle = apply_tract(module, self.lam, self.layers, self.scope, **self.options)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Removes TrAct from `module`, which is returned."""
+        """Removes TrAct from `module`, and returns it."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None

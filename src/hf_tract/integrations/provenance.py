@@ -1,4 +1,4 @@
-"""Where a figure comes from: the command, the hardware and the versions that stand beside it."""
+"""Tells what a figure comes from: the command, the hardware and the versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
-    """The command that runs now, without what is nobody else's business: tokens, and where files lie on this machine.
+    """Returns the command that runs now, without tokens and without the folders of this machine.
 
     Args:
         arguments: the script and its arguments, by default those of this process.
@@ -28,32 +28,43 @@ def command(arguments: Sequence[str] | None = None) -> str:
         >>> command(["/mnt/me/train.py", "--dataset", "/data/cifar10", "--hub_token=hf_AbCdEfGh1234"])
         'python train.py --dataset PATH_TO/cifar10 --hub_token=TOKEN'
     """
-    script, *rest = sys.argv if arguments is None else arguments
-    parts = [_relative(script), *("=".join(_relative(piece) for piece in part.split("=", 1)) for part in rest)]
-    parts = ["TOKEN" if before.endswith("token") else part for before, part in zip(["", *parts], parts, strict=False)]
-    return " ".join(["python", *(shlex.quote(_TOKEN.sub("TOKEN", part)) for part in parts)])
+    words = ["python"]
+    option = ""
+    for argument in arguments or sys.argv:
+        name, equals, value = argument.partition("=")
+        word = _without_folder(name) + equals + _without_folder(value)
+        if equals and name.endswith("token"):
+            word = f"{name}=TOKEN"
+        if option.endswith("token"):
+            word = "TOKEN"
+        words.append(shlex.quote(_TOKEN.sub("TOKEN", word)))
+        option = argument
+    return " ".join(words)
 
 
-def _relative(part: str) -> str:
-    """A path below the working folder from there on, another by its name."""
-    path = Path(part)
-    if not path.is_absolute() and not part.startswith(("../", "~")):
-        return part
+def _without_folder(argument: str) -> str:
+    """Returns a path in the working folder as it is seen from there, and any other path by its name."""
+    path = Path(argument)
+    if not path.is_absolute() and not argument.startswith(("../", "~")):
+        return argument
     if path.is_relative_to(Path.cwd()):
         return str(path.relative_to(Path.cwd()))
-    return path.name if path.suffix == ".py" else f"PATH_TO/{path.name}"
+    if path.suffix == ".py":
+        return path.name
+    return f"PATH_TO/{path.name}"
 
 
 def hardware() -> str:
-    """The device that torch computes on, in words."""
+    """Returns the name of the device that torch computes on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    return f"{_cpu()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}"
+    unit = "thread" if threads == 1 else "threads"
+    return f"{_cpu()}, {os.cpu_count()} cores, {threads} {unit}"
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of those packages that are installed."""
+    """Returns the versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -65,8 +76,10 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 def _cpu() -> str:
     try:
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
+        listing = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name")]
-    return f"{platform.machine()} {names[0]}" if names else platform.machine()
+    for line in listing.splitlines():
+        if line.startswith("Model name"):
+            return f"{platform.machine()} {line.split(':', 1)[1].strip()}"
+    return platform.machine()

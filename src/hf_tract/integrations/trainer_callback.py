@@ -1,4 +1,4 @@
-"""`TrActCallback`: TrAct in `transformers.Trainer`, by one line."""
+"""Adds TrAct to transformers' Trainer, by one line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_t
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import LayerSelection
-from hf_tract.integrations.model_card import CONFIG_FILE, TAGS
-from hf_tract.integrations.trainer_record import save_trainer_card
+from hf_tract.integrations.model_card import TAGS
+from hf_tract.integrations.training_record import CONFIG_FILE, record_of_run
 from hf_tract.whitening.batches import first_batches
-from hf_tract.whitening.whiten import mark_as_whitened, were_whitened, whiten_first_layer
+from hf_tract.whitening.fresh import mark_as_whitened, were_whitened
+from hf_tract.whitening.whiten import whiten_first_layer
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +28,24 @@ logger = logging.getLogger(__name__)
 class TrActCallback(TrainerCallback):
     """Trains the first layer by TrAct: `Trainer(..., callbacks=[TrActCallback(lam=0.1)])`.
 
-    TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary model.
-    Trainer's logs get `tract/grad_norm_raw`, `tract/grad_norm`, `tract/condition` and `tract/mean_eigenvalue` (see
-    `TrActHandle.stats`), and each checkpoint folder the settings as `tract_config.json`. What Trainer saves and pushes is
-    tagged `tract` and has these settings and a card beside it; `use_model_card` lets the card that Trainer writes last be
-    this one too. There is no training state, so nothing needs to be restored. One callback may serve several Trainers, also
-    one that runs inside another.
+    TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary
+    model. `max_grad_norm` (1.0 by default) clips the preconditioned gradient, as in the paper's code. Trainer's logs
+    get the figures of `TrActHandle.stats` as `tract/grad_norm_raw` and so on. There is no training state to restore.
+    One callback may serve several Trainers, also one that runs inside another.
 
-    Trainer's `max_grad_norm` (1.0 by default) sees the preconditioned gradient, as in the paper's code.
+    Each checkpoint folder gets the settings as `tract_config.json`. What Trainer saves and pushes is tagged `tract`
+    and has the settings and a card beside it; `use_model_card` makes the card that Trainer writes last this one too.
 
     Args:
-        lam: damping, in the units of C's eigenvalues: 0.1 for standardised pixels (see docs/usage.md).
-        layers: "auto", or names, glob patterns or modules.
-        scope: "global" for one second moment per optimizer step, whatever the accumulation and the number of ranks;
-            "local" for one per forward call.
-        whiten_init: for training from scratch: start the first layer as W0 (C + lam I)^-1/2, C from the first batches of
-            Trainer's own loader (see `hf_tract.whiten_first_layer`). A resumed run has it already.
+        lam: as in `TrActConfig`, like `scope`.
+        layers: names or glob patterns as in `TrActConfig`, or modules.
+        scope: as in `TrActConfig`.
+        whiten_init: for training from scratch, start with the first layer as `whiten_first_layer` makes it from the
+            first batches of Trainer's own loader. A resumed run has whitened weights already.
 
     Raises:
-        TrActError: for a setting that is none; when training begins, for layers that match nothing or are frozen, and with
-            `whiten_init` for weights that have been trained.
+        TrActError: for a wrong setting; when training begins, for layers that match nothing or are frozen, and with
+            `whiten_init` for weights that are not fresh.
 
     Source:
         Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970.
@@ -61,29 +60,21 @@ class TrActCallback(TrainerCallback):
         whiten_init: bool = False,
     ) -> None:
         self.whiten_init = whiten_init
-        self.layers = layers  # which may hold modules, and those are no settings
+        self.layers = layers  # Not in the config, which is written to files: these may be modules.
         self.config = TrActConfig(lam=lam, scope=scope)
         self._handles: list[TrActHandle] = []  # one for each model, also after its training
 
     def handle_of(self, model: nn.Module | None) -> TrActHandle | None:
-        """Returns the handle of the training of `model`, under way or ended; None where TrAct had nothing to act on."""
-        return next((handle for handle in self._handles if model is not None and handle.model is model), None)
+        """Returns the handle on `model`, in training or after it; None if TrAct had nothing to act on."""
+        for handle in self._handles:
+            if model is not None and handle.model is model:
+                return handle
+        return None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What a card tells beside the settings of `TrActConfig`."""
+        """Returns what a card lists beside the settings of `TrActConfig`."""
         return {"whiten_init": True} if self.whiten_init else {}
-
-    def on_push_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the settings and a card into what is about to be pushed."""
-        self._write_card(args, state, model)
 
     def on_train_begin(
         self,
@@ -94,58 +85,33 @@ class TrActCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Applies TrAct: here, because `model_init` makes a new model for each `train()`."""
+        """Applies TrAct: only now, because `model_init` makes a new model for each `train()`."""
         assert model is not None
-        self._forget(model)  # an exception in the last `train()` skips its end
-        try:
-            handle = apply_tract(model, self.config.lam, self.layers, self.config.scope)
-        except TrActError as error:
-            if not (isinstance(self.layers, str) and self.layers == "auto"):
-                raise
-            logger.warning("TrAct is off: %s", error)
-            return
-        if all(is_frozen(layer.module) for layer in handle.layers):
+        self._forget(model)  # An exception in the last `train()` has skipped its end.
+        handle = self._apply_tract(model)
+        if handle is None:
             return
         self._handles.append(handle)
         if isinstance(model, PreTrainedModel):
-            model.add_model_tags(list(TAGS))  # which Trainer puts into its own card
+            model.add_model_tags(list(TAGS))  # Trainer's own card gets these.
         if self.whiten_init:
             self._whiten(args, state, model, handle, train_dataloader)
         if args.ddp_find_unused_parameters:
             logger.warning(UNUSED_PARAMETERS)
-        if state.is_world_process_zero:
-            if args.get_process_log_level() <= logging.WARNING:
-                tqdm.write(handle.summary())  # beside the progress bar, where Trainer's own logs are
-            folder = _checkpoint(args, state) if state.global_step else None
-            if folder is not None:
-                _compare(folder, handle.config)
+        if not state.is_world_process_zero:
+            return
+        if args.get_process_log_level() <= logging.WARNING:
+            tqdm.write(handle.summary())  # beside the progress bar, where Trainer's own logs are
+        if state.global_step:
+            _compare_with_checkpoint(args, state, handle.config)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Looks once whether the first step was preconditioned: DeepSpeed's optimizers hold none of the model's parameters."""
+        """Checks the first step: DeepSpeed's optimizers have none of the model's parameters, so none is watched."""
         handle = self.handle_of(model)
         if handle is not None and handle.first_step is not None:
             handle.first_step.look()
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Removes TrAct; where something was saved, writes the settings and a card beside it."""
-        if model is not None:
-            self._take_off(model)
-        if args.save_strategy != SaveStrategy.NO:
-            self._write_card(args, state, model)
 
     def on_log(
         self,
@@ -161,85 +127,118 @@ class TrActCallback(TrainerCallback):
         if handle is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
         stats = handle.stats()
-        for name, figures in stats.items():
-            prefix = "tract" if len(stats) == 1 else f"tract/{name}"
-            figures = {f"{prefix}/{figure}": value for figure, value in figures.items()}
-            logs.update(figures)
-            state.log_history[-1].update(figures)
+        for layer, figures in stats.items():
+            prefix = "tract" if len(stats) == 1 else f"tract/{layer}"
+            for name, value in figures.items():
+                logs[f"{prefix}/{name}"] = value
+                state.log_history[-1][f"{prefix}/{name}"] = value
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Writes the settings into the checkpoint folder."""
         handle = self.handle_of(model)
-        if handle is None or not args.should_save:
-            return
-        if folder := _checkpoint(args, state):
+        folder = _checkpoint_folder(args, state)
+        if handle is not None and folder is not None and args.should_save:
             handle.config.to_json_file(folder / CONFIG_FILE)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes the settings and a card into the folder that is about to be pushed."""
+        self._write_card(args, state, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Removes TrAct, and writes the settings and a card beside what was saved."""
+        if model is not None:
+            self._remove_tract(model)
+        if args.save_strategy != SaveStrategy.NO:
+            self._write_card(args, state, model)
+
+    def _apply_tract(self, model: nn.Module) -> TrActHandle | None:
+        try:
+            handle = apply_tract(model, self.config.lam, self.layers, self.config.scope)
+        except TrActError as error:
+            if self.layers != "auto":
+                raise
+            logger.warning("TrAct is off: %s", error)
+            return None
+        if all(is_frozen(layer.module) for layer in handle.layers):
+            return None
+        return handle
 
     def _whiten(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, handle: TrActHandle, loader: Any
     ) -> None:
         layers = [layer.module for layer in handle.layers]
-        if state.global_step:  # the checkpoint that is resumed has whitened weights
-            mark_as_whitened(layers)
+        if state.global_step:
+            for layer in layers:
+                mark_as_whitened(layer)  # The checkpoint has whitened weights, and not this mark.
             return
-        if were_whitened(model, layers):  # `train()` again, or by `auto_find_batch_size`
+        if were_whitened(model, layers):  # by an earlier `train()`, perhaps one that ran out of memory
             logger.info("TrAct: the first layer was whitened before and goes on from there.")
             return
         try:
             batches = send_to_device(first_batches(loader), args.device)
             whiten_first_layer(model, batches, self.config.lam, layers)
-        except BaseException:  # also an error of the model's own
+        except BaseException:  # The model's forward may raise anything.
             self._forget(model)
             raise
 
     def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         handle = self.handle_of(model)
-        if handle is not None and model is not None and state.is_world_process_zero:
-            layers = [layer.name for layer in handle.layers]
-            save_trainer_card(
-                args, state, model, handle.config, layers, model_id=args.hub_model_id, more=self.hyperparameters
-            )
+        if model is None or handle is None or not state.is_world_process_zero:
+            return
+        record = record_of_run(args, state, model, handle, self.hyperparameters)
+        record.save(args.output_dir or ".", args.hub_model_id)
 
-    def _take_off(self, model: nn.Module) -> None:
-        """Removes TrAct; from a model whose first layer is frozen too, which has no handle here."""
+    def _remove_tract(self, model: nn.Module) -> None:
         handle = self.handle_of(model)
-        if handle is None:
-            remove_tract(model)
-        else:
+        if handle is not None:
             handle.remove()
+        else:
+            remove_tract(model)  # A frozen first layer has TrAct and no handle here.
 
     def _forget(self, model: nn.Module) -> None:
-        """Takes TrAct off `model`, and its handle out of the list, with those of models that are gone."""
-        self._take_off(model)
-        self._handles = [each for each in self._handles if each.model is not None and each.model is not model]
+        """Removes TrAct from `model` and drops its handle, and the handles of models that no longer exist."""
+        self._remove_tract(model)
+        self._handles = [handle for handle in self._handles if handle.model not in (None, model)]
 
 
-def _compare(folder: Path, now: TrActConfig) -> None:
-    """Warns where a run is resumed under other settings than its checkpoint's."""
-    path = folder / CONFIG_FILE
-    then = TrActConfig.from_json_file(path) if path.exists() else None
+def _compare_with_checkpoint(args: TrainingArguments, state: TrainerState, config: TrActConfig) -> None:
+    """Warns if a run resumes with other settings than those of its checkpoint."""
+    folder = _checkpoint_folder(args, state)
+    if folder is None:
+        return
+    then: Any = "no TrAct"
+    if (folder / CONFIG_FILE).exists():
+        then = TrActConfig.from_json_file(folder / CONFIG_FILE).to_dict()
+    now = config.to_dict()
     if then != now:
-        logger.warning(RESUMED, folder, "no TrAct" if then is None else then.to_dict(), now.to_dict())
+        logger.warning(
+            "TrAct: this run resumes from %s, which was trained with other settings: %s then, %s now.",
+            folder,
+            then,
+            now,
+        )
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """The folder of the present step's checkpoint, if it is where Trainer puts or was told to find it."""
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """Returns the folder of this step's checkpoint, where Trainer puts it or was told to find it."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     output = Path(args.output_dir or ".")
-    # A trial of a hyperparameter search has a folder of its own, whose name callbacks are not told.
-    trials = sorted(output.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    given = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
-    folders = trials if state.is_hyper_param_search else [output / name, *given]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    folders = [output / name]
+    if state.is_hyper_param_search:
+        # Each trial of a search has a folder of its own, and callbacks do not know its name: the newest is this one's.
+        folders = sorted(output.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    elif isinstance(args.resume_from_checkpoint, str):
+        folders.append(Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    return None
 
 
-RESUMED = "TrAct: this run resumes from %s, which was trained with other settings: %s then, %s now."
-
-TrActTrainerCallback = TrActCallback
+TrActTrainerCallback = TrActCallback  # One class by two names, as users were promised.

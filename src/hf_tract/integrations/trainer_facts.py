@@ -1,0 +1,92 @@
+"""Reads from transformers' Trainer what a model's card tells of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_tract.apply import TrActHandle
+from hf_tract.core.sharding import is_sharded
+from hf_tract.whitening.fresh import checkpoint_of
+
+# Trainer's arguments that a card lists, each with the value that is not worth a line.
+HYPERPARAMETERS = {
+    "learning_rate": None,
+    "lr_scheduler_type": None,
+    "warmup_steps": 0,
+    "optim": None,
+    "weight_decay": None,
+    "max_grad_norm": None,
+    "label_smoothing_factor": 0,
+    "num_train_epochs": None,
+    "max_steps": -1,
+    "per_device_train_batch_size": None,
+    "gradient_accumulation_steps": None,
+    "bf16": False,
+    "fp16": False,
+}
+# The names of scores in Trainer's log, and in a record.
+SCORES = {"eval_loss": "eval_loss", "eval_accuracy": "accuracy", "eval_top1": "accuracy", "eval_top5": "top5"}
+
+
+def find_handle(trainer: Trainer) -> tuple[TrActHandle | None, dict[str, Any]]:
+    """Returns TrAct's handle on the model of `trainer`, and the settings that only its callback knows."""
+    for callback in trainer.callback_handler.callbacks:
+        # `TrActCallback` cannot be named here: its module imports this one.
+        if hasattr(callback, "handle_of"):
+            handle = callback.handle_of(trainer.model)
+            if handle is not None:
+                return handle, callback.hyperparameters
+    return None, {}
+
+
+def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Returns a row for each evaluation in Trainer's log: its epoch, the last training loss before it, its scores."""
+    rows = []
+    loss = None
+    for entry in log:
+        loss = entry.get("loss", loss)
+        scores = {name: entry[key] for key, name in SCORES.items() if key in entry}
+        if not scores:
+            continue
+        row = {"epoch": round(entry.get("epoch", 0), 2)}
+        if loss is not None:
+            row["loss"] = loss
+        row.update(scores)
+        rows.append(row)
+    return rows
+
+
+def hyperparameters_of(args: TrainingArguments) -> dict[str, Any]:
+    """Returns the arguments that matter to the weights and are not at their neutral value."""
+    values = {}
+    for name, neutral in HYPERPARAMETERS.items():
+        value = getattr(args, name)
+        value = getattr(value, "value", value)  # Some are enums.
+        if value != neutral:
+            values[name] = value
+    if args.world_size > 1:
+        values["processes"] = args.world_size
+    return values
+
+
+def library_of(model: nn.Module) -> str:
+    """Returns the name of the library that loads `model`."""
+    if hasattr(model, "peft_config"):
+        return "peft"
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) == "timm_wrapper":
+        return "timm"
+    return "transformers"
+
+
+def base_model_of(model: nn.Module) -> str | None:
+    """Returns the checkpoint that `model` was loaded from."""
+    if not is_sharded(model):
+        return checkpoint_of(model, model.parameters()) or None
+    # The parameters are shards now, and do not show whether they were loaded.
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", None) or None

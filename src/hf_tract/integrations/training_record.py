@@ -1,0 +1,227 @@
+"""Holds the facts of a finished training run, and writes the card of its model from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from hf_tract.apply import TrActHandle
+from hf_tract.config import TrActConfig, TrActError
+from hf_tract.integrations.model_card import (
+    CURVE_FILE,
+    METRICS,
+    TAGS,
+    TASK,
+    TEMPLATE,
+    eval_results,
+    history_table,
+    is_hub_id,
+    link,
+    save_curve,
+    scores_of,
+)
+from hf_tract.integrations.provenance import command, hardware, versions
+from hf_tract.integrations.trainer_facts import base_model_of, find_handle, history_of, hyperparameters_of, library_of
+
+RECORD_FILE = "training_record.json"
+CONFIG_FILE = "tract_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRecord:
+    """Holds what the card of a model tells of its training.
+
+    Args:
+        name: the name of the model.
+        library: the one that loads it: "transformers", "timm", or "peft" for an adapter.
+        dataset: a Hub id, or words; of a local folder only the name is kept.
+        tract: the settings; None for a run without TrAct.
+        layers: the layers that TrAct acted on.
+        base_model: the checkpoint that training began with, named like `dataset`; None for random weights.
+        license: the model's, as the Hub abbreviates it.
+        metrics: at the end of training; `accuracy` and `top5` as shares of 1.
+        history: a row for each epoch or evaluation: `epoch`, `loss`, `eval_loss` and the metrics.
+        hyperparameters: other settings, by name.
+        split: the part of the data set that the metrics are measured on.
+        seed: of the run.
+        command: the one that started the run; by default this process's, like the next two.
+        hardware: the device that computed.
+        versions: of the packages that matter.
+    """
+
+    name: str
+    library: str
+    dataset: str
+    tract: TrActConfig | None = None
+    layers: Sequence[str] = ()
+    base_model: str | None = None
+    license: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    history: Sequence[Mapping[str, float]] = ()
+    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    split: str = "test"
+    seed: int = 0
+    command: str = dataclasses.field(default_factory=command)
+    hardware: str = dataclasses.field(default_factory=hardware)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        """Keeps where files lie on this machine out of a card that others read."""
+        object.__setattr__(self, "dataset", without_local_path(self.dataset))
+        if self.base_model is not None:
+            object.__setattr__(self, "base_model", without_local_path(self.base_model))
+
+    @classmethod
+    def from_trainer(
+        cls,
+        trainer: Trainer,
+        *,
+        dataset: str | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        split: str = "test",
+    ) -> TrainingRecord:
+        """Reads the record of a run, up to now, from transformers' Trainer.
+
+        Args:
+            trainer: any Trainer, with a `TrActCallback` or without.
+            dataset: as in `TrainingRecord`, like the others.
+            base_model: by default the checkpoint that the model was loaded from.
+            license: the model's.
+            split: the part of the data set that is evaluated on.
+        """
+        assert trainer.model is not None  # `model_init` has made it, too.
+        handle, settings = find_handle(trainer)
+        record = record_of_run(trainer.args, trainer.state, trainer.model, handle, settings)
+        return dataclasses.replace(
+            record,
+            dataset=dataset or record.dataset,
+            base_model=base_model or record.base_model,
+            license=license,
+            split=split,
+        )
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> TrainingRecord:
+        """Reads the record that `to_json_file` wrote to `path`.
+
+        Raises:
+            TrActError: if there is no such file, or if it is no record.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if values["tract"] is not None:
+                values["tract"] = TrActConfig.from_dict(values["tract"])
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrActError(f"`path` (={str(path)!r}) is no record of a training run: {error}") from error
+
+    def to_json_file(self, path: str | Path) -> None:
+        """Writes the record to `path`."""
+        values = dataclasses.asdict(self)
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def save(self, folder: str | Path, model_id: str | None = None, tags: Iterable[str] = ()) -> None:
+        """Writes the model's card, this record, TrAct's settings and, where matplotlib is installed, the curve.
+
+        The card of an adapter is left to peft, and only the settings are written beside it.
+
+        Args:
+            folder: where the model is saved.
+            model_id: its id on the Hub, for the card's lines that load it; by default its name.
+            tags: the card's tags beside hf-tract's own.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.tract is not None:
+            self.tract.to_json_file(folder / CONFIG_FILE)
+        if self.library == "peft":
+            return
+        self.to_json_file(folder / RECORD_FILE)
+        color = "#d62728" if self.tract else "#7f7f7f"
+        has_curve = save_curve(self.history, folder / CURVE_FILE, color)
+        self._model_card(model_id, tags, has_curve).save(folder / "README.md")
+
+    def _model_card(self, model_id: str | None, tags: Iterable[str], has_curve: bool) -> ModelCard:
+        card: ModelCard = ModelCard.from_template(
+            self._metadata(tags),
+            template_path=str(TEMPLATE),
+            record=self,
+            model_id=model_id or self.name,
+            base=link(self.base_model),
+            data_set=link(self.dataset, "datasets/"),
+            scores=scores_of(self.metrics),
+            rows=history_table(self.history),
+            curve=CURVE_FILE if has_curve else None,
+        )
+        return card
+
+    def _metadata(self, tags: Iterable[str]) -> ModelCardData:
+        """Returns the head of the card, which the Hub's search reads."""
+        all_tags = [TASK, *tags]
+        if self.tract is not None:
+            all_tags = [*TAGS, *all_tags]
+        data = ModelCardData(library_name=self.library, pipeline_tag=TASK, license=self.license, tags=all_tags)
+        if is_hub_id(self.base_model):
+            data.base_model = self.base_model
+        if is_hub_id(self.dataset):
+            data.datasets = [self.dataset]
+        results = eval_results(self.metrics, self.dataset, self.split)
+        if results:
+            data.model_name = self.name
+            data.metrics = ["accuracy"]
+            data.eval_results = results
+        return data
+
+
+def without_local_path(name: str) -> str:
+    """Returns a Hub id or a word as it is, and of a local folder the name of the model in it or the folder's own."""
+    path = Path(name)
+    if (path / RECORD_FILE).exists():
+        return TrainingRecord.from_json_file(path / RECORD_FILE).name
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        return path.name
+    return name
+
+
+def record_of_run(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    handle: TrActHandle | None,
+    settings: Mapping[str, Any],
+) -> TrainingRecord:
+    """Returns the record of a run, up to now, from what both a Trainer and its callbacks know.
+
+    Args:
+        args: Trainer's arguments.
+        state: Trainer's state, whose log becomes the history and the metrics.
+        model: the model that is trained; it may be wrapped.
+        handle: TrAct's on that model; None without TrAct.
+        settings: hyperparameters that Trainer's arguments do not have.
+    """
+    model = extract_model_from_parallel(model)
+    history = history_of(state.log_history)
+    last = history[-1] if history else {}
+    name = args.hub_model_id or Path(args.output_dir or "model").absolute().name
+    record = TrainingRecord(
+        name=name.split("/")[-1],
+        library=library_of(model),
+        dataset="a data set that its author did not name",
+        base_model=base_model_of(model),
+        metrics={name: last[name] for name in METRICS if name in last},
+        history=history,
+        hyperparameters={**hyperparameters_of(args), **settings},
+        seed=args.seed,
+    )
+    if handle is None:
+        return record
+    return dataclasses.replace(record, tract=handle.config, layers=[layer.name for layer in handle.layers])
