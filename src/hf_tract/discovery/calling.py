@@ -56,7 +56,8 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
 def preserved_random_state() -> Iterator[None]:
     """Leaves the random numbers of torch (on the CPU), numpy and Python as they were."""
     python_state = random.getstate()
-    numpy = sys.modules.get("numpy")  # no code can have drawn from it where it is not imported
+    # Where numpy is not imported, nothing draws from it.
+    numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng([]):

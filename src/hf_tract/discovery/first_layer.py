@@ -21,7 +21,13 @@ from hf_tract.discovery.wrappers import layers_by_name, modules_by_name, unwrap,
 LayerSelection = str | nn.Module | Sequence[str | nn.Module]
 
 # Names that models give their vision part: this grows with the ecosystem.
-VISION_TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_encoder", "visual")
+VISION_TOWERS = (
+    "vision_model",
+    "vision_tower",
+    "vision_encoder",
+    "image_encoder",
+    "visual",
+)
 
 # How a layer was found.
 NAMED = "named by the user"
@@ -70,7 +76,8 @@ def find_first_layers(
         return _by_request(model, layers)
     _check_searchable(model, example_batch)
     found = _by_timm(model)
-    if not found and not sharded:  # whose hooks would take a trial run for a step of its own
+    # The hooks of a sharded model would take a trial run for a step of its own.
+    if not found and not sharded:
         found = _by_probe(model, example_batch)
     return found or _by_order(model)
 
@@ -90,12 +97,13 @@ def _check_searchable(model: nn.Module, example_batch: Any) -> None:
             f"already. Name a layer with `layers=` if that is what you want."
         )
     modules = list(model.modules())
-    if not layers_by_name(model) and not any(map(_is_lazy, modules)):
-        parts = list_some(type(module).__name__ for module in modules[1:])
-        raise TrActError(
-            f"`model` (={type(model).__name__}) has no convolution or linear layer that TrAct could take; it has "
-            f"{parts}."
-        )
+    if layers_by_name(model) or any(map(_is_lazy, modules)):
+        return
+    classes = [type(module).__name__ for module in modules[1:]]
+    raise TrActError(
+        f"`model` (={type(model).__name__}) has no convolution or linear layer that TrAct could take; it has "
+        f"{list_some(classes)}."
+    )
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -184,8 +192,8 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
         taken = [name for name in layers if _parent(name) == parent]
     logger.warning(
         "TrAct: no forward of the model could be tried, so its first convolution or linear layer in the order of the "
-        "modules is taken: %s. If that is not where the pixels come in, name the layer with `layers=`, or give a batch "
-        "with `example_batch=`.",
+        "modules is taken: %s. If that is not where the pixels come in, name the layer with `layers=`, or give a "
+        "batch with `example_batch=`.",
         ", ".join(taken),
     )
     return [FirstLayer(name, modules[name], BY_ORDER) for name in taken]
@@ -204,15 +212,18 @@ def find_functional_callers(
     """
     sharded = is_sharded(model)
     model = unwrap(model)
-    names = [layer.name for layer in layers if layer.source not in (REACHED, BY_TIMM)]  # which run by themselves
+    # Layers that were seen to run by themselves need no other look.
+    names = [layer.name for layer in layers if layer.source not in (REACHED, BY_TIMM)]
     if sharded or not names:
         return []
     modules = dict(model.named_modules())
-    callers: dict[str, dict[str, nn.Module]] = {}
+    callers: dict[nn.Module, list[nn.Module]] = {}
     for each in _layer_inputs(model, example_batch):
         if each.module != each.layer and without_wrappers(each.layer) in names:
-            callers.setdefault(each.module, {})[each.layer] = modules[each.layer]
-    return [(modules[caller], list(read.values())) for caller, read in callers.items()]
+            read = callers.setdefault(modules[each.module], [])
+            if modules[each.layer] not in read:
+                read.append(modules[each.layer])
+    return list(callers.items())
 
 
 def _layer_inputs(model: nn.Module, example_batch: Any) -> list[LayerInput]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -101,13 +102,15 @@ def _required_arguments(parameters: Mapping[str, inspect.Parameter]) -> list[str
     """Returns the names of the arguments that have no default."""
     required = []
     for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and parameter.kind <= parameter.POSITIONAL_OR_KEYWORD:
+        is_variadic = parameter.kind > parameter.POSITIONAL_OR_KEYWORD
+        if parameter.default is parameter.empty and not is_variadic:
             required.append(name)
     return required
 
 
 def _pixel_maker(model: nn.Module, device: str) -> Callable[[Shape], Tensor]:
-    generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
+    # A generator of its own leaves the user's random numbers as they are.
+    generator = torch.Generator().manual_seed(0)
     dtype = precision(model)
 
     def make_pixels(shape: Shape) -> Tensor:
@@ -118,7 +121,12 @@ def _pixel_maker(model: nn.Module, device: str) -> Callable[[Shape], Tensor]:
     return make_pixels
 
 
-def _extra_inputs(parameters: Mapping[str, Any], pixels: str, shape: Shape, device: str) -> dict[str, Tensor]:
+def _extra_inputs(
+    parameters: Mapping[str, Any],
+    pixels: str,
+    shape: Shape,
+    device: str,
+) -> dict[str, Tensor]:
     """Returns values for the other arguments of a forward that takes pixels of `shape` as its argument `pixels`."""
     # Forwards cut and loop by integers, so these have values also where the pixels have none.
     integer_device = "cpu" if device == "meta" else device
@@ -126,7 +134,9 @@ def _extra_inputs(parameters: Mapping[str, Any], pixels: str, shape: Shape, devi
     for name, values in EXTRA_INPUTS.items():
         if name in parameters and name != pixels:
             extra[name] = torch.tensor(values, device=integer_device)
-    if "prompt_depth" in parameters:  # a map of the image's size, which the forward scales by its range
-        height, width = shape[-2:]
-        extra["prompt_depth"] = torch.linspace(1, 2, height * width, device=device).view(1, 1, height, width)
+    if "prompt_depth" in parameters:
+        # This is a map of the image's size, and the forward divides by its range.
+        size = shape[-2:]
+        depths = torch.linspace(1, 2, math.prod(size), device=device)
+        extra["prompt_depth"] = depths.view(1, 1, *size)
     return extra

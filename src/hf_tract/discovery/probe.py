@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_tract.discovery.calling import run_forward, tensors_in
 from hf_tract.discovery.inputs import pixel_argument_name
-from hf_tract.discovery.tracing import EveryOp, LayerInput, LayerOps, Mark, Meeting, PixelTrace
+from hf_tract.discovery.tracing import LayerInput, LayerOps, Mark, Meeting, PixelTrace
 
 # Beside an argument of such a name, others may hold pixels too.
 COMMON_NAMES = ("image", "x")
@@ -27,7 +27,8 @@ class Probe(NamedTuple):
     batch: Any
     meetings: list[Meeting]
     inputs: list[LayerInput]
-    error: Exception | None  # many a forward fails on the meta device, but after its first layer
+    # Many a forward fails on the meta device, but after its first layer.
+    error: Exception | None
 
     @property
     def layers(self) -> list[str]:
@@ -56,18 +57,20 @@ def copy_with_values(model: nn.Module) -> nn.Module:
 def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(copy_tensor(parameter), requires_grad=parameter.requires_grad)
+        copied_parameter = nn.Parameter(copy_tensor(parameter), parameter.requires_grad)
+        memo[id(parameter)] = copied_parameter
     for tensor in (*model.buffers(), *_cached_tensors(model)):
         memo[id(tensor)] = copy_tensor(tensor)
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            module._forward_hooks.clear()  # the user's; hooks that make weights run before a forward
+            # These are the user's; hooks that compute weights run before a forward.
+            module._forward_hooks.clear()
         attributes = vars(module)
         if "_old_forward" in attributes or "_original_forward" in attributes:
             attributes.pop("forward", None)  # accelerate's, which calls the original module
         elif isinstance(attributes.get("forward"), FunctionType) and "_orig_mod" not in module._modules:
-            raise TypeError("a forward that is a plain function of the instance calls the original module")
+            raise TypeError("a plain function as the forward of an instance calls the original module")
     return copied
 
 
@@ -98,7 +101,7 @@ def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
     with warnings.catch_warnings(), torch.enable_grad(), _running_names(copied, trace.running):
         warnings.simplefilter("ignore")
         try:
-            with EveryOp(trace), LayerOps(trace):
+            with trace, LayerOps(trace):
                 run_forward(copied, batch)
         except Exception as problem:  # whatever a model's forward raises
             error = problem
@@ -129,10 +132,10 @@ def _running_names(model: nn.Module, running: list[str]) -> Iterator[None]:
     """Appends to `running` the name of each module when it begins, and takes it away when it ends."""
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: what runs inside counts as its parent's
-            continue
-        handles.append(module.register_forward_pre_hook(_append_to(running, name)))
-        handles.append(module.register_forward_hook(_pop_from(running), always_call=True))
+        # A scripted module takes no hooks: what runs inside counts as its parent's.
+        if not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(_append_to(running, name)))
+            handles.append(module.register_forward_hook(_pop_from(running), always_call=True))
     try:
         yield
     finally:

@@ -43,6 +43,7 @@ def guess_shapes(model: nn.Module, parameters: Mapping[str, Any]) -> Iterator[Sh
         yield from _patches_of_a_grid(convolutions, row_lengths)
     channel_counts = _channel_counts(config, convolutions)
     frames = _config_entry(config, FRAMES) or FEW_FRAMES
+    extra_axes = [axes for argument, axes in EXTRA_AXES.items() if argument in parameters]
     dims = 2
     if convolutions:
         dims = len(convolutions[0].kernel_size)
@@ -50,12 +51,12 @@ def guess_shapes(model: nn.Module, parameters: Mapping[str, Any]) -> Iterator[Sh
         if dims == 1:
             yield from _signals(channels, size[0])
         elif dims == 2:
-            yield from _images(channels, size, parameters)
+            yield from _images(channels, size, extra_axes)
             yield (1, frames, channels, *size)
             yield (1, 2, channels, *size)
         else:
             yield from _clips(channels, size, frames)
-            yield from _images(channels, size, parameters)
+            yield from _images(channels, size, extra_axes)
     if dims == 3:
         for channels, side in itertools.product(channel_counts, VOLUME_SIDES):
             yield (1, channels, side, side, side)
@@ -81,10 +82,9 @@ def _signals(channels: int, length: int) -> Iterator[Shape]:
     yield (1, 2, channels, length)
 
 
-def _images(channels: int, size: Shape, parameters: Mapping[str, Any]) -> Iterator[Shape]:
-    for argument, axes in EXTRA_AXES.items():
-        if argument in parameters:
-            yield (1, *axes, channels, *size)
+def _images(channels: int, size: Shape, extra_axes: Sequence[Shape]) -> Iterator[Shape]:
+    for axes in extra_axes:
+        yield (1, *axes, channels, *size)
     yield (1, channels, *size)
 
 
@@ -158,7 +158,8 @@ def _row_lengths(
     by_convolution = map(patch_size, convolutions[:1])
     by_linear = list(dict.fromkeys(map(patch_size, linear)))
     lengths = dict.fromkeys([*by_convolution, *by_linear[:MOST_CHANNELS]])
-    if "flattened_patches" in parameters:  # a row begins with the place of its patch in the image
+    if "flattened_patches" in parameters:
+        # A row begins with the row and the column of its patch.
         return [length + 2 for length in lengths]
     return list(lengths)
 
@@ -169,7 +170,8 @@ def side_lengths(size: Any) -> tuple[int, int]:
         size = list(size.values())
     if not isinstance(size, (tuple, list)):
         size = [size]
-    return int(size[-2 % len(size)]), int(size[-1])  # of a single one, both are the same
+    # A single number stands for both.
+    return int(size[-2 % len(size)]), int(size[-1])
 
 
 def _config_entry(config: Any, names: Sequence[str]) -> Any:

@@ -57,8 +57,8 @@ class LayerInput(NamedTuple):
     spec: PatchSpec
 
 
-class PixelTrace:
-    """Holds the marks of one forward's tensors, and what its pixels and layers met.
+class PixelTrace(TorchDispatchMode):
+    """Carries marks through every operation inside, scripted ones too, and notes where pixels meet weights.
 
     Marks belong to storages, so views share them. Layers count also where they are frozen; other weights that are
     frozen, and tensors that are no parameters, are fixed filters: what they make of pixels is still pixels.
@@ -66,11 +66,14 @@ class PixelTrace:
 
     def __init__(self, model: nn.Module) -> None:
         """Marks the weights of `model`."""
-        self.running = [""]  # names of the modules that run, the innermost last
+        super().__init__()
+        # These are names of the modules that run, the innermost last.
+        self.running = [""]
         self.meetings: list[Meeting] = []
         self.inputs: list[LayerInput] = []
         self.layers = [name for name, module in model.named_modules() if is_supported(module)]
-        self._owners: dict[int, list[str]] = {}  # of weights, by `id`; a tied weight has several
+        # The key is the `id` of a weight; a tied one has several owners.
+        self._owners: dict[int, list[str]] = {}
         # A weak reference keeps the address of a storage that is gone from being used again.
         self._marks: dict[StorageWeakRef, Mark] = {}
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -78,7 +81,8 @@ class PixelTrace:
             layer = model.get_submodule(name)
             parameters.extend(layer.parameters())
             weight = layer._parameters.get("weight")
-            if weight is not None:  # through a parametrization it is a new tensor at every forward
+            # Through a parametrization it is no parameter, but a new tensor at every forward.
+            if weight is not None:
                 self._owners.setdefault(id(weight), []).append(name)
         for parameter in parameters:
             self.mark(parameter, Mark.WEIGHTS)
@@ -113,18 +117,34 @@ class PixelTrace:
         """Notes that pixels met a weight in an operation."""
         self.meetings.append(Meeting(operation, self.running[-1], layer))
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation, marks what it returns, and notes where pixels meet a weight in it."""
+        kwargs = kwargs or {}
+        operands = list(filter(torch.is_tensor, tree_leaves((args, kwargs))))
+        marks = list(map(self.mark_of, operands))
+        mark = max(marks, default=Mark.NOTHING)
+        if mark == Mark.PIXELS and _mixes(func, operands, marks):
+            self.note_meeting(_name(func, args), None)
+            mark = Mark.FEATURES
+        out = func(*args, **kwargs)
+        if mark > Mark.NOTHING:
+            for result in filter(torch.is_tensor, tree_leaves(out)):
+                self.mark(result, mark)
+        return out
+
 
 def _storage(tensor: Any) -> StorageWeakRef | None:
     if not isinstance(tensor, Tensor):
         return None
     try:
         return StorageWeakRef(tensor.untyped_storage())
-    except (RuntimeError, NotImplementedError):  # sparse tensors and some subclasses have none
+    except (RuntimeError, NotImplementedError):
+        # Sparse tensors and some subclasses have none.
         return None
 
 
 class LayerOps(PatchOpMode):
-    """Notes what the layers read, and where pixels meet a weight in a convolution or linear operation."""
+    """Notes for a trace what the layers read, and where pixels meet a weight in a convolution or linear operation."""
 
     def __init__(self, trace: PixelTrace) -> None:
         super().__init__()
@@ -141,7 +161,7 @@ class LayerOps(PatchOpMode):
         try:
             out = op(input, weight, *args, **kwargs)
         finally:
-            if meets:  # `EveryOp` has noted the parts of the operation
+            if meets:  # the trace has noted the parts of the operation
                 del trace.meetings[before:]
         if meets:
             trace.mark(out, Mark.FEATURES)
@@ -150,30 +170,6 @@ class LayerOps(PatchOpMode):
             trace.inputs.append(LayerInput(layer, trace.running[-1], tuple(input.shape), spec))
             if meets:
                 trace.note_meeting(op.__name__, layer)
-        return out
-
-
-class EveryOp(TorchDispatchMode):
-    """Carries marks through every operation, scripted ones too, and notes where pixels meet other weights."""
-
-    def __init__(self, trace: PixelTrace) -> None:
-        super().__init__()
-        self.trace = trace
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func` and marks what it gives."""
-        kwargs = kwargs or {}
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        marks = list(map(self.trace.mark_of, operands))
-        mark = max(marks, default=Mark.NOTHING)
-        if mark == Mark.PIXELS and _mixes(func, operands, marks):
-            self.trace.note_meeting(_name(func, args), None)
-            mark = Mark.FEATURES
-        out = func(*args, **kwargs)
-        if mark > Mark.NOTHING:
-            for result in tree_leaves(out):
-                if isinstance(result, Tensor):
-                    self.trace.mark(result, mark)
         return out
 
 

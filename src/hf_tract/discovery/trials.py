@@ -16,25 +16,27 @@ from hf_tract.discovery.inputs import guess_inputs, precision
 from hf_tract.discovery.probe import Probe, copy_with_values, layers_reached_first, meta_copy
 from hf_tract.discovery.wrappers import without_wrappers
 
-MAX_PROBE_PARAMETERS = (
-    5 * 10**8
-)  # up to which a model is copied with its values, where the meta device does not suffice
-MAX_GUESSES = 24  # that reach a weight on the meta device; and that are made with values
-MAX_GUESSES_WITH_VALUES = 3  # that reach a weight
-MAX_NUMBERS = 4 * 10**6  # in a guess with values
+# A larger model is not copied with its values: it is tried on the meta device only.
+MAX_PROBE_PARAMETERS = 5 * 10**8
+# So many guesses that reach a weight are tried on the meta device, and so many of any kind with values.
+MAX_GUESSES = 24
+# So many guesses that reach a weight are tried with values, and none with more numbers.
+MAX_TRIES_WITH_VALUES = 3
+MAX_NUMBERS = 4 * 10**6
+
 logger = logging.getLogger(__name__)
 
 
 def trial_runs(model: nn.Module, example_batch: Any = None) -> Iterator[tuple[str, Probe]]:
     """Runs forwards until there is nothing more to try, and yields the device of each with what it showed.
 
-    They are run on the meta device first, where they cost next to nothing, and then with values, since some forwards
-    look at them. There are none for a model that cannot be copied.
+    They are run on the meta device first, where they cost next to nothing, and then with values, which some forwards
+    look at. There are none for a model that cannot be copied.
     """
     for device, copied in _copies(model):
         tries_left = MAX_GUESSES
         if device != "meta":
-            tries_left = MAX_GUESSES_WITH_VALUES
+            tries_left = MAX_TRIES_WITH_VALUES
         for batch in _batches(copied, device, example_batch):
             probe = layers_reached_first(copied, batch)
             yield device, probe
@@ -86,7 +88,8 @@ def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
         tensor = tensor.detach()
         if tensor.is_floating_point():
             return tensor.to(device, dtype, copy=True)
-        if device == "meta":  # integers keep their values, as those of guesses do
+        if device == "meta":
+            # Integers keep their values, as those of guesses do.
             return tensor.to("cpu", copy=True)
         return tensor.to(device, copy=True)
 
