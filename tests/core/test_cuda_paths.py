@@ -15,18 +15,18 @@ try:
 except (RuntimeError, AssertionError):  # older versions ask the driver, builds without CUDA the build
     pytest.skip("this torch makes no fake CUDA tensors on this machine", allow_module_level=True)
 
-WINDOWS = {
+SPECS = {
     "linear": (PatchSpec(), (8, 48)),
     "patches": (PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), (8, 3, 64, 64)),
     "rows": (PatchSpec((7, 7), (2, 2), (3,) * 4, (1, 1)), (8, 3, 64, 64)),
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_no_step_after_the_first_waits_for_the_device(name, dtype):
-    window, shape = WINDOWS[name]
-    n = window.patch_size(shape)
+    spec, shape = SPECS[name]
+    n = spec.patch_size(shape)
     with FakeTensorMode():
         layer = nn.Linear(n, 8, device="cuda")
         preconditioner = LayerPreconditioner(layer, TrActConfig())
@@ -34,7 +34,7 @@ def test_no_step_after_the_first_waits_for_the_device(name, dtype):
         for task in range(3):
             x = torch.empty(shape, dtype=dtype, device="cuda")
             grad = torch.empty(8, n, dtype=dtype, device="cuda")
-            out = preconditioner.precondition(grad, x, window)
+            out = preconditioner.precondition(grad, x, spec)
             preconditioner.last_step.backward_pass = task  # as if each were a pass of its own
             assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, (8, n))
             layer.weight.grad = torch.empty(8, n, device="cuda")  # perhaps zeros: told there, not here

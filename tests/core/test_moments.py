@@ -11,8 +11,8 @@ from hf_tract.core.moments import MEMORY_LIMIT, patch_moments
 from hf_tract.core.patches import PATCH_OPS, PatchSpec
 
 
-def window_of(layer: nn.Module, x: torch.Tensor) -> PatchSpec:
-    """The window of a layer without a padding mode."""
+def spec_of(layer: nn.Module, x: torch.Tensor) -> PatchSpec:
+    """The patches of a layer without a padding mode."""
     if isinstance(layer, nn.Linear):
         return PatchSpec()
     arguments = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -20,18 +20,18 @@ def window_of(layer: nn.Module, x: torch.Tensor) -> PatchSpec:
 
 
 def moments(
-    x: torch.Tensor, window: PatchSpec, dtype: torch.dtype, scratch_bytes: int = MEMORY_LIMIT
+    x: torch.Tensor, spec: PatchSpec, dtype: torch.dtype, memory_limit: int = MEMORY_LIMIT
 ) -> tuple[torch.Tensor, int]:
-    n = window.patch_size(x.shape)
-    sums = torch.zeros(window.groups, n, n, dtype=dtype)
-    return sums, patch_moments(x, window, sums, scratch_bytes)
+    n = spec.patch_size(x.shape)
+    sums = torch.zeros(spec.groups, n, n, dtype=dtype)
+    return sums, patch_moments(x, spec, sums, memory_limit)
 
 
 @given(cases(torch.float64), st.sampled_from([1, 2000, 20000, 2**27]))
-def test_equals_the_dense_moment_whatever_the_chunks(case, scratch_bytes):
+def test_equals_the_dense_moment_whatever_the_chunks(case, memory_limit):
     if getattr(case.layer, "padding_mode", "zeros") != "zeros":
         case.layer.padding_mode = "zeros"
-    sums, count = moments(case.x, window_of(case.layer, case.x), torch.float64, scratch_bytes)
+    sums, count = moments(case.x, spec_of(case.layer, case.x), torch.float64, memory_limit)
     assert count == oracle.patches(case.x, case.layer).shape[1]
     oracle.assert_close(sums / count, oracle.moment(case.x, case.layer), 1e-12)
 
@@ -50,20 +50,20 @@ PATCHES = {
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_scratch_memory_is_bounded_and_not_wasted(name):
-    window, shape = PATCHES[name]
-    x = torch.randn(shape, dtype=torch.bfloat16 if not window.kernel else torch.float32)
-    n, bound = window.patch_size(shape), 4 * 2**20
-    sums = torch.zeros(window.groups, n, n)
-    peak = peak_bytes(lambda: patch_moments(x, window, sums, bound), x.device)
+def test_memory_is_bounded_and_not_wasted(name):
+    spec, shape = PATCHES[name]
+    x = torch.randn(shape, dtype=torch.bfloat16 if not spec.kernel else torch.float32)
+    n, bound = spec.patch_size(shape), 4 * 2**20
+    sums = torch.zeros(spec.groups, n, n)
+    peak = peak_bytes(lambda: patch_moments(x, spec, sums, bound), x.device)
     assert bound / 8 < peak <= bound + sums.nbytes
 
 
 def test_an_unbatched_image_is_one_image():
     x = torch.randn(3, 8, 8)
-    window = PatchSpec((4, 4), (4, 4), (0, 0, 0, 0), (1, 1))
-    one, _ = moments(x, window, torch.float32)
-    batch, count = moments(x[None], window, torch.float32)
+    spec = PatchSpec((4, 4), (4, 4), (0, 0, 0, 0), (1, 1))
+    one, _ = moments(x, spec, torch.float32)
+    batch, count = moments(x[None], spec, torch.float32)
     assert count == 4
     assert torch.equal(one, batch)
 
@@ -80,7 +80,7 @@ def test_no_patches_give_zero_sums(shape):
 def test_low_precision_inputs_are_summed_in_float32(dtype):
     layer = nn.Conv2d(3, 4, 4, 4)
     x = torch.randn(8, 3, 16, 16).to(dtype)
-    sums, count = moments(x, window_of(layer, x), torch.float32)
+    sums, count = moments(x, spec_of(layer, x), torch.float32)
     assert sums.dtype == torch.float32
     oracle.assert_close(sums / count, oracle.moment(x, layer), 1e-6)
 
@@ -113,5 +113,5 @@ def test_is_the_input_factor_of_curvlinops_forward_only_kfac(layer, shape):
     )
     kfac.compute_kronecker_factors()
     (factor,) = kfac.state_dict()["input_covariances"].values()
-    sums, count = moments(x, window_of(layer, x), torch.float64)
+    sums, count = moments(x, spec_of(layer, x), torch.float64)
     oracle.assert_close(sums[0] / count, factor, 1e-12)

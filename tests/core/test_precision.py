@@ -60,13 +60,13 @@ def test_sums_are_float64_only_where_float32_would_lose_lam(pixels, dtype):
     assert patch_sums(x, PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1).dtype == dtype
 
 
-@pytest.mark.parametrize("window", [PatchSpec(), PatchSpec((1, 1), (1, 1), (0,) * 4, (1, 1))], ids=["linear", "1x1"])
-def test_millions_of_patches_are_summed_in_pieces(window):
+@pytest.mark.parametrize("spec", [PatchSpec(), PatchSpec((1, 1), (1, 1), (0,) * 4, (1, 1))], ids=["linear", "1x1"])
+def test_millions_of_patches_are_summed_in_pieces(spec):
     """One float32 product of 17 million rows stops growing at 2^24."""
     rows = torch.randn(2**24, 3) + 0.2
-    x = rows if not window.kernel else rows.T.reshape(1, 3, 4096, 4096)
+    x = rows if not spec.kernel else rows.T.reshape(1, 3, 4096, 4096)
     exact = sum(part.double().T @ part.double() for part in rows.split(2**18))
-    sums = patch_sums(x, window, lam=0.1)
+    sums = patch_sums(x, spec, lam=0.1)
     assert_close(sums[:-1].view(3, 3), exact, 5e-5)
     assert sums[-1] == 2**24
 

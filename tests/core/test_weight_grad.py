@@ -19,7 +19,7 @@ def double_gradient(layer: nn.Module, x: torch.Tensor, output_grad: torch.Tensor
     return exact.weight.grad
 
 
-def window_of(layer: nn.Module) -> PatchSpec:
+def spec_of(layer: nn.Module) -> PatchSpec:
     if isinstance(layer, nn.Linear):
         return PatchSpec()
     if isinstance(layer.padding, str):
@@ -35,7 +35,7 @@ def check(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> None:
     x = x.to(dtype)
     with torch.no_grad():
         output_grad = torch.randn_like(layer.float()(x.float())).to(dtype)
-    got = weight_grad(x, output_grad, window_of(layer), torch.empty_like(layer.weight, dtype=torch.float32))
+    got = weight_grad(x, output_grad, spec_of(layer), torch.empty_like(layer.weight, dtype=torch.float32))
     assert got.dtype == torch.float32
     assert_close(got, double_gradient(layer, x, output_grad), 1e-5)
 
@@ -67,4 +67,4 @@ def test_no_image_and_no_batch_dimension_are_allowed(shape):
     else:
         empty = torch.empty(shape, dtype=torch.bfloat16)
         out = torch.empty(0, 4, 2, 2, dtype=torch.bfloat16)
-        assert not weight_grad(empty, out, window_of(layer), layer.weight.detach()).any()
+        assert not weight_grad(empty, out, spec_of(layer), layer.weight.detach()).any()

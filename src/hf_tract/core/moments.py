@@ -39,7 +39,7 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
             positions of one image is taken even if it is larger.
 
     Returns:
-        The number of patches b. The moment of PAPER eq. (C = x x^T / b) is the quotient of both.
+        The number of patches b. C is the quotient of both.
     """
     # A padded or converted copy of the input may stand beside its patches: each takes half.
     memory_limit //= 2
@@ -127,7 +127,8 @@ def _patch_products(x: Tensor, spec: PatchSpec, out: Tensor, max_numbers: int) -
         for chunk in x.split(images):
             matrix = _patch_matrix(chunk, spec, outputs, factor_dtype(x, out))
             _add_lower_triangle(out, matrix)
-            del matrix  # before the next one is made
+            # Two of them at a time would be more than the limit.
+            del matrix
     mirror(out, _panel_width(out))
 
 
@@ -135,7 +136,8 @@ def _patch_matrix(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype
     """Returns the patches of (N, c, *size) at `outputs` along its first dimension, as (g, n, b)."""
     dims = len(spec.kernel)
     covered = covered_input(x, spec, 0, outputs, dtype)
-    views = windows(covered, spec, 2).unflatten(1, (spec.groups, -1))  # (N, g, c / g, *o, *k)
+    # (N, g, c / g, *o, *k)
+    views = windows(covered, spec, 2).unflatten(1, (spec.groups, -1))
     positions, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
     matrix: Tensor
     # The longer of the two runs innermost, so that the copy reads and writes long runs.

@@ -73,8 +73,9 @@ def _add_blocks(sums: Tensor, chunks: Sequence[Tensor], spec: PatchSpec, dim: in
     groups, n, _ = sums.shape
     panel = n // k * s
     products = sums.new_zeros((groups, len(blocks), n, panel))
+    dtype = factor_dtype(chunks[0], sums)
     for chunk in chunks:
-        _add_line_products(products, _lines(chunk, spec, dim, blocks, factor_dtype(chunk, sums)))
+        _add_line_products(products, _lines(chunk, spec, dim, blocks, dtype))
     for a in range((k - 1) // s + 1):
         first = max(a, blocks.start) - blocks.start
         last = min(a + o, blocks.stop) - blocks.start
@@ -93,7 +94,8 @@ def _lines(x: Tensor, spec: PatchSpec, dim: int, blocks: range, dtype: torch.dty
         groups=spec.groups,
     )
     dims = len(others.kernel)
-    views = windows(covered, others, 3).unflatten(1, (spec.groups, -1))  # (N, g, c / g, h, *o, *k)
+    # (N, g, c / g, h, *o, *k)
+    views = windows(covered, others, 3).unflatten(1, (spec.groups, -1))
     positions, kernel = range(4, 4 + dims), range(4 + dims, 4 + 2 * dims)
     lines: Tensor = views.permute(1, 3, 2, *kernel, 0, *positions)
     return lines.flatten(3 + dims).flatten(1, 2 + dims).contiguous()
@@ -119,6 +121,8 @@ def _copy_in_weight_order(sums: Tensor, spec: PatchSpec, dim: int, out: Tensor) 
     dims = len(spec.kernel)
     lines_first = (spec.kernel[dim], channels, *_without(spec.kernel, dim))
     weight_order = (channels, *spec.kernel)
-    # Moves the line of the rows' patches and that of the columns' patches.
-    moved = sums.view(groups, *lines_first, *lines_first).movedim((1, 2 + dims), (2 + dim, 3 + dims + dim))
+    # The first of these is the line in the patch of a row, the second that in the patch of a column.
+    before = (1, 2 + dims)
+    after = (2 + dim, 3 + dims + dim)
+    moved = sums.view(groups, *lines_first, *lines_first).movedim(before, after)
     out.view(groups, *weight_order, *weight_order).copy_(moved)

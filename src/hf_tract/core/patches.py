@@ -147,7 +147,8 @@ def is_supported(layer: nn.Module) -> bool:
 def patch_size(layer: nn.Module) -> int:
     """Returns n of a supported layer, from its settings: a sharded weight has another shape."""
     if isinstance(layer, nn.Linear):
-        return int(layer.in_features)  # some models compute it by a tensor
+        # Some models compute it by a tensor.
+        return int(layer.in_features)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 

@@ -44,7 +44,8 @@ def chunk_sizes(
     left = max_numbers - lines * numbers_per_line
     most = min(images, left // max(1, lines * numbers_each))
     chunks = math.ceil(images / max(1, most))
-    return lines, math.ceil(images / chunks)  # all chunks of about one size
+    # All chunks get about one size.
+    return lines, math.ceil(images / chunks)
 
 
 def pad_argument(padding: Sequence[int]) -> list[int]:
@@ -84,7 +85,8 @@ def factor_dtype(x: Tensor, out: Tensor) -> torch.dtype:
     """Returns the precision in which to multiply parts of `x` for a product that is added to `out`."""
     is_half = x.dtype in (torch.bfloat16, torch.float16)
     if x.is_cuda and is_half and out.dtype == torch.float32:
-        return x.dtype  # tensor cores multiply 16-bit numbers exactly and sum in float32
+        # Tensor cores multiply 16-bit numbers exactly and sum in float32.
+        return x.dtype
     return out.dtype
 
 

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-FSDP1 = "FullyShardedDataParallel"
-FSDP2 = "FSDPModule"
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Returns whether a forward gathers weights, so that every rank must run all of it."""
-    return bool(_fsdp_units(model, FSDP1) or _fsdp_units(model, FSDP2) or _zero_parameters([model]))
+    if _fsdp_units(model, "FullyShardedDataParallel") or _fsdp_units(model, "FSDPModule"):
+        return True
+    return len(_zero_parameters([model])) > 0
 
 
 @contextlib.contextmanager
 def gathered_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Lets `read_weight` and `write_weight` work on these layers of `model` inside; every rank enters it at once."""
-    for unit in _fsdp_units(model, FSDP2):
-        unit.reshard()  # a forward leaves the root unsharded, and what is written then is lost
+    for unit in _fsdp_units(model, "FSDPModule"):
+        # A forward leaves the root unsharded, and what is written then is lost.
+        unit.reshard()
     with contextlib.ExitStack() as stack:
-        units = _fsdp_units(model, FSDP1)
+        units = _fsdp_units(model, "FullyShardedDataParallel")
         if units:
             stack.enter_context(type(units[0]).summon_full_params(model))
         partitioned = _zero_parameters(layers)

@@ -41,7 +41,9 @@ class DampedInverse:
         undamped = diagonal.clone()
         moment.diagonal(dim1=-2, dim2=-1).add_(lam)
         self._factorise(moment)
-        if on_host(moment) and moment.dtype != torch.float64 and self.finite and not self.solved:
+        if not on_host(moment) or moment.dtype == torch.float64:
+            return
+        if self.finite and not self.solved:
             moment = moment.double()
             moment.diagonal(dim1=-2, dim2=-1).copy_(undamped.double() + lam)
             self._factorise(moment)
@@ -89,8 +91,10 @@ class DampedInverse:
         for _ in range(CONDITION_STEPS):
             top = torch.linalg.qr(factor @ (factor.mT @ top)).Q
             bottom = torch.linalg.qr(torch.cholesky_solve(bottom, factor)).Q
-        largest = torch.linalg.eigvalsh((top.mT @ factor) @ (factor.mT @ top))[..., -1]
-        smallest = 1 / torch.linalg.eigvalsh(bottom.mT @ torch.cholesky_solve(bottom, factor))[..., -1]
+        damped = (top.mT @ factor) @ (factor.mT @ top)
+        inverse = bottom.mT @ torch.cholesky_solve(bottom, factor)
+        largest = torch.linalg.eigvalsh(damped)[..., -1]
+        smallest = 1 / torch.linalg.eigvalsh(inverse)[..., -1]
         return float((largest / smallest).max())
 
 

@@ -27,5 +27,6 @@ def is_frozen(layer: nn.Module) -> bool:
     """Returns whether nothing that the weight of `layer` is made of can be trained."""
     if weight_parameters(layer):
         return False
-    weight = layer.weight  # FSDP1 may have replaced the parameter by a view of its own
+    # FSDP1 may have replaced the parameter by a view of its own.
+    weight = layer.weight
     return not (isinstance(weight, Tensor) and weight.requires_grad)
