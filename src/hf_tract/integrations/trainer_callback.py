@@ -241,4 +241,5 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path | N
     return None
 
 
-TrActTrainerCallback = TrActCallback  # One class by two names, as users were promised.
+# One class by two names: scripts may import either.
+TrActTrainerCallback = TrActCallback

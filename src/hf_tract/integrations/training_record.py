@@ -8,28 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_tract.apply import TrActHandle
 from hf_tract.config import TrActConfig, TrActError
-from hf_tract.integrations.model_card import (
-    CURVE_FILE,
-    METRICS,
-    TAGS,
-    TASK,
-    TEMPLATE,
-    eval_results,
-    history_table,
-    is_hub_id,
-    link,
-    save_curve,
-    scores_of,
-)
+from hf_tract.integrations import model_card, trainer_facts
 from hf_tract.integrations.provenance import command, hardware, versions
-from hf_tract.integrations.trainer_facts import base_model_of, find_handle, history_of, hyperparameters_of, library_of
 
 RECORD_FILE = "training_record.json"
 CONFIG_FILE = "tract_config.json"
@@ -98,8 +84,8 @@ class TrainingRecord:
             license: the model's.
             split: the part of the data set that is evaluated on.
         """
-        assert trainer.model is not None  # `model_init` has made it, too.
-        handle, settings = find_handle(trainer)
+        assert trainer.model is not None  # Trainer has called `model_init` already.
+        handle, settings = trainer_facts.find_handle(trainer)
         record = record_of_run(trainer.args, trainer.state, trainer.model, handle, settings)
         return dataclasses.replace(
             record,
@@ -147,34 +133,39 @@ class TrainingRecord:
             return
         self.to_json_file(folder / RECORD_FILE)
         color = "#d62728" if self.tract else "#7f7f7f"
-        has_curve = save_curve(self.history, folder / CURVE_FILE, color)
+        has_curve = model_card.save_curve(self.history, folder / model_card.CURVE_FILE, color)
         self._model_card(model_id, tags, has_curve).save(folder / "README.md")
 
     def _model_card(self, model_id: str | None, tags: Iterable[str], has_curve: bool) -> ModelCard:
         card: ModelCard = ModelCard.from_template(
             self._metadata(tags),
-            template_path=str(TEMPLATE),
+            template_path=str(model_card.TEMPLATE),
             record=self,
             model_id=model_id or self.name,
-            base=link(self.base_model),
-            data_set=link(self.dataset, "datasets/"),
-            scores=scores_of(self.metrics),
-            rows=history_table(self.history),
-            curve=CURVE_FILE if has_curve else None,
+            base=model_card.link(self.base_model),
+            data_set=model_card.link(self.dataset, "datasets/"),
+            scores=model_card.scores_of(self.metrics),
+            rows=model_card.history_table(self.history),
+            curve=model_card.CURVE_FILE if has_curve else None,
         )
         return card
 
     def _metadata(self, tags: Iterable[str]) -> ModelCardData:
         """Returns the head of the card, which the Hub's search reads."""
-        all_tags = [TASK, *tags]
+        all_tags = [model_card.TASK, *tags]
         if self.tract is not None:
-            all_tags = [*TAGS, *all_tags]
-        data = ModelCardData(library_name=self.library, pipeline_tag=TASK, license=self.license, tags=all_tags)
-        if is_hub_id(self.base_model):
+            all_tags = [*model_card.TAGS, *all_tags]
+        data = ModelCardData(
+            library_name=self.library,
+            pipeline_tag=model_card.TASK,
+            license=self.license,
+            tags=all_tags,
+        )
+        if model_card.is_hub_id(self.base_model):
             data.base_model = self.base_model
-        if is_hub_id(self.dataset):
+        if model_card.is_hub_id(self.dataset):
             data.datasets = [self.dataset]
-        results = eval_results(self.metrics, self.dataset, self.split)
+        results = model_card.eval_results(self.metrics, self.dataset, self.split)
         if results:
             data.model_name = self.name
             data.metrics = ["accuracy"]
@@ -204,22 +195,21 @@ def record_of_run(
     Args:
         args: Trainer's arguments.
         state: Trainer's state, whose log becomes the history and the metrics.
-        model: the model that is trained; it may be wrapped.
+        model: the model that is trained.
         handle: TrAct's on that model; None without TrAct.
         settings: hyperparameters that Trainer's arguments do not have.
     """
-    model = extract_model_from_parallel(model)
-    history = history_of(state.log_history)
+    history = trainer_facts.history_of(state.log_history)
     last = history[-1] if history else {}
     name = args.hub_model_id or Path(args.output_dir or "model").absolute().name
     record = TrainingRecord(
         name=name.split("/")[-1],
-        library=library_of(model),
+        library=trainer_facts.library_of(model),
         dataset="a data set that its author did not name",
-        base_model=base_model_of(model),
-        metrics={name: last[name] for name in METRICS if name in last},
+        base_model=trainer_facts.base_model_of(model),
+        metrics={name: last[name] for name in model_card.METRICS if name in last},
         history=history,
-        hyperparameters={**hyperparameters_of(args), **settings},
+        hyperparameters={**trainer_facts.hyperparameters_of(args), **settings},
         seed=args.seed,
     )
     if handle is None:
