@@ -24,8 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_tract.config import Scope, TrActConfig, TrActError
-from hf_tract.core.attach import attach, detach, foreign_forward, preconditioner_of
-from hf_tract.core.callers import attach_caller, detach_caller
+from hf_tract.core.attach import attach, attach_caller, detach, foreign_forward, preconditioner_of
 from hf_tract.core.first_step import FirstStepWatch
 from hf_tract.core.patches import patch_size
 from hf_tract.core.preconditioner import LayerPreconditioner
@@ -49,7 +48,6 @@ class TrActHandle:
     """
 
     def __init__(self, model: nn.Module, layers: list[FirstLayer], config: TrActConfig) -> None:
-        """Is called by `apply_tract`."""
         self.layers = layers
         self.config = config
         self.first_step: FirstStepWatch | None = None
@@ -159,7 +157,7 @@ def apply_tract(
     """
     config = TrActConfig(lam=lam, scope=scope)
     found = _find_layers(model, layers, example_batch)
-    if not _is_auto(layers):
+    if layers != "auto":
         config = dataclasses.replace(config, layers=tuple(layer.name for layer in found))
     callers = find_functional_callers(model, found, example_batch)
     # Everything is checked: only now is the model changed.
@@ -173,11 +171,6 @@ def remove_tract(model: nn.Module) -> None:
     """Takes TrAct off every layer of `model`; a model without it stays as it is."""
     for module in model.modules():
         detach(module)
-        detach_caller(module)
-
-
-def _is_auto(layers: LayerSelection) -> bool:
-    return isinstance(layers, str) and layers == "auto"
 
 
 def _find_layers(model: nn.Module, layers: LayerSelection, example_batch: Any) -> list[FirstLayer]:
@@ -188,7 +181,7 @@ def _find_layers(model: nn.Module, layers: LayerSelection, example_batch: Any) -
     """
     found = find_first_layers(model, layers, example_batch)
     frozen = [layer.name for layer in found if is_frozen(layer.module)]
-    if frozen and not _is_auto(layers):
+    if frozen and layers != "auto":
         raise TrActError(
             f"`layers` (={layers!r}) names {', '.join(frozen)}, which is frozen; TrAct acts on a weight's gradient: "
             f"set `requires_grad=True` on it or name another layer."
@@ -215,11 +208,10 @@ def _replace(
     """Gives TrAct to the layers taken and to the modules that read their weights, and takes it off all others."""
     layers = {layer.module for layer in taken}
     for module in model.modules():
-        detach_caller(module)
         if module not in layers:
             detach(module)
-    for layer in layers:
-        attach(layer, config, process_group)
+    for layer in taken:
+        attach(layer.module, config, process_group)
     for caller, read in callers:
         attach_caller(caller, read)
 

@@ -174,6 +174,16 @@ def test_a_parametrized_layer_copies_and_does_not_pickle_as_ever():
         pickle.dumps(model)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 4, 2, 2), lambda: nn.Linear(8, 4)], ids=["Conv2d", "Linear"])
+def test_a_weight_that_is_computed_from_others_is_computed_once_in_a_forward(make):
+    """Spectral norm takes a step of its power iteration each time that the weight is read."""
+    plain = parametrizations.spectral_norm(make())
+    layer, x = copy.deepcopy(plain), torch.randn(5, 3, 8, 8)
+    apply_tract(layer)
+    for _ in range(2):
+        assert torch.equal(layer(x), plain(x))
+
+
 def test_the_standardised_weight_is_the_one_that_is_preconditioned():
     layer, x = StdConv2d(3, 4, 2, 2, dtype=torch.float64), torch.randn(5, 3, 8, 8, dtype=torch.float64)
     plain = copy.deepcopy(layer)

@@ -97,6 +97,16 @@ def test_functional_call_with_other_weights_has_the_rule(model):
     assert model[0].weight.grad is None
 
 
+def test_functional_call_with_other_weights_of_a_frozen_layer_has_the_rule(model):
+    plain, part = copy.deepcopy(model), x()
+    remove_tract(plain)
+    for net in (model, plain):
+        net[0].requires_grad_(False)
+        net.given = net[0].weight.detach().clone().requires_grad_()
+        torch.func.functional_call(net, {"0.weight": net.given}, (part,)).square().sum().backward()
+    assert_close(model.given.grad, expected(plain.given.grad, part, plain[0], 0.1), 1e-5)
+
+
 def cubes(y: torch.Tensor) -> torch.Tensor:
     return y.pow(3).sum()
 

@@ -1,12 +1,14 @@
-"""Gives a layer its TrAct class, and takes it off.
+"""Gives modules their TrAct classes, and takes them off.
 
-The class is a subclass of the layer's own, and `__dict__` has one private attribute more: the preconditioner. Forward
+A layer with TrAct has a subclass of its own class, and one private attribute more: the preconditioner. A module whose
+own forward runs an operation with such a layer's weight, by `F.conv2d` or `F.linear`, has another subclass. Forward
 values, parameters, buffers and names stay as they are. `copy.deepcopy` makes a layer with a preconditioner of its own;
 other copies, traces and exports hold the ordinary layer.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +20,16 @@ from hf_tract.config import TrActConfig, TrActError
 from hf_tract.core.forward import run_preconditioned
 from hf_tract.core.patches import CONV_OPS, PatchOpMode
 from hf_tract.core.preconditioner import LayerPreconditioner
-from hf_tract.core.tract_class import PRECONDITIONER, TrActClass, is_own_forward, original_class, swap_class
+from hf_tract.core.tract_class import (
+    PRECONDITIONER,
+    READ_LAYERS,
+    TrActClass,
+    is_own_forward,
+    original_class,
+    swap_class,
+)
 
-_tract_classes: dict[type, type] = {}
+_layer_classes: dict[type, type] = {}
 
 
 class TrActLayer(TrActClass):
@@ -35,6 +44,16 @@ class TrActLayer(TrActClass):
         return copied
 
 
+class TrActCaller(TrActClass):
+    """Is a module whose own forward runs an operation with the weight of a layer that has TrAct."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Returns a copy that reads the copied layers."""
+        copied = self.deepcopy_ordinary(memo)
+        attach_caller(copied, copy.deepcopy(self.__dict__[READ_LAYERS], memo))
+        return copied
+
+
 def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:
     """Gives `layer` TrAct; one that has it gets these settings, which hold for the whole of the step it is in."""
     preconditioner = preconditioner_of(layer)
@@ -42,18 +61,32 @@ def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> 
         preconditioner.config = config
         preconditioner.process_group = process_group
         return
+    detach(layer)  # It may have been a caller.
     layer.__dict__[PRECONDITIONER] = LayerPreconditioner(layer, config, process_group)
-    swap_class(layer, _tract_class(type(layer)))
+    swap_class(layer, _layer_class(type(layer)))
 
 
-def detach(layer: nn.Module) -> None:
-    """Makes `layer` what it was before `attach`; an ordinary layer stays as it is.
+def attach_caller(module: nn.Module, layers: list[nn.Module]) -> None:
+    """Preconditions the weights of `layers` in the forward of `module`, which reads them itself."""
+    cls = original_class(type(module))
+    module.__dict__[READ_LAYERS] = layers
+    namespace = {"__module__": cls.__module__, "forward": _caller_forward_of(cls)}
+    # The name stays: transformers writes that of a model's class into its config.
+    swap_class(module, type(cls.__name__, (TrActCaller, cls), namespace))
+
+
+def detach(module: nn.Module) -> None:
+    """Makes a layer or a caller what it was before; an ordinary module stays as it is.
 
     A backward that is still to come hands on the ordinary gradient.
     """
-    if isinstance(layer, TrActLayer):
-        swap_class(layer, original_class(type(layer)))
-        layer.__dict__.pop(PRECONDITIONER).active = False
+    if not isinstance(module, TrActClass):
+        return
+    swap_class(module, original_class(type(module)))
+    module.__dict__.pop(READ_LAYERS, None)
+    preconditioner = module.__dict__.pop(PRECONDITIONER, None)
+    if preconditioner is not None:
+        preconditioner.active = False
 
 
 def preconditioner_of(layer: Any) -> LayerPreconditioner | None:
@@ -69,17 +102,19 @@ def foreign_forward(layer: nn.Module) -> str:
     hooks, in which `swap_class` exchanges what they captured.
     """
     forward = vars(layer).get("forward")
-    if forward is None or is_own_forward(layer, forward) or "_old_forward" in vars(layer):
+    if forward is None or is_own_forward(layer, forward):
+        return ""
+    if "_old_forward" in vars(layer):  # accelerate's hooks
         return ""
     if _has_torchs_conv_forward(original_class(type(layer))):
         return ""
     return getattr(forward, "__qualname__", None) or repr(forward)
 
 
-def _tract_class(cls: Any) -> type:
+def _layer_class(cls: Any) -> type:
     """Returns the class that a layer of class `cls` gets, always the same one."""
-    if cls in _tract_classes:
-        return _tract_classes[cls]
+    if cls in _layer_classes:
+        return _layer_classes[cls]
     # The module is the original's, so that torch.fx takes the layer for a leaf, as it does the original.
     namespace: dict[str, Any] = {"__module__": cls.__module__}
     if _has_torchs_conv_forward(cls):
@@ -88,13 +123,16 @@ def _tract_class(cls: Any) -> type:
         namespace["forward"] = _linear_forward
     else:
         namespace["forward"] = _any_forward_of(cls)
-    _tract_classes[cls] = type(f"TrAct{cls.__name__}", (TrActLayer, cls), namespace)
-    return _tract_classes[cls]
+    _layer_classes[cls] = type(f"TrAct{cls.__name__}", (TrActLayer, cls), namespace)
+    return _layer_classes[cls]
 
 
 def _has_torchs_conv_forward(cls: Any) -> bool:
-    kinds: list[Any] = [kind for kind in CONV_OPS if issubclass(cls, kind)]
-    return any(cls.forward is kind.forward and cls._conv_forward is kind._conv_forward for kind in kinds)
+    kind: Any
+    for kind in CONV_OPS:
+        if issubclass(cls, kind):
+            return cls.forward is kind.forward and cls._conv_forward is kind._conv_forward
+    return False
 
 
 def _conv_forward_of(cls: type) -> Callable[..., Any]:
@@ -118,34 +156,52 @@ def _linear_forward(self: Any, input: Tensor) -> Any:
 
 
 def _any_forward_of(cls: Any) -> Callable[..., Any]:
-    """Returns a forward for a class with a forward of its own."""
+    """Returns a forward for a layer with a forward of its own."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         preconditioner = preconditioner_of(self)
         if preconditioner is None or not torch.is_grad_enabled():
             return cls.forward(self, *args, **kwargs)
-        mode = _PreconditionMode(preconditioner)
+        mode = _PreconditionMode(lambda _: preconditioner)
         with mode:
             out = cls.forward(self, *args, **kwargs)
         if not mode.has_run_op:
             raise TrActError(
-                f"{cls.__name__}.forward ran no convolution or linear operation that TrAct knows; name another layer "
-                f"with `layers=`."
+                f"{cls.__name__}.forward ran no convolution or linear operation that TrAct knows; "
+                f"name another layer with `layers=`."
             )
         return out
 
     return forward
 
 
-class _PreconditionMode(PatchOpMode):
-    """Preconditions the weight of every known operation that runs inside."""
+def _caller_forward_of(cls: Any) -> Callable[..., Any]:
+    """Returns a forward for a module that reads the weights of other layers."""
 
-    def __init__(self, preconditioner: LayerPreconditioner) -> None:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def owner_of(weight: Any) -> LayerPreconditioner | None:
+            # A library may have captured this forward, and TrAct been removed since: then there are no layers.
+            for layer in self.__dict__.get(READ_LAYERS, []):
+                if layer.weight is weight:
+                    return preconditioner_of(layer)
+            return None
+
+        with _PreconditionMode(owner_of):
+            return cls.forward(self, *args, **kwargs)
+
+    return forward
+
+
+class _PreconditionMode(PatchOpMode):
+    """Preconditions the weights of the known operations that run inside."""
+
+    def __init__(self, owner_of: Callable[[Any], LayerPreconditioner | None]) -> None:
         super().__init__()
-        self.preconditioner = preconditioner
+        # Returns the preconditioner of a weight.
+        self.owner_of = owner_of
         self.has_run_op = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `op`."""
         self.has_run_op = True
-        return run_preconditioned(self.preconditioner, op, input, weight, *args, **kwargs)
+        return run_preconditioned(self.owner_of(weight), op, input, weight, *args, **kwargs)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tract.core.notices import warn_of_second_order
+from hf_tract.core.notices import warn_once
 from hf_tract.core.ops import precondition
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.step import ForwardCall, Step
 
-UNTRACKED = -1  # the number of a forward call in a compiled graph, which cannot tell its runs apart
+# The number of a forward call in a compiled graph, which cannot tell its runs apart.
+UNTRACKED = -1
 
 
 class PreconditionWeightGrad(torch.autograd.Function):
@@ -54,18 +55,27 @@ class PreconditionWeightGrad(torch.autograd.Function):
         return out, None, None, None, None
 
 
-def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Any:
     call: ForwardCall = ctx.call
+    preconditioner = call.preconditioner
     if call.was_differentiated:
         # This pass differentiates a preconditioned gradient: `grad` is exact, and is not preconditioned again.
-        warn_of_second_order(call.preconditioner.warned)
+        warn_once(
+            preconditioner.warned,
+            "TrAct: a backward runs again over a forward whose weight gradient was taken with `create_graph=True`. "
+            "What it gives the first layer is the exact derivative of that preconditioned gradient (C held fixed), "
+            "and is not preconditioned again. "
+            "If the loss itself shares this forward, give it a forward of its own.",
+        )
         return grad
-    output_grad = call.take_output_grad()
+    output_grad = call.output_grad
+    call.output_grad = None
     with torch.no_grad():
-        out: Tensor = precondition(grad, x, output_grad, ctx.key, call.number, *ctx.spec).to(grad.dtype)
+        out = precondition(grad, x, output_grad, ctx.key, call.number, *ctx.spec)
+        out = out.to(grad.dtype)
     if torch.is_grad_enabled() and grad.requires_grad:
         call.was_differentiated = True
-        return DifferentiablePrecondition.apply(grad, [out], call.preconditioner.last_step)  # type: ignore[no-any-return]
+        return DifferentiablePrecondition.apply(grad, [out], preconditioner.last_step)
     return out
 
 
@@ -85,7 +95,8 @@ class DifferentiablePrecondition(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
         """Returns v inv(C + lam I), a symmetric matrix, by the C that the pass ended with."""
         with torch.no_grad():
-            out = ctx.step.inverse(v.to(torch.promote_types(v.dtype, torch.float32))).to(v.dtype)
+            v_float = v.to(torch.promote_types(v.dtype, torch.float32))
+            out = ctx.step.inverse(v_float).to(v.dtype)
         if torch.is_grad_enabled() and v.requires_grad:
             return DifferentiablePrecondition.apply(v, [out], ctx.step), None, None
         return out, None, None
@@ -122,7 +133,8 @@ class PreconditionFromOutput(torch.autograd.Function):
         ctx.spec = spec
         ctx.shape = weight.shape
         ctx.dtype = weight.dtype
-        return out.clone()  # A view could not be changed in place; the compiler merges this copy with what follows.
+        # A view could not be changed in place. The compiler merges this copy with what follows.
+        return out.clone()
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -56,7 +56,7 @@ class FirstStepWatch:
                 continue
             logger.warning(
                 "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has its "
-                "ordinary gradient. Call `apply_tract` again after the model is changed. This is said once.",
+                "ordinary gradient. Call `apply_tract` again after the model is changed. This is shown once.",
                 name,
             )
 
@@ -82,8 +82,11 @@ class FirstStepWatch:
         """Returns the layers with their names, and None for a layer that is no longer in the model."""
         model = self._model()
         modules = set() if model is None else set(model.modules())
-        layers = [(name, reference()) for name, reference in self._layers]
-        return [(name, layer if layer in modules else None) for name, layer in layers]
+        layers = []
+        for name, reference in self._layers:
+            layer = reference()
+            layers.append((name, layer if layer in modules else None))
+        return layers
 
 
 def _check(name: str, layer: nn.Module) -> None:
@@ -97,14 +100,14 @@ def _check(name: str, layer: nn.Module) -> None:
             "TrAct: the first optimizer step has ended, and %s has handed on no preconditioned gradient (%s). "
             "Usually the forward did not run the layer with gradients on (a batch without images, a frozen part), "
             "another library replaced its forward after TrAct was applied (apply TrAct after it), or its weight is "
-            "used outside of the layer. This is said once.",
+            "used outside of the layer. This is shown once.",
             name,
             _reason(layer),
         )
     elif step.inverse is not None:
         advice = advice_on_lam(step.inverse.mean_eigenvalue, preconditioner.config.lam)
         if advice:
-            logger.warning("TrAct: %s: %s This is said once.", name, advice)
+            logger.warning("TrAct: %s: %s This is shown once.", name, advice)
 
 
 def _reason(layer: nn.Module) -> str:
@@ -120,7 +123,8 @@ def _register_hook() -> None:
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    if torch.compiler.is_compiling():  # A compiled optimizer must not be cut into two graphs here.
+    if torch.compiler.is_compiling():
+        # A compiled optimizer must not be cut into two graphs here.
         return
     for watch in list(_watches):
         watch.after_step(optimizer)

@@ -26,40 +26,43 @@ def run_preconditioned(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Returns what `op` returns; the weight's gradient is preconditioned where TrAct acts.
+    """Returns `op(input, weight, *args, **kwargs)`, and has the weight's gradient preconditioned where TrAct acts.
 
     Args:
-        preconditioner: the layer's; None where the operation runs alone.
+        preconditioner: that of the layer whose weight is read; None runs the operation alone.
         op: one of `PATCH_OPS`.
-        input: the first argument of `op`.
-        weight: the second argument of `op`.
-        args: the other arguments of `op`.
-        kwargs: the same, by name.
+        input: what `op` reads.
+        weight: what `op` reads.
+        args: further arguments of `op`.
+        kwargs: further arguments of `op`.
     """
     if preconditioner is None or not _acts(weight, input):
         return op(input, weight, *args, **kwargs)
     spec = PATCH_OPS[op](input, weight, *args, **kwargs)
-    input = _as_autocast_reads(input)
+    read = _as_autocast_reads(input)
+
+    def run_with(weight: Tensor) -> Tensor:
+        return op(read, weight, *args, **kwargs)
+
     if torch.compiler.is_compiling():
-        return _run_compiled(preconditioner, spec, op, input, weight, *args, **kwargs)
-    return _run_eager(preconditioner, spec, op, input, weight, *args, **kwargs)
+        return _run_compiled(preconditioner, spec, read.detach(), weight, run_with)
+    return _run_eager(preconditioner, spec, read.detach(), weight, run_with)
 
 
 def _run_eager(
     preconditioner: LayerPreconditioner,
     spec: PatchSpec,
-    op: Callable[..., Tensor],
-    input: Tensor,
+    x: Tensor,
     weight: Tensor,
-    *args: Any,
-    **kwargs: Any,
+    run_with: Callable[[Tensor], Tensor],
 ) -> Any:
     call = ForwardCall(weight, preconditioner)
-    weight = PreconditionWeightGrad.apply(weight, input.detach(), preconditioner.key, call, spec)
-    out = op(input, weight, *args, **kwargs)
-    if not _is_16_bit(input):
+    weight = PreconditionWeightGrad.apply(weight, x, preconditioner.key, call, spec)
+    out = run_with(weight)
+    if not _is_16_bit(x):
         return out
-    if out._is_view():  # Autograd lets nobody mark a view as changed in place.
+    if out._is_view():
+        # Autograd refuses that a view is marked as changed in place.
         out = out.clone()
     return KeepOutputGrad.apply(out, call)
 
@@ -67,33 +70,35 @@ def _run_eager(
 def _run_compiled(
     preconditioner: LayerPreconditioner,
     spec: PatchSpec,
-    op: Callable[..., Tensor],
-    input: Tensor,
+    x: Tensor,
     weight: Tensor,
-    *args: Any,
-    **kwargs: Any,
+    run_with: Callable[[Tensor], Tensor],
 ) -> Any:
-    if _is_16_bit(input):
-        out = op(input, weight.detach(), *args, **kwargs)
-        return PreconditionFromOutput.apply(out, weight, input.detach(), preconditioner.key, spec)
-    weight = PreconditionWeightGrad.apply(weight, input.detach(), preconditioner.key, None, spec)
-    return op(input, weight, *args, **kwargs)
+    key = preconditioner.key
+    if _is_16_bit(x):
+        out = run_with(weight.detach())
+        return PreconditionFromOutput.apply(out, weight, x, key, spec)
+    weight = PreconditionWeightGrad.apply(weight, x, key, None, spec)
+    return run_with(weight)
 
 
 def _acts(weight: Any, input: Any) -> bool:
-    """Says whether the weight of this forward is to get a gradient; in an export, a trace or a transform it is not."""
+    """Returns whether the weight of this forward is to get a gradient; not in an export, a trace or a transform."""
     if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
         return False
     if torch.compiler.is_compiling():
         # `is_exporting()` of older torch is true in every compiled graph.
         return not torch.compiler._is_exporting_flag
-    if torch._C._get_tracing_state() is not None or not isinstance(input, Tensor):  # a proxy of torch.fx
+    if torch._C._get_tracing_state() is not None:
+        return False
+    if not isinstance(input, Tensor):  # a proxy of torch.fx
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         warn_once(
             _warned,
-            "TrAct: inside of torch.func's transforms (grad, vmap, vjp, ...) and of forward-mode differentiation the "
-            "first layer has its ordinary gradient. Use a backward of torch.autograd for a preconditioned one.",
+            "TrAct: inside of torch.func's transforms (grad, vmap, vjp, ...) and of forward-mode differentiation "
+            "the first layer has its ordinary gradient. "
+            "Use a backward of torch.autograd for a preconditioned one.",
         )
         return False
     return True
@@ -107,5 +112,5 @@ def _as_autocast_reads(input: Tensor) -> Tensor:
     return input
 
 
-def _is_16_bit(input: Tensor) -> bool:
-    return input.dtype in (torch.bfloat16, torch.float16)
+def _is_16_bit(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)

@@ -20,8 +20,8 @@ from hf_tract.core.weight_grad import weight_grad
 
 _library = torch.library.Library("hf_tract", "DEF")
 _library.define(
-    "precondition(Tensor grad, Tensor x, Tensor? output_grad, int key, SymInt call, int[] kernel, int[] stride, "
-    "int[] padding, int[] dilation, int groups) -> Tensor",
+    "precondition(Tensor grad, Tensor x, Tensor? output_grad, int key, SymInt call, "
+    "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     # A replayed CUDA graph would not call the operator, which does more than compute its result.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )

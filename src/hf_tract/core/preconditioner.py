@@ -45,17 +45,21 @@ class LayerPreconditioner:
         self.key = next(_keys)
         self.config = config
         self.process_group = process_group
-        self.active = True  # false once TrAct was removed
-        self.steps = 0  # optimizer steps begun
-        self.open_no_syncs = 0  # how many `TrActHandle.no_sync()` are open
+        self.active = True
+        # Optimizer steps begun.
+        self.steps = 0
+        # How many `TrActHandle.no_sync()` are open.
+        self.open_no_syncs = 0
         self.warned: set[str] = set()
         self.last_step: Step | None = None
         # On an accelerator the first backward looks at the sums to choose their precision, and no later one does.
         self.sums_dtype: torch.dtype | None = None
         self._layer = ref(layer)
         self._step: Step | None = None
-        self._returned_step: Step | None = None  # of `torch.autograd.grad`, which adds nothing to `.grad`
-        self._lock = threading.RLock()  # DataParallel's replicas share this object
+        # That of `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`.
+        self._returned_step: Step | None = None
+        # DataParallel's replicas share this object.
+        self._lock = threading.RLock()
         PRECONDITIONERS[self.key] = self
 
     def precondition(self, grad: Tensor, x: Tensor, spec: PatchSpec, call: ForwardCall | None = None) -> Tensor:
@@ -85,7 +89,8 @@ class LayerPreconditioner:
                 keep = accumulation.holds_gradient(parameters)
             handed_on = step.handed_on(keep)
             sums = self._uncounted_sums(step, call, x, spec, keep)
-            step.add(grad.detach().to(torch.promote_types(grad.dtype, torch.float32)), sums, keep)
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            step.add(grad.detach().to(dtype), sums, keep)
             if not (self.open_no_syncs or accumulation.engine_accumulates()):
                 step.closed = True
             if step.inverse is None and self.steps == 1 and self._is_sole_source(call, parameters):
@@ -156,11 +161,12 @@ class LayerPreconditioner:
         if call is not None:
             step.counted_calls.add(call.number)
         if is_counted and keep is not None:
-            return keep_where(~keep, sums)  # counted before, if the device finds that the old totals stay
+            # Where the device finds that the old totals stay, these sums are among them.
+            return keep_where(~keep, sums)
         return sums
 
     def _is_sole_source(self, call: ForwardCall | None, parameters: list[nn.Parameter]) -> bool:
-        """Says whether `.grad` is to end up as exactly what this layer of this process hands on."""
+        """Returns whether the whole of `.grad` is to come from this layer in this process."""
         if self.config.scope == "local" or accumulation.ranks_of(self.process_group) > 1:
             return False
         if call is None or call.leaf is None or not parameters:
@@ -174,7 +180,7 @@ class LayerPreconditioner:
         if handed_on is not None:
             missing = missing - handed_on.to(missing.device)
         out = missing.to(grad.dtype).contiguous()
-        # What could not be solved is the step's own gradient, which nobody else may write into.
+        # An unsolved step hands on its own gradient, which others may then write into: they get a copy.
         return out.clone() if out is step.grad else out
 
 

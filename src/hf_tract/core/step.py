@@ -1,4 +1,4 @@
-"""Holds what one optimizer step of a layer adds up, and what is known of each forward call."""
+"""Holds the totals of one optimizer step of a layer, and what a backward has to know of its forward call."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ FORWARD_CALLS: WeakValueDictionary[int, ForwardCall] = WeakValueDictionary()
 
 
 class ForwardCall:
-    """Holds what the backward of one forward call has to know of it."""
+    """Holds what the backward of a forward call has to know of it."""
 
     def __init__(self, weight: Tensor, preconditioner: LayerPreconditioner) -> None:
-        """Notes a forward call before its operation reads `weight`."""
         self.number = next(_numbers)
-        self.preconditioner = preconditioner  # kept alive until the backward
+        # The graph keeps the preconditioner alive until its backward.
+        self.preconditioner = preconditioner
         # A reentrant checkpoint runs this forward inside of a backward pass, and its backward in a pass within that.
         self.backward_pass = torch._C._current_graph_task_id()
         # `functional_call` runs the layer with another parameter than its own.
         self.leaf = weight if weight.is_leaf else None
-        self.was_differentiated = False  # with `create_graph=True`
+        # Whether the weight's gradient was taken with `create_graph=True`.
+        self.was_differentiated = False
         self.output_grad: Tensor | None = None
         self._has_second_order = False
         FORWARD_CALLS[self.number] = self
@@ -45,12 +46,6 @@ class ForwardCall:
             self._has_second_order = True
         self.output_grad = None if self._has_second_order else grad
 
-    def take_output_grad(self) -> Tensor | None:
-        """Returns the output's gradient, once."""
-        grad = self.output_grad
-        self.output_grad = None
-        return grad
-
 
 class Step:
     """Adds up the second moments and the ordinary gradient of one layer over one optimizer step.
@@ -59,12 +54,16 @@ class Step:
     """
 
     def __init__(self, backward_pass: int) -> None:
-        """Begins empty, in this backward pass."""
-        self.backward_pass = backward_pass  # the last one that belongs to the step
-        self.counted_calls: set[int] = set()  # numbers of the forward calls whose patches are in `sums`
-        self.closed = False  # set by the last micro-step, where gradients do not live in `.grad`
-        self.sums: Tensor | None = None  # (g * n * n + 1,): sums of p p^T, then the number of patches
-        self.grad: Tensor | None = None  # (m, ...), the ordinary gradient
+        # The last backward pass that belongs to the step.
+        self.backward_pass = backward_pass
+        # The numbers of the forward calls whose patches are in `sums`.
+        self.counted_calls: set[int] = set()
+        # Set by the last micro-step; counts where an engine keeps gradients outside of `.grad`.
+        self.closed = False
+        # (g * n * n + 1,): the sums of p p^T, then the number of patches.
+        self.sums: Tensor | None = None
+        # (m, ...): the ordinary gradient.
+        self.grad: Tensor | None = None
         self.inverse: DampedInverse | None = None
 
     def handed_on(self, keep: Tensor | None = None) -> Tensor | None:

@@ -54,7 +54,9 @@ def original_class(cls: type) -> type:
     if any(TrActClass in base.__bases__ for base in cls.__bases__):
         return cls.__bases__[1]
     # Another library has put a class on top of ours, which is made again without ours below it.
-    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    members = dict(vars(cls))
+    members.pop("__dict__", None)
+    members.pop("__weakref__", None)
     name = cls.__name__.replace("TrAct", "", 1)
     bases = tuple(map(original_class, cls.__bases__))
     return type(name, bases, members)
@@ -62,14 +64,17 @@ def original_class(cls: type) -> type:
 
 def swap_class(module: nn.Module, cls: Any) -> None:
     """Gives `module` the class `cls`, also where accelerate's hooks have captured the forward of the old one."""
-    captured = [name for name in ("forward", "_old_forward") if is_own_forward(module, vars(module).get(name))]
+    captured = []
+    for name in ("forward", "_old_forward"):
+        if is_own_forward(module, vars(module).get(name)):
+            captured.append(name)
     module.__class__ = cls
     for name in captured:
         module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def is_own_forward(module: nn.Module, forward: Any) -> bool:
-    """Says whether `forward` is a method of `module` that one of its classes defines."""
+    """Returns whether `forward` is a method of `module` that one of its classes defines."""
     if not isinstance(forward, MethodType) or forward.__self__ is not module:
         return False
     return any(vars(cls).get("forward") is forward.__func__ for cls in type(module).__mro__)
