@@ -11,7 +11,7 @@ from transformers import Trainer
 
 import hf_tract
 from helpers.models import STEM, Images, small_vit, trainer
-from hf_tract.whitening.whiten import were_whitened
+from hf_tract.whitening.fresh import were_whitened
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ import copy
 import os
 import random
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from helpers.models import STEM, Images, Watch, small_convnext, small_vit, stem_
 from helpers.oracle import assert_close
 from hf_tract import TrActCallback, TrActError, whiten_first_layer
 from hf_tract.whitening.batches import first_batches
-from hf_tract.whitening.whiten import were_whitened
+from hf_tract.whitening.fresh import were_whitened
 
 WHITENED = {"lam": 0.1, "whiten_init": True}
 
@@ -149,7 +150,7 @@ def test_what_reads_once_is_refused():
     assert len(list(stream)) == 64
 
 
-def test_data_that_only_this_process_can_read_is_read_here_and_said(caplog):
+def test_data_that_only_this_process_can_read_is_read_here_and_told(caplog):
     class Here(Images):
         home = os.getpid()
 
@@ -163,7 +164,15 @@ def test_data_that_only_this_process_can_read_is_read_here_and_said(caplog):
     assert "no other process can read Here" in message
 
 
-def test_once_also_when_training_begins_again(tmp_path, monkeypatch):
+def test_a_sampler_that_cannot_be_copied_is_used_itself_and_told(caplog):
+    order = OwnOrder()
+    order.lock = threading.Lock()
+    assert len(first_batches(DataLoader(Images(), 8, sampler=order), 2)) == 2
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "BatchSampler cannot be copied" in message
+
+
+def test_it_is_whitened_once_also_when_training_begins_again(tmp_path, monkeypatch):
     """An out-of-memory error, and a second `train()`."""
     calls = []
     real = whiten_first_layer
@@ -221,7 +230,7 @@ def outside(outputs: dict[str, torch.Tensor], labels: torch.Tensor, **_) -> torc
     return torch.nn.functional.cross_entropy(outputs["logits"], labels)
 
 
-def test_labels_that_the_model_does_not_take_and_its_own_errors(tmp_path):
+def test_labels_that_the_model_does_not_take_pass_and_its_own_errors_show(tmp_path):
     for broken in (False, True):
         run = trainer(tmp_path, WithoutLabels(broken), [TrActCallback(**WHITENED)], remove_unused_columns=False)
         run.compute_loss_func = outside

@@ -22,7 +22,7 @@ from helpers.strategies import cases
 from hf_tract import TrActError, whiten_first_layer
 from hf_tract.core.sharding import gathered_weights, read_weight
 from hf_tract.discovery.wrappers import unwrap
-from hf_tract.whitening.batches import sent
+from hf_tract.whitening.batches import move_batch
 
 
 def inverse_root(c: torch.Tensor, lam: float) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_the_weight_is_the_formula_s_for_any_layer(case, match_scale):
     )
 
 
-def test_a_transformers_model_by_several_batches_and_all_else_as_it_was():
+def test_several_batches_whiten_a_transformers_model_and_leave_all_else_as_it_was():
     model, batches = small_vit().train(), [images(8), images(24)]
     model.vit.embeddings.dropout.eval()
     stem, before = stem_of(model), copy.deepcopy(model.state_dict())
@@ -103,7 +103,7 @@ def trained(layer: nn.Conv2d) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, lam, batches, said",
+    "change, lam, batches, parts",
     [
         (
             lambda model: trained(stem_of(model)),
@@ -132,11 +132,11 @@ def trained(layer: nn.Conv2d) -> None:
         (lambda model: None, 0.1, images() * 0, ("`batches` has nothing but zeros where it reaches",)),
     ],
 )
-def test_what_cannot_be_meant_is_refused_and_the_model_left_as_it_was(change, lam, batches, said):
+def test_what_cannot_be_meant_is_refused_and_the_model_left_as_it_was(change, lam, batches, parts):
     model = small_vit()
     change(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TrActError, match=says(*said)):
+    with pytest.raises(TrActError, match=says(*parts)):
         whiten_first_layer(model, batches, lam)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -176,7 +176,7 @@ def test_batches_may_be_a_loader_s_have_labels_and_keys_that_the_model_does_not_
 
 
 @pytest.mark.parametrize("form", [lambda x: [x], lambda x: [tuple(x)], lambda x: [(x, [{"boxes": None}] * len(x))]])
-def test_images_of_different_sizes_as_detectors_take_them(form):
+def test_images_of_different_sizes_are_taken_as_detectors_do(form):
     class Detector(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -204,11 +204,11 @@ def test_batches_go_where_the_weight_is_with_labels_and_boxes_inside():
         "labels": [{"boxes": torch.ones(2, 4), "class_labels": torch.ones(2).long()}],
         "n": 3,
     }
-    there = sent(batch, torch.device("meta"), torch.bfloat16)
+    there = move_batch(batch, torch.device("meta"), torch.bfloat16)
     boxes = there["labels"][0]["boxes"]
     assert (there["pixel_values"].device.type, boxes.device.type, boxes.dtype) == ("meta", "meta", torch.bfloat16)
     assert (there["labels"][0]["class_labels"].dtype, there["n"]) == (torch.int64, 3)
-    assert sent(batch, None, torch.float32)["labels"][0]["boxes"].dtype == torch.float32
+    assert move_batch(batch, None, torch.float32)["labels"][0]["boxes"].dtype == torch.float32
 
 
 def test_a_group_that_reads_nothing_but_zeros_stays_as_it_was():

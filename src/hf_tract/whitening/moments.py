@@ -1,6 +1,6 @@
-"""Second moments of what a few layers read, over a few batches, without a backward and without a trace left.
+"""Measures the second moment C of a few layers over a few batches, by forward calls alone.
 
-Shape letters as in `moments`: g groups, n columns of `weight.flatten(1)`.
+Shape letters: g groups, n columns of `weight.flatten(1)`, b patches.
 """
 
 from __future__ import annotations
@@ -18,149 +18,154 @@ from hf_tract.core.moments import patch_moments
 from hf_tract.core.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.core.sharding import is_sharded
 from hf_tract.core.weights import weight_like
+from hf_tract.discovery.calling import run_forward
 from hf_tract.discovery.first_layer import FirstLayer
-from hf_tract.discovery.probe import run_forward
 from hf_tract.discovery.wrappers import unwrap
 from hf_tract.whitening.batches import move_batch
 
 
-def moments_over(
-    model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], group: Any = None
+def second_moments(
+    model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], process_group: Any = None
 ) -> list[Tensor]:
-    """Returns what `input_moments` does, for a model that may be wrapped or sharded and batches that may lie elsewhere."""
-    sharded = is_sharded(model)  # whose weights may wait on another device than the one they work on
-    like = weight_like(layers[0].module)
-    each = [move_batch(batch, None if sharded else like.device, like.dtype) for batch in batches]
-    return input_moments(model if sharded else unwrap(model), each, layers, group, whole_forward=sharded)
+    """Returns C = (1/b) sum of p p^T of each layer, over the patches p of all batches and ranks.
 
-
-def input_moments(
-    model: nn.Module,
-    batches: Iterable[Any],
-    layers: Sequence[FirstLayer],
-    group: Any = None,
-    whole_forward: bool = False,
-) -> list[Tensor]:
-    """C = (1/b) sum of p p^T of each layer, over all batches and ranks.
-
-    The model runs in evaluation mode; its modes, its buffers and torch's random numbers stay as they are.
+    The model runs in evaluation mode; its modes, its buffers and the random numbers stay as they are.
 
     Args:
-        model: the model as it is to be called.
-        batches: of what it takes: tensors, or mappings of keyword arguments.
-        layers: of the model.
-        group: the data-parallel ranks; the default group where None.
-        whole_forward: run each forward to its end, as a sharded model needs it; else only until the layers have been met.
+        model: wrapped, sharded or neither.
+        batches: as `to_model_inputs` returns them, on any device.
+        layers: layers of `model`.
+        process_group: the data-parallel ranks, the default group where None.
 
     Returns:
-        (g, n, n) of each layer, float64, on the CPU.
+        For each layer a tensor (g, n, n), float64, on the CPU.
 
     Raises:
-        TrActError: if nothing reaches a layer, or what is not finite, or nothing but zeros.
+        TrActError: where nothing reaches a layer, or nothing but zeros, or what is not finite.
     """
-    collectors = [_Collector(layer.module) for layer in layers]
-    with torch.no_grad(), _as_it_was(model), contextlib.ExitStack() as stack:
-        for layer, collector in zip(layers, collectors, strict=True):
-            stack.enter_context(collector.watching(layer.module))
-        for batch in batches:
-            for collector in collectors:
-                collector.met = False
-            with contextlib.nullcontext() if whole_forward else _until_met(layers, collectors):
-                run_forward(model, batch)
+    collectors = [_MomentCollector(layer.module) for layer in layers]
+    with torch.no_grad():
+        _collect(model, batches, collectors)
     moments = []
     for layer, collector in zip(layers, collectors, strict=True):
-        payload = torch.cat([collector.sums.flatten(), collector.sums.new_tensor([collector.count])])
-        if dist.is_available() and dist.is_initialized():
-            payload = _all_reduced(payload, group)
-        if wrong := _problem_with(payload, layer.name):
+        sums = _all_reduced(collector.sums, process_group)
+        problem = _problem_with(sums, layer.name)
+        if problem:
             raise TrActError(
-                f"`batches` has {wrong}: give it batches as training does, as tensors or keyword arguments."
+                f"`batches` has {problem}: give it batches as training does, as tensors or keyword arguments."
             )
-        moments.append((payload[:-1] / payload[-1]).view_as(collector.sums).cpu().double())
+        moment = sums[:-1] / sums[-1]
+        moments.append(moment.view(collector.shape).cpu().double())
     return moments
 
 
-def _problem_with(payload: Tensor, name: str) -> str:
-    if not payload[-1] > 0:
+def _problem_with(sums: Tensor, name: str) -> str:
+    """Returns what is wrong with the sums and the patch count of the layer `name`, or ""."""
+    if not sums[-1] > 0:
         return f"nothing that reaches {name}"
-    if not payload.isfinite().all():
+    if not sums.isfinite().all():
         return "pixels that are not finite"
-    return "" if payload[:-1].any() else f"nothing but zeros where it reaches {name}"
+    if not sums[:-1].any():
+        return f"nothing but zeros where it reaches {name}"
+    return ""
 
 
-def _all_reduced(payload: Tensor, group: Any) -> Tensor:
-    """The sum over ranks, also where the model is not on the device of their backend yet."""
-    there = payload.cuda() if dist.get_backend(group) == "nccl" else payload
-    dist.all_reduce(there, group=group)
-    return there.to(payload.device)
+def _all_reduced(sums: Tensor, group: Any) -> Tensor:
+    """Returns the sum over ranks, if there are several."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return sums
+    # NCCL takes no CPU tensors, and the model may not have been moved to its device yet.
+    total = sums.cuda() if dist.get_backend(group) == "nccl" else sums
+    dist.all_reduce(total, group=group)
+    return total.to(sums.device)
 
 
-class _EnoughError(Exception):
-    """Every layer has read its input: the rest of the forward is not needed."""
-
-
-@contextlib.contextmanager
-def _until_met(layers: Sequence[FirstLayer], collectors: Sequence[_Collector]) -> Iterator[None]:
-    """A forward inside ends where the last of the layers has been met."""
-
-    def stop(*_: Any) -> None:
-        if all(collector.met for collector in collectors):
-            raise _EnoughError
-
-    handles = [layer.module.register_forward_hook(stop) for layer in layers]
-    try:
-        with contextlib.suppress(_EnoughError):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Collector(PatchOpMode):
-    """Sums the patches of one layer's operation."""
+class _MomentCollector(PatchOpMode):
+    """Sums p p^T over the patches that one layer reads. It is active while that layer runs."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        n, groups = patch_size(layer), getattr(layer, "groups", 1)
+        self.layer = layer
+        n = patch_size(layer)
+        self.shape = getattr(layer, "groups", 1), n, n
         weight = weight_like(layer)
-        dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # which mps does not have
-        self.sums = torch.zeros(groups, n, n, dtype=dtype, device=weight.device)
-        self.count, self.met = 0, False
-
-    @contextlib.contextmanager
-    def watching(self, layer: nn.Module) -> Iterator[None]:
-        """Looks on while `layer` runs."""
-        enter = layer.register_forward_pre_hook(lambda *_: self.__enter__() and None, prepend=True)
-        leave = layer.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True, prepend=True)
-        try:
-            yield
-        finally:
-            enter.remove()
-            leave.remove()
+        # The metal backend has no float64.
+        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        # The last entry counts the patches.
+        self.sums = torch.zeros(self.shape[0] * n * n + 1, dtype=dtype, device=weight.device)
+        self.has_read = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op`, and takes in its patches."""
-        new = torch.zeros_like(self.sums)
+        """Runs `op` and adds the patches of its input."""
         spec = PATCH_OPS[op](input, weight, *args, **kwargs)
+        new = torch.zeros_like(self.sums)
         with torch.autocast(input.device.type, enabled=False):
-            self.count += patch_moments(input.detach().to(self.sums.dtype), spec, new)
+            new[-1] = patch_moments(input.detach(), spec, new[:-1].view(self.shape))
         self.sums += new
-        self.met = True
+        self.has_read = True
         return op(input, weight, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collects whenever the layer runs inside."""
+
+        def enter(*_: Any) -> None:
+            self.__enter__()
+
+        def leave(*_: Any) -> None:
+            self.__exit__(None, None, None)
+
+        before = self.layer.register_forward_pre_hook(enter, prepend=True)
+        after = self.layer.register_forward_hook(leave, always_call=True, prepend=True)
+        with before, after:
+            yield
+
+
+class _AllReadError(Exception):
+    """Ends a forward call: all layers have read their inputs, so the rest of it is not needed."""
+
+
+def _collect(model: nn.Module, batches: Iterable[Any], collectors: Sequence[_MomentCollector]) -> None:
+    """Runs the model on the batches, with all collectors watching."""
+    weight = weight_like(collectors[0].layer)
+    device: torch.device | None = weight.device
+    sharded = is_sharded(model)
+    if sharded:
+        # Its weights may wait on another device than the one they work on.
+        device = None
+    else:
+        model = unwrap(model)
+
+    def stop(*_: Any) -> None:
+        if all(collector.has_read for collector in collectors):
+            raise _AllReadError
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for collector in collectors:
+            stack.enter_context(collector.watching())
+            # All ranks gather the weights of a sharded model together, so each runs all of its forward.
+            if not sharded:
+                stack.enter_context(collector.layer.register_forward_hook(stop))
+        for batch in batches:
+            for collector in collectors:
+                collector.has_read = False
+            with contextlib.suppress(_AllReadError):
+                run_forward(model, move_batch(batch, device, weight.dtype))
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside, as before outside, with the buffers of before; batches draw no random numbers either."""
-    training = [(module, module.training) for module in model.modules()]
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts `model` into evaluation mode, and restores its modes and buffers at the end."""
+    modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
-        with torch.random.fork_rng([]):
-            yield
+        yield
     finally:
-        model.train(training[0][1])  # by their own `train`, which may do more
-        for module, was_training in training:
-            module.training = was_training
+        # A model's own `train` may do more than set the modes, so it is called too.
+        model.train(modes[model])
+        for module, mode in modes.items():
+            module.training = mode
         for buffer, before in buffers:
             buffer.copy_(before)
