@@ -1,44 +1,81 @@
-"""Top-1 and top-5 accuracy as an `evaluate` metric, which nothing has to be downloaded for.
+"""Computes top-1 and top-5 accuracy, for Trainer and for loops of one's own.
 
-from hf_tract.metrics import TopK, compute_top_k
-trainer = Trainer(..., compute_metrics=compute_top_k)
+    trainer = Trainer(..., compute_metrics=compute_top_k)
+
+`TopK` is an `evaluate` metric that downloads nothing. It alone needs the packages evaluate and datasets, so the class
+is made when somebody asks for it.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import evaluate
 import numpy as np
 
 if TYPE_CHECKING:
+    import evaluate
     from transformers import EvalPrediction
 
-
-class TopK(evaluate.Metric):  # type: ignore[misc]  # evaluate is not typed
-    """Shares of images whose label is the best, and among the five best, of the scores."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description="top-1 and top-5 accuracy",
-            citation="",
-            features=datasets.Features(features),
-            inputs_description="predictions: scores, (images, classes); references: labels, (images,)",
-        )
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        scores, labels = np.asarray(predictions), np.asarray(references)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-        hits = best == labels[:, None]
-        return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean())}
+    TopK: type[evaluate.Metric]
 
 
 def compute_top_k(prediction: EvalPrediction) -> dict[str, float]:
-    """`top1` and `top5`, as Trainer's `compute_metrics`."""
-    values: dict[str, float] = TopK().compute(predictions=prediction.predictions, references=prediction.label_ids)
-    return values
+    """Returns `top1` and `top5`, as Trainer's `compute_metrics`."""
+    return _top_k(prediction.predictions, prediction.label_ids)
+
+
+def _top_k(predictions: Any, references: Any) -> dict[str, float]:
+    """Returns the shares of images whose label has the best score, and one of the five best.
+
+    Args:
+        predictions: scores, (images, classes).
+        references: labels, (images,).
+    """
+    scores = np.asarray(predictions)
+    labels = np.asarray(references)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    hits = best == labels[:, None]
+    top1 = hits[:, 0].mean()
+    top5 = hits.any(axis=1).mean()
+    return {"top1": float(top1), "top5": float(top5)}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TopK":
+        return _top_k_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _top_k_class() -> Any:
+    try:
+        import datasets
+        import evaluate
+    except ImportError as error:
+        raise ImportError(
+            f"`hf_tract.metrics.TopK` needs the package {error.name}: `pip install evaluate` brings it. "
+            f"`compute_top_k` does without."
+        ) from error
+
+    class TopK(evaluate.Metric):  # type: ignore[misc]  # evaluate is not typed
+        """Computes the shares of images whose label has the best score (`top1`), and one of the five best (`top5`)."""
+
+        __qualname__ = "TopK"  # where pickle finds it
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(keep_in_memory=True, **kwargs)
+
+        def _info(self) -> evaluate.MetricInfo:
+            scores = datasets.Sequence(datasets.Value("float32"))
+            labels = datasets.Value("int64")
+            return evaluate.MetricInfo(
+                description="top-1 and top-5 accuracy",
+                citation="",
+                features=datasets.Features({"predictions": scores, "references": labels}),
+            )
+
+        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+            return _top_k(predictions, references)
+
+    return TopK

@@ -1,0 +1,50 @@
+"""Top-1 and top-5 accuracy, with and without the package evaluate."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+from transformers import EvalPrediction
+
+from hf_tract.metrics import TopK, compute_top_k
+
+# Six classes, worst to best in every row: the label 5 is the best, 1 is among the five best, 0 is not.
+SCORES = np.arange(24, dtype=np.float32).reshape(4, 6)
+LABELS = np.array([5, 1, 1, 0])
+EXPECTED = {"top1": 0.25, "top5": 0.75}
+
+WITHOUT_EVALUATE = """
+import sys
+sys.modules["evaluate"] = sys.modules["datasets"] = None
+import numpy as np
+import hf_tract.metrics
+
+class Prediction:
+    predictions = np.arange(24, dtype=np.float32).reshape(4, 6)
+    label_ids = np.array([5, 1, 1, 0])
+
+assert hf_tract.metrics.compute_top_k(Prediction) == {"top1": 0.25, "top5": 0.75}
+try:
+    hf_tract.metrics.TopK
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_trainer_s_function_counts_the_best_and_the_five_best():
+    assert compute_top_k(EvalPrediction(SCORES, LABELS)) == EXPECTED
+
+
+def test_the_evaluate_metric_gives_the_same_over_batches_and_can_be_pickled():
+    metric = TopK()
+    for scores, labels in zip(SCORES, LABELS, strict=True):
+        metric.add_batch(predictions=scores[None], references=labels[None])
+    assert metric.compute() == EXPECTED
+    assert pickle.loads(pickle.dumps(TopK)) is TopK
+
+
+def test_without_evaluate_the_function_works_and_the_metric_names_what_to_install():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EVALUATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "`hf_tract.metrics.TopK` needs the package datasets: `pip install evaluate`" in done.stdout
