@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from helpers.oracle import moment, says
 from hf_tract import apply_tract
 from hf_tract.cli.cost import moment_cost, solve_cost
-from hf_tract.cli.loading import Normalization, load
-from hf_tract.cli.main import advice, app
-from hf_tract.cli.report import inspect_model
-from hf_tract.cli.scale import NATURAL, expected_mean, normalised, spectrum
+from hf_tract.cli.loading import LoadedModel, load
+from hf_tract.cli.main import app
+from hf_tract.cli.report import Report, inspect_model, warnings_for
+from hf_tract.cli.scale import IMAGENET, Normalization, spectrum_of_images
 from hf_tract.config import TrActError
 from hf_tract.core.patches import PatchSpec
 
@@ -34,7 +34,7 @@ def checkpoint(tmp_path):
     model = hf.ViTForImageClassification(hf.ViTConfig(**SMALL, image_size=32, patch_size=8))
     model.save_pretrained(tmp_path / "model")
     processor = {"image_processor_type": "ViTImageProcessor", "do_normalize": True, "do_rescale": True}
-    processor |= {"image_mean": NATURAL.mean, "image_std": NATURAL.std}
+    processor |= {"image_mean": IMAGENET.mean, "image_std": IMAGENET.std}
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
     return tmp_path / "model"
 
@@ -129,24 +129,26 @@ def test_without_typer_it_names_what_to_install(monkeypatch):
 
 def test_a_frozen_layer_and_a_large_one_are_told():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 32, 32)).requires_grad_(False)
-    warnings = advice(inspect_model(model), NATURAL, None, 0.1)
+    loaded = LoadedModel(model, IMAGENET, "test")
+    warnings = warnings_for(Report("model", loaded, inspect_model(model), batch_size=64, lam=0.1, spectrum=None))
     assert warnings[0] == "0 is frozen: TrAct does nothing until its weight requires a gradient."
     assert warnings[1].startswith("n is 3072:")
 
 
 def test_the_expected_mean_is_that_of_such_pixels():
     torch.manual_seed(0)
-    pixels = Normalization((0.5, 0.4, 0.3), (0.5, 0.2, 0.3))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NATURAL)
+    normalization = Normalization((0.5, 0.4, 0.3), (0.5, 0.2, 0.3))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     images = torch.randn(8, 3, 64, 64) * std + mean
-    measured = spectrum(normalised(list(images), pixels), PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1)
-    assert measured.mean == pytest.approx(expected_mean(pixels), rel=0.02)
+    spec = PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1))
+    spectrum = spectrum_of_images(normalization.apply(images), spec, lam=0.1)
+    assert spectrum.mean == pytest.approx(normalization.expected_mean_eigenvalue(), rel=0.02)
 
 
 def test_the_spectrum_is_the_dense_moments():
     x, layer = torch.randn(6, 3, 12, 12), torch.nn.Conv2d(3, 4, 3, 2, 1)
     values = torch.linalg.eigvalsh(moment(x, layer))
-    told = spectrum(x, PatchSpec((3, 3), (2, 2), (1,) * 4, (1, 1)), lam=0.5)
+    told = spectrum_of_images(x, PatchSpec((3, 3), (2, 2), (1,) * 4, (1, 1)), lam=0.5)
     assert told.mean == pytest.approx(float(values.mean()))
     assert told.largest == pytest.approx(float(values.max()))
     assert told.condition == pytest.approx(float((values.max() + 0.5) / (values.min() + 0.5)))

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def read(folder, channels=3, samples=64, split="train"):
-    return torch.stack(read_images(str(folder), split, samples, (8, 8), channels))
+    return read_images(str(folder), split, samples, (channels, 8, 8))
 
 
 def ramp(top: int, dtype) -> np.ndarray:

@@ -1,5 +1,1 @@
-"""The command `hf-tract`, which needs the extra `cli`."""
-
-from hf_tract.cli.main import app
-
-__all__ = ["app"]
+"""Holds the command `hf-tract`, which needs the extra `cli`."""

@@ -19,6 +19,10 @@ class Cost(NamedTuple):
     operations: int
     bytes: int
 
+    def plus(self, other: Cost, times: int = 1) -> Cost:
+        """Returns the sum of both, with the other one taken so many times."""
+        return Cost(self.operations + other.operations * times, self.bytes + other.bytes * times)
+
 
 def patch_count(shape: Sequence[int], spec: PatchSpec) -> int:
     """Returns b, the number of patches that an operation reads of an input of this shape."""

@@ -1,4 +1,4 @@
-"""A model by its name, without its weights, and how its pixels are normalised."""
+"""Makes a model by its name, without its weights, and reads how its pixels are normalised."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from hf_tract.cli.scale import UNCHANGED, Normalization
 from hf_tract.config import TrActError
 
 
-class Normalization(NamedTuple):
-    """What an image processor does to values from 0 to 1: minus `mean` over `std`, by channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-class Loaded(NamedTuple):
-    """A model on the meta device; `pixels` is None where nothing says how they are normalised."""
+class LoadedModel(NamedTuple):
+    """Holds a model on the meta device, with the normalisation of its pixels (None where nothing tells it)."""
 
     model: nn.Module
-    pixels: Normalization | None
-    kind: str
+    normalization: Normalization | None
+    source: str
 
 
-def load(name: str, *, trust_remote_code: bool = False) -> Loaded:
-    """The model called `name`, on the meta device: its structure and no weights.
+def load(name: str, trust_remote_code: bool = False) -> LoadedModel:
+    """Makes the model called `name` on the meta device.
 
     Args:
         name: a folder with a config.json, a timm model, a transformers model_type (its default config), or a Hub id.
@@ -37,99 +32,95 @@ def load(name: str, *, trust_remote_code: bool = False) -> Loaded:
     Raises:
         TrActError: for a name that is none of these.
     """
-    if name.startswith(("hf-hub:", "hf_hub:")):
-        return _from_timm_on_the_hub(name)
-    if not Path(name).exists():
-        if (timm := _timm()) is not None and timm.is_model(name.removeprefix("timm/")):
-            return _from_timm(timm, name.removeprefix("timm/"))
-        from transformers import CONFIG_MAPPING
+    if Path(name).exists():
+        return _from_checkpoint(name, "folder", trust_remote_code)
+    import timm
+    from transformers import CONFIG_MAPPING
 
-        if name in CONFIG_MAPPING:
-            return Loaded(_made(CONFIG_MAPPING[name]()), None, f"transformers' default {name}")
+    timm_name = name.removeprefix("timm/")
+    if timm.is_model(timm_name) or name.startswith(("hf-hub:", "hf_hub:")):
+        return _from_timm(timm_name)
+    if name in CONFIG_MAPPING:
+        model = _make(CONFIG_MAPPING[name]())
+        return LoadedModel(model, None, f"transformers' default {name}")
+    return _from_checkpoint(name, "Hub", trust_remote_code)
+
+
+def _from_timm(name: str) -> LoadedModel:
+    import timm
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+    except Exception as error:  # what the Hub and timm raise has no common class
+        raise TrActError(f"`model` (={name!r}) cannot be made by timm: {one_line(error)}") from error
+    config = model.pretrained_cfg
+    return LoadedModel(model, _normalization(config.get("mean"), config.get("std")), "timm")
+
+
+def _from_checkpoint(name: str, source: str, trust_remote_code: bool) -> LoadedModel:
+    """Makes a model of transformers from a folder or the Hub."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise TrActError(_unknown(name, error)) from error
-    kind = "folder" if Path(name).exists() else "Hub"
-    return Loaded(_made(config, trust_remote_code), _processor(name), kind)
+        raise TrActError(f"`model` (={name!r}) {_why_unknown(name)}: {one_line(error)}") from error
+    return LoadedModel(_make(config, trust_remote_code), _read_processor(name), source)
 
 
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError:
-        return None
-    return timm
+def _why_unknown(name: str) -> str:
+    if Path(name).exists():
+        return "is a folder without a config that transformers knows"
+    import timm
+
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return (
+        f"is no folder, no timm model (the nearest: {', '.join(near) or 'none'}), no model_type of transformers, "
+        f"and no model that the Hub gives"
+    )
 
 
-def _from_timm(timm: Any, name: str) -> Loaded:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    config = model.pretrained_cfg
-    return Loaded(model, _pixels(config.get("mean"), config.get("std")), "timm")
-
-
-def _from_timm_on_the_hub(name: str) -> Loaded:
-    """Makes a model as `timm.create_model("hf-hub:OWNER/NAME")` does."""
-    if (timm := _timm()) is None:
-        raise TrActError(f"`model` (={name!r}) needs the package timm: pip install 'hf-tract[cli]'.")
-    try:
-        return _from_timm(timm, name)
-    except Exception as error:  # what the Hub and timm raise has no common class
-        raise TrActError(f"`model` (={name!r}) is no timm model that the Hub gives: {in_a_line(error)}") from error
-
-
-def _made(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The class that the checkpoint names, or the bare model of its type."""
+def _make(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """Makes a model of the class that the config names, or the bare model of its type."""
     import transformers
 
-    cls = next(
-        (getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)), None
-    )
+    model: nn.Module
     with torch.device("meta"):
-        if cls is not None:
-            return cls(config)  # type: ignore[no-any-return]
+        for name in config.architectures or ():
+            if hasattr(transformers, name):
+                model = getattr(transformers, name)(config)
+                return model
         try:
-            return transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+            model = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, ImportError) as error:
             raise TrActError(f"`model` (={config.model_type}) cannot be made: {error}") from error
+    return model
 
 
-def _processor(name: str) -> Normalization | None:
-    """What the checkpoint's image processor says; it is read and not made, since making one needs image libraries."""
+def _read_processor(name: str) -> Normalization | None:
+    """Returns the normalisation in the config of a checkpoint's image processor."""
     from transformers.image_processing_base import ImageProcessingMixin
 
+    # The processor itself is not made, since that needs image libraries.
     try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        config, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError):
         return None
-    if values.get("do_normalize") is False:
-        return Normalization((0.0,), (1.0,) if values.get("do_rescale", True) else (1 / 255,))
-    return _pixels(values.get("image_mean"), values.get("image_std"))
+    if config.get("do_normalize") is not False:
+        return _normalization(config.get("image_mean"), config.get("image_std"))
+    if config.get("do_rescale", True):
+        return UNCHANGED
+    return Normalization(mean=(0.0,), std=(1 / 255,))
 
 
-def _pixels(mean: Any, std: Any) -> Normalization | None:
+def _normalization(mean: Any, std: Any) -> Normalization | None:
+    """Returns a config's numbers, or lists of them, as tuples."""
     if mean is None or std is None:
         return None
-    return Normalization(
-        *(tuple(value) if isinstance(value, (list, tuple)) else (float(value),) for value in (mean, std))
-    )
+    return Normalization(tuple(np.ravel(mean).tolist()), tuple(np.ravel(std).tolist()))
 
 
-def _unknown(name: str, error: Exception) -> str:
-    names = timm.list_models() if (timm := _timm()) is not None else []
-    near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
-    what = "is a folder without a config that transformers knows" if Path(name).exists() else NO_NAME.format(near)
-    return f"`model` (={name!r}) {what}: {in_a_line(error)}"
-
-
-def in_a_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Returns the start of an error's text without line breaks."""
     return " ".join(str(error).split())[:300]
-
-
-NO_NAME = (
-    "is no folder, no timm model (the nearest: {}), no model_type of transformers, and no model that the Hub gives"
-)

@@ -1,44 +1,47 @@
-"""What TrAct would take of a model, and what that would cost, without training or loading it."""
+"""Works out what TrAct would take of a model, and what that would cost, without training or loading it."""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
+from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_tract.cli.cost import Cost, moment_cost, patches, solve_cost
+from hf_tract.cli.cost import Cost, moment_cost, patch_count, solve_cost
+from hf_tract.cli.loading import LoadedModel
+from hf_tract.cli.scale import UNCHANGED, spectrum_of_images
+from hf_tract.config import TrActError
+from hf_tract.core.notices import advice_on_lam
 from hf_tract.core.patches import PatchSpec, out_features, patch_size
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
-from hf_tract.discovery.inputs import guess_inputs
-from hf_tract.discovery.probe import LayerInput, Recorder, meta_copy, recording, run_forward
+from hf_tract.discovery.tracing import LayerInput
+from hf_tract.discovery.trials import trial_runs
 from hf_tract.discovery.wrappers import unwrap, without_wrappers
+from hf_tract.whitening.spectrum import Spectrum
 
-ENOUGH = (
-    3  # guesses of a batch that reach the layers, after which a forward that fails would fail with the next one too
-)
+# Where so many guesses of a batch reach the layers and the forward fails all the same, the next one would fail too.
+MAX_FAILURES = 3
+MAX_CONDITION = 1e6
+MAX_COLUMNS = 2048
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerInspection:
-    """One layer: its weight is m x n, its C n x n for each of its groups.
+class LayerInspection(NamedTuple):
+    """Describes a layer that TrAct would take; what its input tells is None where no forward reached it.
 
     Args:
         name: in the model without wrappers.
         source: how it was found.
-        operation: such as "Linear", "Conv2d 7x7, stride 2x2" or "Conv2d 16x16, patches"; the class where no forward succeeded.
-        rows: m.
-        columns: n.
+        operation: such as "Linear", "Conv2d 7x7, stride 2x2" or "Conv2d 16x16, patches".
+        rows: m of its m x n weight.
+        columns: n; C is n x n for each group.
         groups: of a convolution.
         frozen: whether its weight can't be trained as it is.
-        patches: b that one image or clip brings; None where no forward succeeded, as the next three.
-        shape: of the input of its operation, for one image or clip.
-        spec: how it cuts patches out of it.
-        moment: cost of C for one image.
         solve: cost of the factorisation and solve, once an optimizer step.
+        patches: b that one image or clip brings.
+        shape: of the input of its operation, for one image or clip.
+        spec: how the operation cuts patches out of it.
+        moment: cost of C for one image.
     """
 
     name: str
@@ -48,103 +51,185 @@ class LayerInspection:
     columns: int
     groups: int
     frozen: bool
-    patches: int | None
-    shape: tuple[int, ...] | None
-    spec: PatchSpec | None
-    moment: Cost | None
     solve: Cost
+    patches: int | None = None
+    shape: tuple[int, ...] | None = None
+    spec: PatchSpec | None = None
+    moment: Cost | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Inspection:
-    """The layers, and the operations of a forward for one image (None where no forward could be counted)."""
+class Inspection(NamedTuple):
+    """Holds the layers, and the operations of a forward for one image (None where they could not be counted)."""
 
     layers: tuple[LayerInspection, ...]
-    forward: int | None
+    forward_operations: int | None
 
-    def operations(self, batch_size: int) -> int | None:
-        """What TrAct adds to an optimizer step of `batch_size` images."""
-        total = 0
+    def cost(self, batch_size: int) -> Cost | None:
+        """Returns what TrAct adds to an optimizer step of `batch_size` images; None where it is not known."""
+        total = Cost(0, 0)
         for layer in self.layers:
             if layer.moment is None:
                 return None
-            total += layer.moment.operations * batch_size + layer.solve.operations
+            total = total.plus(layer.moment, times=batch_size).plus(layer.solve)
         return total
 
     def share(self, batch_size: int) -> float | None:
-        """TrAct's operations over those of an ordinary training step, whose backward is counted as two forwards."""
-        added = self.operations(batch_size)
-        return None if added is None or not self.forward else added / (3 * self.forward * batch_size)
+        """Returns TrAct's operations as a share of those of an ordinary training step; None where it is not known."""
+        cost = self.cost(batch_size)
+        if cost is None or self.forward_operations is None:
+            return None
+        # A backward is counted as two forwards.
+        return cost.operations / (3 * self.forward_operations * batch_size)
+
+
+class Report(NamedTuple):
+    """Holds all that is printed of a model; `spectrum` is that of C on a data set, where one was given."""
+
+    name: str
+    loaded: LoadedModel
+    inspection: Inspection
+    batch_size: int
+    lam: float
+    spectrum: Spectrum | None
 
 
 def inspect_model(model: nn.Module, layers: LayerSelection = "auto") -> Inspection:
-    """What `apply_tract` would take of `model`, and its cost; the model may be on the meta device and stays as it is.
+    """Finds what `apply_tract` would take of `model`, and its cost.
 
     Args:
-        model: any model.
-        layers: as for `apply_tract`.
-
-    Returns:
-        The layers, their sizes and operations.
+        model: any model; it may be on the meta device, and stays as it is.
+        layers: as in `TrActConfig`.
 
     Raises:
         TrActError: as `find_first_layers` does.
     """
     found = find_first_layers(model, layers)
-    readings, forward = _read(unwrap(model), [layer.name for layer in found])
-    return Inspection(tuple(_inspected(layer, readings.get(layer.name, [])) for layer in found), forward)
+    names = [layer.name for layer in found]
+    inputs, operations = _read_inputs(unwrap(model), names)
+    inspected = [_inspect_layer(layer, inputs.get(layer.name, [])) for layer in found]
+    return Inspection(tuple(inspected), operations)
 
 
-def _read(model: nn.Module, names: list[str]) -> tuple[dict[str, list[LayerInput]], int | None]:
-    """What the layers read of one image, and a forward's operations, in the first forward on the meta device that succeeds."""
-    best: list[LayerInput] = []
-    try:
-        copied = meta_copy(model).requires_grad_(False)
-    except Exception:  # as for the search: a model that can't be copied is no error
-        return {}, None
-    wrapped = [name for name, _ in copied.named_modules() if without_wrappers(name) in names]
-    forward, tries = None, 0
-    for batch in guess_inputs(copied):
-        counter = FlopCounterMode(display=False)
-        recorder = Recorder(wrapped)
-        with warnings.catch_warnings(), recording(copied, recorder.running), recorder:
-            warnings.simplefilter("ignore")
-            try:
-                with torch.no_grad(), counter:
-                    run_forward(copied, batch)
-                forward = int(counter.get_total_flops())
-            except Exception:  # a guess that doesn't fit, or a forward that wants values after its stem
-                pass
-        best = recorder.readings if forward or len(recorder.readings) > len(best) else best
-        tries += bool(recorder.readings)
-        if forward or tries == ENOUGH:
-            break
-    return {name: [r for r in best if without_wrappers(r.name) == name] for name in names}, forward
+def _read_inputs(model: nn.Module, names: list[str]) -> tuple[dict[str, list[LayerInput]], int | None]:
+    """Returns what the named layers read of one image, and the operations of the first forward that completes."""
+    best: dict[str, list[LayerInput]] = {}
+    counted = failures = 0
+    with FlopCounterMode(display=False) as counter:
+        for device, probe in trial_runs(model):
+            if device != "meta":
+                break
+            operations = counter.get_total_flops() - counted
+            counted += operations
+            inputs = _by_layer(probe.inputs, names)
+            if probe.error is None and operations > 0:
+                return inputs, operations
+            if len(inputs) > len(best):
+                best = inputs
+            failures += bool(inputs)
+            if failures == MAX_FAILURES:
+                break
+    return best, None
 
 
-def _inspected(layer: FirstLayer, readings: list[LayerInput]) -> LayerInspection:
-    m, n, groups = out_features(layer.module), patch_size(layer.module), getattr(layer.module, "groups", 1)
-    costs = [moment_cost(reading.shape, reading.spec) for reading in readings]
-    return LayerInspection(
+def _by_layer(inputs: list[LayerInput], names: list[str]) -> dict[str, list[LayerInput]]:
+    found: dict[str, list[LayerInput]] = {}
+    for layer_input in inputs:
+        name = without_wrappers(layer_input.layer)
+        if name in names:
+            found.setdefault(name, []).append(layer_input)
+    return found
+
+
+def _inspect_layer(layer: FirstLayer, inputs: list[LayerInput]) -> LayerInspection:
+    m = out_features(layer.module)
+    n = patch_size(layer.module)
+    groups = getattr(layer.module, "groups", 1)
+    inspection = LayerInspection(
         name=layer.name,
         source=layer.source,
-        operation=_operation(layer.module, readings),
+        operation=type(layer.module).__name__,
         rows=m,
         columns=n,
         groups=groups,
         frozen=is_frozen(layer.module),
-        patches=sum(patches(r.shape, r.spec) for r in readings) if readings else None,
-        shape=readings[0].shape if readings else None,
-        spec=readings[0].spec if readings else None,
-        moment=Cost(*map(sum, zip(*costs, strict=True))) if costs else None,
         solve=solve_cost(m, n, groups),
+    )
+    if not inputs:
+        return inspection
+    patches = 0
+    moment = Cost(0, 0)
+    for each in inputs:  # a forward may call the layer several times
+        patches += patch_count(each.shape, each.spec)
+        moment = moment.plus(moment_cost(each.shape, each.spec))
+    first = inputs[0]
+    return inspection._replace(
+        operation=inspection.operation + _settings(first.spec),
+        patches=patches,
+        shape=first.shape,
+        spec=first.spec,
+        moment=moment,
     )
 
 
-def _operation(layer: nn.Module, readings: list[LayerInput]) -> str:
-    spec = readings[0].spec if readings else None
-    if spec is None or not spec.kernel:
-        return type(layer).__name__
-    kernel, stride = ("x".join(map(str, sizes)) for sizes in (spec.kernel, spec.stride))
-    steps = "patches" if spec.stride == spec.kernel else f"stride {stride}"
-    return f"{type(layer).__name__} {kernel}, {steps}" + (f", {spec.groups} groups" if spec.groups > 1 else "")
+def _settings(spec: PatchSpec) -> str:
+    """Returns kernel, stride and groups of a convolution; nothing for a linear layer."""
+    if not spec.kernel:
+        return ""
+    settings = " " + "x".join(map(str, spec.kernel))
+    if spec.stride == spec.kernel:
+        settings += ", patches"
+    else:
+        settings += ", stride " + "x".join(map(str, spec.stride))
+    if spec.groups > 1:
+        settings += f", {spec.groups} groups"
+    return settings
+
+
+def measure_spectrum(
+    dataset: str,
+    split: str,
+    samples: int,
+    loaded: LoadedModel,
+    layer: LayerInspection,
+    lam: float,
+) -> Spectrum:
+    """Returns the spectrum of C on a few images of a data set, as `layer` would read them.
+
+    Raises:
+        TrActError: as `read_images` does, and for a layer that is no convolution over images.
+    """
+    from hf_tract.cli.images import read_images
+
+    spec, shape = layer.spec, layer.shape
+    if spec is None or shape is None or len(spec.kernel) != 2 or len(shape) != 4:
+        raise TrActError("`dataset` needs a model whose first layer is a convolution over images.")
+    images = read_images(dataset, split, samples, shape[1:])
+    normalization = loaded.normalization or UNCHANGED
+    return spectrum_of_images(normalization.apply(images), spec, lam)
+
+
+def warnings_for(report: Report) -> list[str]:
+    """Returns what a user should know before training."""
+    warnings = []
+    for layer in report.inspection.layers:
+        if layer.frozen:
+            warnings.append(f"{layer.name} is frozen: TrAct does nothing until its weight requires a gradient.")
+    normalization, spectrum = report.loaded.normalization, report.spectrum
+    mean = 1.0
+    if spectrum is not None:
+        mean = spectrum.mean
+    elif normalization is not None:
+        mean = normalization.expected_mean_eigenvalue()
+    else:
+        warnings.append("Nothing says how this model's pixels are normalised; lam assumes a mean square of about 1.")
+    advice = advice_on_lam(mean, report.lam)
+    if advice:
+        warnings.append(advice[0].upper() + advice[1:])
+    if spectrum is not None and spectrum.condition > MAX_CONDITION:
+        warnings.append(
+            f"C + lam I has a condition number of {spectrum.condition:.1e}: normalise the pixels or raise lam."
+        )
+    n = max(layer.columns for layer in report.inspection.layers)
+    if n > MAX_COLUMNS:
+        warnings.append(f"n is {n}: the factorisation of C is felt at every step.")
+    return warnings
