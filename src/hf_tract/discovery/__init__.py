@@ -1,1 +1,1 @@
-"""Which layer of a model the pixels meet first."""
+"""Finds the layer of a model that the pixels meet first."""

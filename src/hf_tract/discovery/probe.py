@@ -57,8 +57,7 @@ def copy_with_values(model: nn.Module) -> nn.Module:
 def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        copied_parameter = nn.Parameter(copy_tensor(parameter), parameter.requires_grad)
-        memo[id(parameter)] = copied_parameter
+        memo[id(parameter)] = nn.Parameter(copy_tensor(parameter), parameter.requires_grad)
     for tensor in (*model.buffers(), *_cached_tensors(model)):
         memo[id(tensor)] = copy_tensor(tensor)
     copied = copy.deepcopy(model, memo).eval()
