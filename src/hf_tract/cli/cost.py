@@ -21,7 +21,9 @@ class Cost(NamedTuple):
 
     def plus(self, other: Cost, times: int = 1) -> Cost:
         """Returns the sum of both, with the other one taken so many times."""
-        return Cost(self.operations + other.operations * times, self.bytes + other.bytes * times)
+        operations = self.operations + other.operations * times
+        moved = self.bytes + other.bytes * times
+        return Cost(operations, moved)
 
 
 def patch_count(shape: Sequence[int], spec: PatchSpec) -> int:

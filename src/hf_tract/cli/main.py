@@ -29,10 +29,7 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def main(
-    _: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and leave."),
-    ] = False,
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print versions and leave.")] = False,
 ) -> None:
     """TrAct: the first layer learns like an embedding."""
 
@@ -131,30 +128,33 @@ def _layer_table(layer: LayerInspection) -> Table:
 
 
 def _print_cost(console: Console, report: Report) -> None:
-    cost = report.inspection.cost(report.batch_size)
+    batch_size = report.batch_size
+    cost = report.inspection.cost(batch_size)
     if cost is not None:
         operations = _with_prefix(cost.operations)
         moved = _with_prefix(cost.bytes)
-        console.print(f"A step of {report.batch_size} images: {operations}FLOP and {moved}B beside the ordinary ones.")
-    share = report.inspection.share(report.batch_size)
+        console.print(f"A step of {batch_size} images: {operations}FLOP and {moved}B beside the ordinary ones.")
+    share = report.inspection.share(batch_size)
     if share is not None:
         console.print(f"That is {100 * share:.2g} % of its operations.")
 
 
 def _print_scale(console: Console, report: Report) -> None:
-    normalization, spectrum = report.loaded.normalization, report.spectrum
+    lam = report.lam
+    normalization = report.loaded.normalization
+    spectrum = report.spectrum
     if normalization is not None:
         mean, std = map(_numbers, normalization)
         console.print(f"Pixels: mean {mean}, std {std}.")
     if spectrum is not None:
         console.print(
             f"C on these images: mean eigenvalue {spectrum.mean:.3g}, largest {spectrum.largest:.3g}, "
-            f"{spectrum.above} of {spectrum.n} above lam {report.lam:g}; "
+            f"{spectrum.above} of {spectrum.n} above lam {lam:g}; "
             f"condition of C + lam I {spectrum.condition:.1e}."
         )
     elif normalization is not None:
-        mean_eigenvalue = normalization.expected_mean_eigenvalue()
-        console.print(f"Mean eigenvalue of C for natural images: about {mean_eigenvalue:.2g}; lam is {report.lam:g}.")
+        expected = normalization.expected_mean_eigenvalue()
+        console.print(f"Mean eigenvalue of C for natural images: about {expected:.2g}; lam is {lam:g}.")
 
 
 def _with_prefix(number: int) -> str:

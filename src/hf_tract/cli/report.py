@@ -20,10 +20,10 @@ from hf_tract.discovery.trials import trial_runs
 from hf_tract.discovery.wrappers import unwrap, without_wrappers
 from hf_tract.whitening.spectrum import Spectrum
 
+InputsByLayer = dict[str, list[LayerInput]]
 # Where so many guesses of a batch reach the layers and the forward fails all the same, the next one would fail too.
 MAX_FAILURES = 3
-MAX_CONDITION = 1e6
-MAX_COLUMNS = 2048
+MAX_COLUMNS = 2048  # n up to which factorising C costs next to nothing
 
 
 class LayerInspection(NamedTuple):
@@ -110,9 +110,9 @@ def inspect_model(model: nn.Module, layers: LayerSelection = "auto") -> Inspecti
     return Inspection(tuple(inspected), operations)
 
 
-def _read_inputs(model: nn.Module, names: list[str]) -> tuple[dict[str, list[LayerInput]], int | None]:
+def _read_inputs(model: nn.Module, names: list[str]) -> tuple[InputsByLayer, int | None]:
     """Returns what the named layers read of one image, and the operations of the first forward that completes."""
-    best: dict[str, list[LayerInput]] = {}
+    best: InputsByLayer = {}
     counted = failures = 0
     with FlopCounterMode(display=False) as counter:
         for device, probe in trial_runs(model):
@@ -131,8 +131,8 @@ def _read_inputs(model: nn.Module, names: list[str]) -> tuple[dict[str, list[Lay
     return best, None
 
 
-def _by_layer(inputs: list[LayerInput], names: list[str]) -> dict[str, list[LayerInput]]:
-    found: dict[str, list[LayerInput]] = {}
+def _by_layer(inputs: list[LayerInput], names: list[str]) -> InputsByLayer:
+    found: InputsByLayer = {}
     for layer_input in inputs:
         name = without_wrappers(layer_input.layer)
         if name in names:
@@ -200,7 +200,8 @@ def measure_spectrum(
     """
     from hf_tract.cli.images import read_images
 
-    spec, shape = layer.spec, layer.shape
+    spec = layer.spec
+    shape = layer.shape
     if spec is None or shape is None or len(spec.kernel) != 2 or len(shape) != 4:
         raise TrActError("`dataset` needs a model whose first layer is a convolution over images.")
     images = read_images(dataset, split, samples, shape[1:])
@@ -214,7 +215,8 @@ def warnings_for(report: Report) -> list[str]:
     for layer in report.inspection.layers:
         if layer.frozen:
             warnings.append(f"{layer.name} is frozen: TrAct does nothing until its weight requires a gradient.")
-    normalization, spectrum = report.loaded.normalization, report.spectrum
+    normalization = report.loaded.normalization
+    spectrum = report.spectrum
     mean = 1.0
     if spectrum is not None:
         mean = spectrum.mean
@@ -225,10 +227,6 @@ def warnings_for(report: Report) -> list[str]:
     advice = advice_on_lam(mean, report.lam)
     if advice:
         warnings.append(advice[0].upper() + advice[1:])
-    if spectrum is not None and spectrum.condition > MAX_CONDITION:
-        warnings.append(
-            f"C + lam I has a condition number of {spectrum.condition:.1e}: normalise the pixels or raise lam."
-        )
     n = max(layer.columns for layer in report.inspection.layers)
     if n > MAX_COLUMNS:
         warnings.append(f"n is {n}: the factorisation of C is felt at every step.")
