@@ -84,9 +84,13 @@ def test_a_push_in_training_brings_card_and_settings(tmp_path):
 
 
 def test_what_is_saved_has_card_and_settings_beside_it(tmp_path):
-    trainer(tmp_path, callbacks=[TrActCallback(lam=0.3)], save_strategy="epoch", **EVALUATED).train()
+    run = trainer(tmp_path, callbacks=[TrActCallback(lam=0.3)], save_strategy="epoch", **EVALUATED)
+    run.train()
     assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text
     assert TrActConfig.from_json_file(tmp_path / CONFIG_FILE).lam == 0.3
+    record = TrainingRecord.from_trainer(run)
+    assert record == TrainingRecord.from_json_file(tmp_path / RECORD_FILE)
+    assert (record.layers, record.dataset) == ([STEM], "a data set that its author did not name")
 
 
 def test_an_adapters_card_is_left_to_peft(tmp_path):
