@@ -36,18 +36,19 @@ def check_fresh(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool
         TrActError: for weights that a hook computes, and without `force` for those that are not fresh.
     """
     module = layer.module
+    subject = f"`model` has a first layer ({layer.name})"
     for name in COMPUTED_WEIGHTS:
         if hasattr(module, name):
             raise TrActError(
-                f"`model` has a first layer ({layer.name}) whose weight a hook computes from `{name}`: whiten it "
-                f"before it is pruned, or use torch.nn.utils.parametrizations for a norm."
+                f"{subject} whose weight a hook computes from `{name}`: whiten it before it is pruned, or use "
+                f"torch.nn.utils.parametrizations for a norm."
             )
     if force:
         return
     problem = _problem_with(unwrap(model), module, weight)
     if problem:
         raise TrActError(
-            f"`model` has a first layer ({layer.name}) that {problem}: a whitened start is for training from scratch. "
+            f"{subject} that {problem}: a whitened start is for training from scratch. "
             f"`whiten_first_layer(..., force=True)` does it all the same."
         )
 

@@ -74,8 +74,10 @@ def _all_reduced(sums: Tensor, group: Any) -> Tensor:
     """Returns the sum over ranks, if there are several."""
     if not (dist.is_available() and dist.is_initialized()):
         return sums
+    total = sums
     # NCCL takes no CPU tensors, and the model may not have been moved to its device yet.
-    total = sums.cuda() if dist.get_backend(group) == "nccl" else sums
+    if dist.get_backend(group) == "nccl":
+        total = sums.cuda()
     dist.all_reduce(total, group=group)
     return total.to(sums.device)
 
@@ -86,13 +88,16 @@ class _MomentCollector(PatchOpMode):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        g = getattr(layer, "groups", 1)
         n = patch_size(layer)
-        self.shape = getattr(layer, "groups", 1), n, n
-        weight = weight_like(layer)
-        # The metal backend has no float64.
-        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        self.shape = (g, n, n)
+        device = weight_like(layer).device
+        dtype = torch.float64
+        # Apple's GPUs have no float64.
+        if device.type == "mps":
+            dtype = torch.float32
         # The last entry counts the patches.
-        self.sums = torch.zeros(self.shape[0] * n * n + 1, dtype=dtype, device=weight.device)
+        self.sums = torch.zeros(g * n * n + 1, dtype=dtype, device=device)
         self.has_read = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
