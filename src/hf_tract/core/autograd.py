@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_tract.core.notices import warn_once
 from hf_tract.core.ops import precondition
 from hf_tract.core.patches import PatchSpec
+from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall, Step
 
 # The number of a forward call in a compiled graph, which cannot tell its runs apart.
@@ -57,7 +58,7 @@ class PreconditionWeightGrad(torch.autograd.Function):
 
 def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Any:
     call: ForwardCall = ctx.call
-    preconditioner = call.preconditioner
+    preconditioner: LayerPreconditioner = call.preconditioner
     if call.was_differentiated:
         # This pass differentiates a preconditioned gradient: `grad` is exact, and is not preconditioned again.
         warn_once(

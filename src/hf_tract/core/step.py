@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from hf_tract.core.solve import DampedInverse
-
-if TYPE_CHECKING:
-    from hf_tract.core.preconditioner import LayerPreconditioner
 
 _numbers = itertools.count()
 # An operator takes no Python objects, so it finds its forward call by number.
@@ -23,9 +20,9 @@ FORWARD_CALLS: WeakValueDictionary[int, ForwardCall] = WeakValueDictionary()
 class ForwardCall:
     """Holds what the backward of a forward call has to know of it."""
 
-    def __init__(self, weight: Tensor, preconditioner: LayerPreconditioner) -> None:
+    def __init__(self, weight: Tensor, preconditioner: Any) -> None:
         self.number = next(_numbers)
-        # The graph keeps the preconditioner alive until its backward.
+        # A `LayerPreconditioner`, which the graph so keeps alive until its backward.
         self.preconditioner = preconditioner
         # A reentrant checkpoint runs this forward inside of a backward pass, and its backward in a pass within that.
         self.backward_pass = torch._C._current_graph_task_id()
