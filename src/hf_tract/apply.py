@@ -1,15 +1,4 @@
-"""Puts TrAct on a model and takes it off, for any training loop.
-
-Source:
-    Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970, section 3.
-
-Example:
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10))
-    >>> with apply_tract(model, lam=0.1) as handle:
-    ...     print(handle)
-    TrAct(lam=0.1, scope='global')
-      0: Conv2d, n=48 (reached first by the pixels)
-"""
+"""Puts TrAct on a model and takes it off, for any training loop."""
 
 from __future__ import annotations
 
@@ -55,11 +44,11 @@ class TrActHandle:
 
     @property
     def model(self) -> nn.Module | None:
-        """Returns the model that `apply_tract` was given; the handle does not keep it alive."""
+        """Return the model that `apply_tract` was given; the handle does not keep it alive."""
         return self._model()
 
     def remove(self) -> None:
-        """Makes each layer of the model what it was before; a second call does nothing."""
+        """Make each layer of the model what it was before; a second call does nothing."""
         if self.first_step is not None:
             self.first_step.stop()
         for layer in self.layers:
@@ -69,7 +58,7 @@ class TrActHandle:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Marks the backward inside as not the step's last, for engines that keep gradients outside of `.grad`.
+        """Mark the backward inside as not the step's last, for engines that keep gradients outside of `.grad`.
 
         Under FSDP and ZeRO without accelerate, run every micro-step but the last inside, forward and backward.
         Everywhere else `.grad` itself tells when a step begins, and this does nothing.
@@ -84,7 +73,7 @@ class TrActHandle:
                 preconditioner.open_no_syncs -= 1
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Computes figures of the optimizer step so far, by layer, as this process sees them.
+        """Compute figures of the optimizer step so far, by layer, as this process sees them.
 
         Returns:
             For each layer that has had a backward: `grad_norm_raw` and `grad_norm`, the norm of the weight's gradient
@@ -96,11 +85,11 @@ class TrActHandle:
         return {name: figures for name, figures in stats.items() if figures}
 
     def summary(self) -> str:
-        """Returns the settings and the layers in one line."""
+        """Return the settings and the layers in one line."""
         return " ".join(repr(self).split())
 
     def _preconditioners(self) -> list[tuple[str, LayerPreconditioner]]:
-        """Returns the preconditioners of the layers, and of copies of them that the model has now, by name."""
+        """Return the preconditioners of the layers, and of copies of them that the model has now, by name."""
         modules = [(layer.name, layer.module) for layer in self.layers]
         if self.model is not None:
             modules += self.model.named_modules()
@@ -134,7 +123,7 @@ def apply_tract(
     example_batch: Any = None,
     process_group: Any = None,
 ) -> TrActHandle:
-    """Trains the first layer of `model` by TrAct from now on, whatever the optimizer and the training loop.
+    """Train the first layer of `model` by TrAct from now on, whatever the optimizer and the training loop.
 
     Its weight's gradient, (m, n), is then `grad_W @ inv(C + lam I)`, C = (1/b) sum of p p^T over all b patches p whose
     gradient is in grad_W: since `.grad` was last empty, on all ranks. Nothing else about the model changes. Call it
@@ -154,6 +143,16 @@ def apply_tract(
 
     Raises:
         TrActError: for a setting, a layer or a model that TrAct cannot work with; the model is left as it was.
+
+    Source:
+        Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970, section 3.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10))
+        >>> with apply_tract(model, lam=0.1) as handle:
+        ...     print(handle)
+        TrAct(lam=0.1, scope='global')
+          0: Conv2d, n=48 (reached first by the pixels)
     """
     config = TrActConfig(lam=lam, scope=scope)
     found = _find_layers(model, layers, example_batch)
@@ -168,13 +167,13 @@ def apply_tract(
 
 
 def remove_tract(model: nn.Module) -> None:
-    """Takes TrAct off every layer of `model`; a model without it stays as it is."""
+    """Take TrAct off every layer of `model`; a model without it stays as it is."""
     for module in model.modules():
         detach(module)
 
 
 def _find_layers(model: nn.Module, layers: LayerSelection, example_batch: Any) -> list[FirstLayer]:
-    """Returns the layers that get TrAct.
+    """Return the layers that get TrAct.
 
     Raises:
         TrActError: for a layer that TrAct cannot act on.
@@ -205,7 +204,7 @@ def _replace(
     config: TrActConfig,
     process_group: Any,
 ) -> None:
-    """Gives TrAct to the layers taken and to the modules that read their weights, and takes it off all others."""
+    """Give TrAct to the layers taken and to the modules that read their weights, and take it off all others."""
     layers = {layer.module for layer in taken}
     for module in model.modules():
         if module not in layers:
@@ -217,7 +216,7 @@ def _replace(
 
 
 def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
-    """Tells the user what was taken, and watches that it acts."""
+    """Tell the user what was taken, and watch that it acts."""
     names = [layer.name for layer in handle.layers]
     if all(is_frozen(layer.module) for layer in handle.layers):
         logger.warning(

@@ -41,7 +41,7 @@ class TrActConfig:
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        """Checks each value."""
+        """Check each value."""
         is_number = isinstance(self.lam, numbers.Real) and not isinstance(self.lam, bool)
         if not is_number or not 0 < self.lam < math.inf:
             raise TrActError(f"`lam` (={self.lam!r}) must be a positive finite number, such as the paper's 0.1.")
@@ -56,7 +56,7 @@ class TrActConfig:
         object.__setattr__(self, "layers", layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings as JSON types."""
+        """Return the settings as JSON types."""
         values = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
@@ -64,7 +64,7 @@ class TrActConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrActConfig:
-        """Returns the settings of `to_dict`; a missing one takes its default.
+        """Return the settings of `to_dict`; a missing one takes its default.
 
         Raises:
             TrActError: for a name that is no setting.
@@ -76,10 +76,10 @@ class TrActConfig:
         return cls(**values)
 
     def to_json_file(self, path: str | Path) -> None:
-        """Writes the settings to `path`."""
+        """Write the settings to `path`."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> TrActConfig:
-        """Reads the settings that `to_json_file` wrote to `path`."""
+        """Read the settings that `to_json_file` wrote to `path`."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def compute_top_k(prediction: EvalPrediction) -> dict[str, float]:
-    """Returns `top1` and `top5`, as Trainer's `compute_metrics`."""
+    """Return `top1` and `top5`, as Trainer's `compute_metrics`."""
     return _top_k(prediction.predictions, prediction.label_ids)
 
 
 def _top_k(predictions: Any, references: Any) -> dict[str, float]:
-    """Returns the shares of images whose label has the best score, and one of the five best.
+    """Return the shares of images whose label has the best score, and one of the five best.
 
     Args:
         predictions: scores, (images, classes).

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def read_images(name: str, split: str, samples: int, shape: Sequence[int]) -> Tensor:
-    """Draws images from all over a data set and returns them resized, (N, c, H, W).
+    """Draw images from all over a data set and return them resized, (N, c, H, W).
 
     Integers become values from 0 to 1 by the range of their type (16-bit images by 65535); floats stay as they are.
 
@@ -83,7 +83,7 @@ def _open_dataset(name: str, split: str) -> Any:
 
 
 def _image_column(name: str, rows: list[Row]) -> str:
-    """Returns the first column that holds PIL images, or arrays of two or three dimensions."""
+    """Return the first column that holds PIL images, or arrays of two or three dimensions."""
     if not rows:
         raise TrActError(f"`dataset` (={name!r}) has no rows.")
     for column, value in rows[0].items():
@@ -94,7 +94,7 @@ def _image_column(name: str, rows: list[Row]) -> str:
 
 
 def _as_floats(value: Any) -> Tensor:
-    """Returns the numbers of a PIL image or an array, integers as parts of the largest one of their type."""
+    """Return the numbers of a PIL image or an array, integers as parts of the largest one of their type."""
     if hasattr(value, "convert") and value.mode in OTHER_MODES:
         value = value.convert("RGB")
     array = np.asarray(value)
@@ -104,7 +104,7 @@ def _as_floats(value: Any) -> Tensor:
 
 
 def _full_scale(array: np.ndarray) -> int:
-    """Returns the largest integer of the type that the numbers had.
+    """Return the largest integer of the type that the numbers had.
 
     PIL and datasets hand on 16-bit images as 32-bit ones, and lists as 64 bits.
     """
@@ -118,7 +118,7 @@ def _full_scale(array: np.ndarray) -> int:
 
 
 def _as_channels(image: Tensor, channels: int) -> Tensor:
-    """Returns an image of (H, W), (c, H, W) or (H, W, c) as (c, H, W), with `channels` where that can be."""
+    """Return an image of (H, W), (c, H, W) or (H, W, c) as (c, H, W), with `channels` where that can be."""
     if image.dim() == 2:
         image = image[None]
     elif image.shape[0] not in (channels, 1, 3, 4) or image.shape[-1] == channels:

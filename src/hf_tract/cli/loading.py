@@ -23,7 +23,7 @@ class LoadedModel(NamedTuple):
 
 
 def load(name: str, trust_remote_code: bool = False) -> LoadedModel:
-    """Makes the model called `name` on the meta device.
+    """Make the model called `name` on the meta device.
 
     Args:
         name: a folder with a config.json, a timm model, a transformers model_type (its default config), or a Hub id.
@@ -59,7 +59,7 @@ def _from_timm(name: str) -> LoadedModel:
 
 
 def _from_checkpoint(name: str, source: str, trust_remote_code: bool) -> LoadedModel:
-    """Makes a model of transformers from a folder or the Hub."""
+    """Make a model of transformers from a folder or the Hub."""
     from transformers import AutoConfig
 
     try:
@@ -82,7 +82,7 @@ def _why_unknown(name: str) -> str:
 
 
 def _make(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """Makes a model of the class that the config names, or the bare model of its type."""
+    """Make a model of the class that the config names, or the bare model of its type."""
     import transformers
 
     model: nn.Module
@@ -99,7 +99,7 @@ def _make(config: Any, trust_remote_code: bool = False) -> nn.Module:
 
 
 def _read_processor(name: str) -> Normalization | None:
-    """Returns the normalisation in the config of a checkpoint's image processor."""
+    """Return the normalisation in the config of a checkpoint's image processor."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     # The processor itself is not made, since that needs image libraries.
@@ -115,12 +115,12 @@ def _read_processor(name: str) -> Normalization | None:
 
 
 def _normalization(mean: Any, std: Any) -> Normalization | None:
-    """Returns a config's numbers, or lists of them, as tuples."""
+    """Return a config's numbers, or lists of them, as tuples."""
     if mean is None or std is None:
         return None
     return Normalization(tuple(np.ravel(mean).tolist()), tuple(np.ravel(std).tolist()))
 
 
 def one_line(error: Exception) -> str:
-    """Returns the start of an error's text without line breaks."""
+    """Return the start of an error's text without line breaks."""
     return " ".join(str(error).split())[:300]

@@ -36,7 +36,7 @@ def main(
 
 # Options may be written with underscores too, as in the scripts of transformers.
 @app.command(context_settings={"token_normalize_func": lambda option: option.replace("_", "-")})
-def inspect(
+def inspect(  # noqa: PLR0913 each is an option
     model: Annotated[str, typer.Argument(help="A folder, a timm model, a model_type of transformers or a Hub id.")],
     layers: Annotated[
         list[str] | None,
@@ -89,7 +89,7 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 
 def _with_names(value: Any) -> Any:
-    """Returns a named tuple, and those inside, as dictionaries: JSON would make lists of them."""
+    """Return a named tuple, and those inside, as dictionaries: JSON would make lists of them."""
     if not hasattr(value, "_asdict"):
         return value
     return {name: _with_names(inner) for name, inner in value._asdict().items()}
@@ -109,7 +109,7 @@ def _print_report(report: Report) -> None:
 
 
 def _layer_table(layer: LayerInspection) -> Table:
-    """Returns a layer's lines, in which a long name stays in one piece at any width."""
+    """Return a layer's lines, in which a long name stays in one piece at any width."""
     weight = f"{layer.rows} x {layer.columns}"
     if layer.groups > 1:
         weight += f", {layer.groups} groups"
@@ -158,7 +158,7 @@ def _print_scale(console: Console, report: Report) -> None:
 
 
 def _with_prefix(number: int) -> str:
-    """Returns three digits with a metric prefix."""
+    """Return three digits with a metric prefix."""
     unit, prefix = pick_unit_and_suffix(number, ["", "k", "M", "G", "T", "P"], 1000)
     return f"{number / unit:.3g} {prefix}"
 

@@ -65,7 +65,7 @@ class Inspection(NamedTuple):
     forward_operations: int | None
 
     def cost(self, batch_size: int) -> Cost | None:
-        """Returns what TrAct adds to an optimizer step of `batch_size` images; None where it is not known."""
+        """Return what TrAct adds to an optimizer step of `batch_size` images; None where it is not known."""
         total = Cost(0, 0)
         for layer in self.layers:
             if layer.moment is None:
@@ -74,7 +74,7 @@ class Inspection(NamedTuple):
         return total
 
     def share(self, batch_size: int) -> float | None:
-        """Returns TrAct's operations as a share of those of an ordinary training step; None where it is not known."""
+        """Return TrAct's operations as a share of those of an ordinary training step; None where it is not known."""
         cost = self.cost(batch_size)
         if cost is None or self.forward_operations is None:
             return None
@@ -94,7 +94,7 @@ class Report(NamedTuple):
 
 
 def inspect_model(model: nn.Module, layers: LayerSelection = "auto") -> Inspection:
-    """Finds what `apply_tract` would take of `model`, and its cost.
+    """Find what `apply_tract` would take of `model`, and its cost.
 
     Args:
         model: any model; it may be on the meta device, and stays as it is.
@@ -111,7 +111,7 @@ def inspect_model(model: nn.Module, layers: LayerSelection = "auto") -> Inspecti
 
 
 def _read_inputs(model: nn.Module, names: list[str]) -> tuple[InputsByLayer, int | None]:
-    """Returns what the named layers read of one image, and the operations of the first forward that completes."""
+    """Return what the named layers read of one image, and the operations of the first forward that completes."""
     best: InputsByLayer = {}
     counted = failures = 0
     with FlopCounterMode(display=False) as counter:
@@ -172,7 +172,7 @@ def _inspect_layer(layer: FirstLayer, inputs: list[LayerInput]) -> LayerInspecti
 
 
 def _settings(spec: PatchSpec) -> str:
-    """Returns kernel, stride and groups of a convolution; nothing for a linear layer."""
+    """Return kernel, stride and groups of a convolution; nothing for a linear layer."""
     if not spec.kernel:
         return ""
     settings = " " + "x".join(map(str, spec.kernel))
@@ -193,7 +193,7 @@ def measure_spectrum(
     layer: LayerInspection,
     lam: float,
 ) -> Spectrum:
-    """Returns the spectrum of C on a few images of a data set, as `layer` would read them.
+    """Return the spectrum of C on a few images of a data set, as `layer` would read them.
 
     Raises:
         TrActError: as `read_images` does, and for a layer that is no convolution over images.
@@ -210,7 +210,7 @@ def measure_spectrum(
 
 
 def warnings_for(report: Report) -> list[str]:
-    """Returns what a user should know before training."""
+    """Return what a user should know before training."""
     warnings = []
     for layer in report.inspection.layers:
         if layer.frozen:

@@ -19,13 +19,13 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
     def apply(self, images: Tensor) -> Tensor:
-        """Returns images of values from 0 to 1, (N, c, H, W), normalised."""
+        """Return images of values from 0 to 1, (N, c, H, W), normalised."""
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
         return (images - mean) / std
 
     def expected_mean_eigenvalue(self) -> float:
-        """Returns the mean eigenvalue of C for natural images: trace(C) / n, the mean square of a normalised pixel.
+        """Return the mean eigenvalue of C for natural images: trace(C) / n, the mean square of a normalised pixel.
 
         Zeros of padding lower it.
         """
@@ -43,7 +43,7 @@ UNCHANGED = Normalization((0.0,), (1.0,))
 
 
 def spectrum_of_images(images: Tensor, spec: PatchSpec, lam: float) -> Spectrum:
-    """Returns the spectrum of C over the patches that `spec` cuts out of normalised images (N, c, H, W)."""
+    """Return the spectrum of C over the patches that `spec` cuts out of normalised images (N, c, H, W)."""
     n = spec.patch_size(images.shape)
     sums = torch.zeros(spec.groups, n, n, dtype=torch.float64)
     count = patch_moments(images.double(), spec, sums)

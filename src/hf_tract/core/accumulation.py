@@ -17,7 +17,7 @@ ENGINE_ATTRIBUTES = ("full_tensor", "_fsdp_flattened", "ds_id", "_hp_mapping")
 
 
 def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
-    """Returns whether `.grad` of these parameters tells what has been accumulated.
+    """Return whether `.grad` of these parameters tells what has been accumulated.
 
     It does not where an engine keeps gradients elsewhere: FSDP1, FSDP2 and ZeRO, whose stages 1 and 2 empty `.grad`
     after each micro-step.
@@ -29,12 +29,12 @@ def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def was_emptied(parameters: Sequence[nn.Parameter]) -> bool:
-    """Returns whether `.grad` is empty as far as the host can see: zeros on an accelerator are not looked at."""
+    """Return whether `.grad` is empty as far as the host can see: zeros on an accelerator are not looked at."""
     return all(on_host(grad) and not grad.any() for grad in _grads(parameters))
 
 
 def holds_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Returns whether `.grad` holds more than zeros, as a tensor there; None where the host has seen that it does."""
+    """Return whether `.grad` holds more than zeros, as a tensor there; None where the host has seen that it does."""
     grads = _grads(parameters)
     if not lives_in_grad(parameters) or all(on_host(grad) for grad in grads):
         return None
@@ -47,7 +47,7 @@ def _grads(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def adds_to_grad(parameters: Sequence[Tensor]) -> bool:
-    """Returns whether the running backward pass adds to `.grad` of any of these; `torch.autograd.grad` does not."""
+    """Return whether the running backward pass adds to `.grad` of any of these; `torch.autograd.grad` does not."""
     if torch._C._current_graph_task_id() < 0:
         return True
     return any(_is_accumulated(parameter) for parameter in parameters)
@@ -63,7 +63,7 @@ def _is_accumulated(parameter: Tensor) -> bool:
 
 
 def engine_accumulates() -> bool:
-    """Returns whether accelerate is in a micro-step that is not the last one; its state is only read."""
+    """Return whether accelerate is in a micro-step that is not the last one; its state is only read."""
     state = sys.modules.get("accelerate.state")
     if state is None or not state.GradientState._shared_state:
         return False
@@ -71,14 +71,14 @@ def engine_accumulates() -> bool:
 
 
 def ranks_of(group: Any) -> int:
-    """Returns how many ranks share second moments: one without a process group."""
+    """Return how many ranks share second moments: one without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(group)
     return 1
 
 
 def sum_over_ranks(sums: Tensor, group: Any) -> Tensor:
-    """Returns the sums added up over all ranks, in float64: each rank has chosen a precision by its own patches."""
+    """Return the sums added up over all ranks, in float64: each rank has chosen a precision by its own patches."""
     if ranks_of(group) == 1:
         return sums
     sums = sums.double()

@@ -36,7 +36,7 @@ class TrActLayer(TrActClass):
     """Is a layer whose weight's gradient is preconditioned."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Returns a copy with TrAct, which shares no step with this layer."""
+        """Return a copy with TrAct, which shares no step with this layer."""
         copied = self.deepcopy_ordinary(memo)
         preconditioner = preconditioner_of(self)
         if preconditioner is not None:
@@ -48,14 +48,14 @@ class TrActCaller(TrActClass):
     """Is a module whose own forward runs an operation with the weight of a layer that has TrAct."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Returns a copy that reads the copied layers."""
+        """Return a copy that reads the copied layers."""
         copied = self.deepcopy_ordinary(memo)
         attach_caller(copied, copy.deepcopy(self.__dict__[READ_LAYERS], memo))
         return copied
 
 
 def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:
-    """Gives `layer` TrAct; one that has it gets these settings, which hold for the whole of the step it is in."""
+    """Give `layer` TrAct; one that has it gets these settings, which hold for the whole of the step it is in."""
     preconditioner = preconditioner_of(layer)
     if preconditioner is not None:
         preconditioner.config = config
@@ -67,7 +67,7 @@ def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> 
 
 
 def attach_caller(module: nn.Module, layers: list[nn.Module]) -> None:
-    """Preconditions the weights of `layers` in the forward of `module`, which reads them itself."""
+    """Precondition the weights of `layers` in the forward of `module`, which reads them itself."""
     cls = original_class(type(module))
     module.__dict__[READ_LAYERS] = layers
     namespace = {"__module__": cls.__module__, "forward": _caller_forward_of(cls)}
@@ -76,7 +76,7 @@ def attach_caller(module: nn.Module, layers: list[nn.Module]) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Makes a layer or a caller what it was before; an ordinary module stays as it is.
+    """Make a layer or a caller what it was before; an ordinary module stays as it is.
 
     A backward that is still to come hands on the ordinary gradient.
     """
@@ -90,13 +90,13 @@ def detach(module: nn.Module) -> None:
 
 
 def preconditioner_of(layer: Any) -> LayerPreconditioner | None:
-    """Returns the preconditioner of a layer; None if it has no TrAct."""
+    """Return the preconditioner of a layer; None if it has no TrAct."""
     preconditioner: LayerPreconditioner | None = layer.__dict__.get(PRECONDITIONER)
     return preconditioner
 
 
 def foreign_forward(layer: nn.Module) -> str:
-    """Returns the name of a forward that another library gave the layer, if TrAct cannot act under it; "" otherwise.
+    """Return the name of a forward that another library gave the layer, if TrAct cannot act under it; "" otherwise.
 
     It can act under a captured forward of a convolution, which still calls `_conv_forward`, and under accelerate's
     hooks, in which `swap_class` exchanges what they captured.
@@ -112,7 +112,7 @@ def foreign_forward(layer: nn.Module) -> str:
 
 
 def _layer_class(cls: Any) -> type:
-    """Returns the class that a layer of class `cls` gets, always the same one."""
+    """Return the class that a layer of class `cls` gets, always the same one."""
     if cls in _layer_classes:
         return _layer_classes[cls]
     # The module is the original's, so that torch.fx takes the layer for a leaf, as it does the original.
@@ -136,7 +136,7 @@ def _has_torchs_conv_forward(cls: Any) -> bool:
 
 
 def _conv_forward_of(cls: type) -> Callable[..., Any]:
-    """Returns a `_conv_forward` for a convolution: torch's forward calls it, also one that was captured before."""
+    """Return a `_conv_forward` for a convolution: torch's forward calls it, also one that was captured before."""
     op = next(op for kind, op in CONV_OPS.items() if issubclass(cls, kind))
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -151,12 +151,12 @@ def _conv_forward_of(cls: type) -> Callable[..., Any]:
 
 
 def _linear_forward(self: Any, input: Tensor) -> Any:
-    """Runs what `nn.Linear.forward` runs."""
+    """Run what `nn.Linear.forward` runs."""
     return run_preconditioned(preconditioner_of(self), F.linear, input, self.weight, self.bias)
 
 
 def _any_forward_of(cls: Any) -> Callable[..., Any]:
-    """Returns a forward for a layer with a forward of its own."""
+    """Return a forward for a layer with a forward of its own."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         preconditioner = preconditioner_of(self)
@@ -176,7 +176,7 @@ def _any_forward_of(cls: Any) -> Callable[..., Any]:
 
 
 def _caller_forward_of(cls: Any) -> Callable[..., Any]:
-    """Returns a forward for a module that reads the weights of other layers."""
+    """Return a forward for a module that reads the weights of other layers."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         def owner_of(weight: Any) -> LayerPreconditioner | None:
@@ -202,6 +202,6 @@ class _PreconditionMode(PatchOpMode):
         self.has_run_op = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op`."""
+        """Run `op`."""
         self.has_run_op = True
         return run_preconditioned(self.owner_of(weight), op, input, weight, *args, **kwargs)

@@ -27,7 +27,7 @@ class PreconditionWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor, key: int, call: ForwardCall | None, spec: PatchSpec) -> Tensor:
-        """Returns `weight`.
+        """Return `weight`.
 
         Args:
             ctx: the context of autograd.
@@ -45,7 +45,7 @@ class PreconditionWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the preconditioned gradient of the weight."""
+        """Return the preconditioned gradient of the weight."""
         (x,) = ctx.saved_tensors
         if ctx.call is None:
             out = precondition(grad, x, None, ctx.key, UNTRACKED, *ctx.spec)
@@ -88,13 +88,13 @@ class DifferentiablePrecondition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, preconditioned: list[Tensor], step: Step) -> Tensor:
-        """Returns the one entry of `preconditioned`, which was made of `grad` in `step`."""
+        """Return the one entry of `preconditioned`, which was made of `grad` in `step`."""
         ctx.step = step
         return preconditioned[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        """Returns v inv(C + lam I), a symmetric matrix, by the C that the pass ended with."""
+        """Return v inv(C + lam I), a symmetric matrix, by the C that the pass ended with."""
         with torch.no_grad():
             v_float = v.to(torch.promote_types(v.dtype, torch.float32))
             out = ctx.step.inverse(v_float).to(v.dtype)
@@ -108,14 +108,14 @@ class KeepOutputGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, call: ForwardCall) -> Tensor:
-        """Returns `out` itself, so that an activation may work on it in place."""
+        """Return `out` itself, so that an activation may work on it in place."""
         ctx.mark_dirty(out)
         ctx.call = call
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Returns `grad`."""
+        """Return `grad`."""
         ctx.call.keep_output_grad(grad)
         return grad, None
 
@@ -128,7 +128,7 @@ class PreconditionFromOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, weight: Tensor, x: Tensor, key: int, spec: PatchSpec) -> Tensor:
-        """Returns the values of `out`; the other arguments are those of `PreconditionWeightGrad`."""
+        """Return the values of `out`; the other arguments are those of `PreconditionWeightGrad`."""
         ctx.save_for_backward(x)
         ctx.key = key
         ctx.spec = spec
@@ -139,7 +139,7 @@ class PreconditionFromOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the output's gradient, and the weight's."""
+        """Return the output's gradient, and the weight's."""
         (x,) = ctx.saved_tensors
         like = output_grad.new_zeros(ctx.shape, dtype=torch.float32)
         out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.spec)

@@ -26,7 +26,7 @@ class FirstStepWatch:
     """Waits for the first step of an optimizer that has a layer's weight, and then checks the layers."""
 
     def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
-        """Begins to wait, instead of an earlier watch of `model`.
+        """Begin to wait, instead of an earlier watch of `model`.
 
         Args:
             model: the model that TrAct was applied to; it is not kept alive.
@@ -41,12 +41,12 @@ class FirstStepWatch:
         _register_hook()
 
     def stop(self) -> None:
-        """Stops waiting."""
+        """Stop waiting."""
         if self in _watches:
             _watches.remove(self)
 
     def look(self) -> None:
-        """Checks each layer, unless that was done already."""
+        """Check each layer, unless that was done already."""
         if self not in _watches:
             return
         self.stop()
@@ -61,7 +61,7 @@ class FirstStepWatch:
             )
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Looks, if `optimizer` has a weight of the layers."""
+        """Look, if `optimizer` has a weight of the layers."""
         model = self._model()
         if model is None:
             self.stop()
@@ -79,7 +79,7 @@ class FirstStepWatch:
                 self.look()
 
     def _layers_now(self) -> list[tuple[str, nn.Module | None]]:
-        """Returns the layers with their names, and None for a layer that is no longer in the model."""
+        """Return the layers with their names, and None for a layer that is no longer in the model."""
         model = self._model()
         modules = set() if model is None else set(model.modules())
         layers = []
@@ -90,7 +90,7 @@ class FirstStepWatch:
 
 
 def _check(name: str, layer: nn.Module) -> None:
-    """Warns if the layer has handed on no preconditioned gradient, or reads pixels whose scale does not fit `lam`."""
+    """Warn if the layer has handed on no preconditioned gradient, or reads pixels whose scale does not fit `lam`."""
     preconditioner = preconditioner_of(layer)
     if preconditioner is None:
         return
@@ -118,7 +118,7 @@ def _reason(layer: nn.Module) -> str:
 
 @functools.cache
 def _register_hook() -> None:
-    """Has every optimizer report its steps; torch cannot remove such a hook while it runs, so it stays."""
+    """Have every optimizer report its steps; torch cannot remove such a hook while it runs, so it stays."""
     register_optimizer_step_post_hook(_after_step)
 
 

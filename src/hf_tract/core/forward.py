@@ -26,7 +26,7 @@ def run_preconditioned(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Returns `op(input, weight, *args, **kwargs)`, and has the weight's gradient preconditioned where TrAct acts.
+    """Return `op(input, weight, *args, **kwargs)`, and have the weight's gradient preconditioned where TrAct acts.
 
     Args:
         preconditioner: that of the layer whose weight is read; None runs the operation alone.
@@ -83,7 +83,7 @@ def _run_compiled(
 
 
 def _acts(weight: Any, input: Any) -> bool:
-    """Returns whether the weight of this forward is to get a gradient; not in an export, a trace or a transform."""
+    """Return whether the weight of this forward is to get a gradient; not in an export, a trace or a transform."""
     if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
         return False
     if torch.compiler.is_compiling():
@@ -105,7 +105,7 @@ def _acts(weight: Any, input: Any) -> bool:
 
 
 def _as_autocast_reads(input: Tensor) -> Tensor:
-    """Casts as autocast does, once for the operation and for C."""
+    """Cast as autocast does, once for the operation and for C."""
     kind = input.device.type
     if input.dtype == torch.float32 and torch.is_autocast_enabled(kind):
         return input.to(torch.get_autocast_dtype(kind))

@@ -27,7 +27,7 @@ MAX_PRODUCT_LENGTH = 2**16
 
 
 def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = MEMORY_LIMIT) -> int:
-    """Writes the sums of p p^T over all patches p of `x` into zeros, in the order of `weight.flatten(1)`.
+    """Write the sums of p p^T over all patches p of `x` into zeros, in the order of `weight.flatten(1)`.
 
     Autocast must be off.
 
@@ -64,7 +64,7 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
 
 
 def patch_sums(x: Tensor, spec: PatchSpec, lam: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the sums of p p^T over all patches of `x` and, as their last entry, the number of patches.
+    """Return the sums of p p^T over all patches of `x` and, as their last entry, the number of patches.
 
     They are float32 where that is precise enough to add `lam` to C's diagonal: it rounds in proportion to C's largest
     eigenvalue, which the trace bounds. Elsewhere, as for pixels of 0 to 10 000, they are float64.
@@ -96,7 +96,7 @@ def _flat_sums(x: Tensor, spec: PatchSpec, dtype: torch.dtype) -> Tensor:
 
 
 def _loses(lam: float, sums: Tensor, spec: PatchSpec) -> bool:
-    """Returns whether the rounding of float32 `sums` comes near `lam`."""
+    """Return whether the rounding of float32 `sums` comes near `lam`."""
     n = math.isqrt((len(sums) - 1) // spec.groups)
     squares = sums[:-1].view(spec.groups, n, n).diagonal(dim1=1, dim2=2)
     count = max(1.0, float(sums[-1]))
@@ -117,7 +117,7 @@ def _linear_sums(x: Tensor, out: Tensor, max_numbers: int) -> int:
 
 
 def _patch_products(x: Tensor, spec: PatchSpec, out: Tensor, max_numbers: int) -> None:
-    """Multiplies the patch matrix with its own transpose, piece by piece."""
+    """Multiply the patch matrix with its own transpose, piece by piece."""
     positions = spec.output_size(x.shape[2:])
     numbers_each = x.shape[1] * math.prod(spec.kernel) * math.prod(positions[1:])
     max_numbers = min(max_numbers, out.shape[-1] * len(out) * MAX_PRODUCT_LENGTH)
@@ -133,7 +133,7 @@ def _patch_products(x: Tensor, spec: PatchSpec, out: Tensor, max_numbers: int) -
 
 
 def _patch_matrix(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype) -> Tensor:
-    """Returns the patches of (N, c, *size) at `outputs` along its first dimension, as (g, n, b)."""
+    """Return the patches of (N, c, *size) at `outputs` along its first dimension, as (g, n, b)."""
     dims = len(spec.kernel)
     covered = covered_input(x, spec, 0, outputs, dtype)
     # (N, g, c / g, *o, *k)
@@ -149,7 +149,7 @@ def _patch_matrix(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype
 
 
 def _panel_width(out: Tensor) -> int:
-    """Returns how many columns of the triangle to fill at a time: all where launches cost more than operations."""
+    """Return how many columns of the triangle to fill at a time: all where launches cost more than operations."""
     n = out.shape[-1]
     if out.is_cpu and n >= 2 * PANEL:
         return PANEL
@@ -157,7 +157,7 @@ def _panel_width(out: Tensor) -> int:
 
 
 def _add_lower_triangle(out: Tensor, matrix: Tensor) -> None:
-    """Adds the lower triangle of `matrix` `matrix`^T, (g, n, b), to (g, n, n)."""
+    """Add the lower triangle of `matrix` `matrix`^T, (g, n, b), to (g, n, n)."""
     panel = _panel_width(out)
     for j in range(0, out.shape[-1], panel):
         add_product(out[:, j:, j : j + panel], matrix[:, j:], matrix[:, j : j + panel].mT)

@@ -20,14 +20,14 @@ LAM_SHARE = (0.05, 0.2)
 
 
 def warn_once(warned: set[str], message: str, *args: Any) -> None:
-    """Warns, unless `warned` has the message already."""
+    """Warn, unless `warned` has the message already."""
     if message not in warned:
         warned.add(message)
         logger.warning(message + " This is shown once.", *args)
 
 
 def advice_on_lam(mean: float, lam: float) -> str:
-    """Returns what to change where C's mean eigenvalue is too far from 1 for `lam`; "" where it is not."""
+    """Return what to change where C's mean eigenvalue is too far from 1 for `lam`; "" where it is not."""
     low, high = MEAN_EIGENVALUE_RANGE
     if not mean > 0:  # as NaN is not, either
         return ""
@@ -46,7 +46,7 @@ def advice_on_lam(mean: float, lam: float) -> str:
 
 
 def warn_if_unsolved(warned: set[str], inverse: DampedInverse, lam: float) -> None:
-    """Warns of a step whose C + lam I could not be factorised; waits for the device."""
+    """Warn of a step whose C + lam I could not be factorised; waits for the device."""
     if bool(inverse.finite) and not bool(inverse.solved):
         warn_once(
             warned,
@@ -61,7 +61,7 @@ def warn_of_other_uses(
     parameter: nn.Parameter,
     handed_on: Callable[[], Tensor | None],
 ) -> None:
-    """Warns at the end of the running backward pass if a weight has got a gradient from elsewhere than its layer.
+    """Warn at the end of the running backward pass if a weight has got a gradient from elsewhere than its layer.
 
     Args:
         warned: the messages so far.

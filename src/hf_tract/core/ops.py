@@ -28,7 +28,7 @@ _library.define(
 
 
 def _precondition(grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *spec: Any) -> Tensor:
-    """Returns what the weight still lacks, or the ordinary gradient if the layer does not exist any more.
+    """Return what the weight still lacks, or the ordinary gradient if the layer does not exist any more.
 
     Args:
         grad: the ordinary gradient of the weight, (m, ...).

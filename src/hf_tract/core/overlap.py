@@ -21,7 +21,7 @@ MIN_COLUMNS = 1024
 
 
 def best_overlap(spec: PatchSpec, positions: tuple[int, ...]) -> int | None:
-    """Returns the dimension along which overlapping patches share most work, None where sharing does not pay."""
+    """Return the dimension along which overlapping patches share most work, None where sharing does not pay."""
     best = None
     lowest_cost = math.inf
     for dim, o in enumerate(positions):
@@ -36,7 +36,7 @@ def best_overlap(spec: PatchSpec, positions: tuple[int, ...]) -> int | None:
 
 
 def overlapping_sums(x: Tensor, spec: PatchSpec, dim: int, out: Tensor, max_numbers: int) -> None:
-    """Writes the sums of p p^T over all patches of (N, c, *size) to `out`, (g, n, n).
+    """Write the sums of p p^T over all patches of (N, c, *size) to `out`, (g, n, n).
 
     A line S[h] is the position h along `dim`, unfolded along the other dimensions. Block t holds the products of
     lines t s .. t s + k - 1 with the first s of them. For kernel lines i = a s + r, with r < s, and j >= i, the
@@ -67,7 +67,7 @@ def overlapping_sums(x: Tensor, spec: PatchSpec, dim: int, out: Tensor, max_numb
 
 
 def _add_blocks(sums: Tensor, chunks: Sequence[Tensor], spec: PatchSpec, dim: int, blocks: range) -> None:
-    """Adds what these blocks hold to the lower triangle of `sums`, whose patches begin with the kernel's line."""
+    """Add what these blocks hold to the lower triangle of `sums`, whose patches begin with the kernel's line."""
     k, s = spec.kernel[dim], spec.stride[dim]
     o = spec.output_size(chunks[0].shape[2:])[dim]
     groups, n, _ = sums.shape
@@ -85,7 +85,7 @@ def _add_blocks(sums: Tensor, chunks: Sequence[Tensor], spec: PatchSpec, dim: in
 
 
 def _lines(x: Tensor, spec: PatchSpec, dim: int, blocks: range, dtype: torch.dtype) -> Tensor:
-    """Returns the lines that `blocks` read, from first to last: (g, lines * n / k, N * columns)."""
+    """Return the lines that `blocks` read, from first to last: (g, lines * n / k, N * columns)."""
     covered = covered_input(x, spec, dim, blocks, dtype).movedim(2 + dim, 2)
     others = PatchSpec(
         _without(spec.kernel, dim),
@@ -106,7 +106,7 @@ def _without(values: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 
 def _add_line_products(products: Tensor, lines: Tensor) -> None:
-    """Adds, for each block, its lines times its first s lines to (g, blocks, n, panel)."""
+    """Add, for each block, its lines times its first s lines to (g, blocks, n, panel)."""
     _, blocks, n, panel = products.shape
     for group, rows in enumerate(lines):
         block_lines = rows.unfold(0, n, panel).mT
@@ -115,7 +115,7 @@ def _add_line_products(products: Tensor, lines: Tensor) -> None:
 
 
 def _copy_in_weight_order(sums: Tensor, spec: PatchSpec, dim: int, out: Tensor) -> None:
-    """Copies `sums`, whose patches begin with the kernel's line along `dim`, to `out`, in the weight's order."""
+    """Copy `sums`, whose patches begin with the kernel's line along `dim`, to `out`, in the weight's order."""
     groups, n, _ = out.shape
     channels = n // math.prod(spec.kernel)
     dims = len(spec.kernel)

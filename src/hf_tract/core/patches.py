@@ -31,12 +31,12 @@ class PatchSpec(NamedTuple):
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """Returns how many input positions one patch spans, the holes of its dilation included."""
+        """Return how many input positions one patch spans, the holes of its dilation included."""
         dims = zip(self.kernel, self.dilation, strict=True)
         return tuple(d * (k - 1) + 1 for k, d in dims)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Returns the output positions o per dimension for an input of spatial `size`."""
+        """Return the output positions o per dimension for an input of spatial `size`."""
         positions = []
         for dim, extent in enumerate(self.extent):
             before, after = self.padding[2 * dim : 2 * dim + 2]
@@ -45,7 +45,7 @@ class PatchSpec(NamedTuple):
         return tuple(positions)
 
     def patch_size(self, shape: Sequence[int]) -> int:
-        """Returns n for an input of this shape."""
+        """Return n for an input of this shape."""
         if not self.kernel:
             return shape[-1]
         channels = shape[-len(self.kernel) - 1]
@@ -78,7 +78,7 @@ def _zeros_around(
     kernel: tuple[int, ...],
     dilations: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """Returns a `PatchSpec`'s padding for the argument of a convolution."""
+    """Return a `PatchSpec`'s padding for the argument of a convolution."""
     if padding == "valid":
         padding = 0
     zeros: list[int] = []
@@ -119,19 +119,19 @@ class PatchOpMode(TorchFunctionMode):
     """Sees every operation of `PATCH_OPS` that runs inside."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func`, or has `run_op` run it."""
+        """Run `func`, or have `run_op` run it."""
         kwargs = kwargs or {}
         if func in PATCH_OPS:
             return self.run_op(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op` and does what the subclass is for; the arguments have torch's names."""
+        """Run `op` and do what the subclass is for; the arguments have torch's names."""
         raise NotImplementedError
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Returns whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
+    """Return whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
     if not isinstance(layer, (nn.Linear, *CONV_OPS)):
         return False
     if parametrize.is_parametrized(layer, "weight"):
@@ -145,7 +145,7 @@ def is_supported(layer: nn.Module) -> bool:
 
 
 def patch_size(layer: nn.Module) -> int:
-    """Returns n of a supported layer, from its settings: a sharded weight has another shape."""
+    """Return n of a supported layer, from its settings: a sharded weight has another shape."""
     if isinstance(layer, nn.Linear):
         # Some models compute it by a tensor.
         return int(layer.in_features)
@@ -154,7 +154,7 @@ def patch_size(layer: nn.Module) -> int:
 
 
 def out_features(layer: nn.Module) -> int:
-    """Returns m of a supported layer."""
+    """Return m of a supported layer."""
     if isinstance(layer, nn.Linear):
         return int(layer.out_features)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))

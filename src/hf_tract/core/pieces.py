@@ -19,7 +19,7 @@ FEW_ENTRIES = 256
 
 
 def as_images(x: Tensor, spec: PatchSpec) -> Tensor:
-    """Returns a convolution's input or output with its batch dimension, also where it is one image without."""
+    """Return a convolution's input or output with its batch dimension, also where it is one image without."""
     if x.dim() == len(spec.kernel) + 1:
         return x.unsqueeze(0)
     return x
@@ -33,7 +33,7 @@ def chunk_sizes(
     numbers_per_line: int = 0,
     min_images: int = 1,
 ) -> tuple[int, int]:
-    """Returns how many of the `lines` of how many of the `images` to take at a time.
+    """Return how many of the `lines` of how many of the `images` to take at a time.
 
     A line of one image takes `numbers_each` in memory, and `numbers_per_line` whatever the number of images. Rather
     than fewer than `min_images`, fewer lines are taken.
@@ -49,7 +49,7 @@ def chunk_sizes(
 
 
 def pad_argument(padding: Sequence[int]) -> list[int]:
-    """Returns a `PatchSpec`'s padding in the order of `F.pad`, which begins at the last dimension."""
+    """Return a `PatchSpec`'s padding in the order of `F.pad`, which begins at the last dimension."""
     sides: list[int] = []
     for first in reversed(range(0, len(padding), 2)):
         sides += padding[first : first + 2]
@@ -57,7 +57,7 @@ def pad_argument(padding: Sequence[int]) -> list[int]:
 
 
 def covered_input(x: Tensor, spec: PatchSpec, dim: int, outputs: range, dtype: torch.dtype) -> Tensor:
-    """Returns what the patches at `outputs` along `dim` cover of (N, c, *size), zeros of the padding included."""
+    """Return what the patches at `outputs` along `dim` cover of (N, c, *size), zeros of the padding included."""
     stride, size = spec.stride[dim], x.shape[2 + dim]
     start = outputs.start * stride - spec.padding[2 * dim]
     stop = (outputs.stop - 1) * stride - spec.padding[2 * dim] + spec.extent[dim]
@@ -73,7 +73,7 @@ def covered_input(x: Tensor, spec: PatchSpec, dim: int, outputs: range, dtype: t
 
 
 def windows(x: Tensor, spec: PatchSpec, first: int) -> Tensor:
-    """Returns a view of (..., *size) as (..., *o, *k), where `size` begins at dimension `first` of `x`."""
+    """Return a view of (..., *size) as (..., *o, *k), where `size` begins at dimension `first` of `x`."""
     for dim, extent in enumerate(spec.extent):
         x = x.unfold(first + dim, extent, spec.stride[dim])
         if spec.dilation[dim] > 1:
@@ -82,7 +82,7 @@ def windows(x: Tensor, spec: PatchSpec, first: int) -> Tensor:
 
 
 def factor_dtype(x: Tensor, out: Tensor) -> torch.dtype:
-    """Returns the precision in which to multiply parts of `x` for a product that is added to `out`."""
+    """Return the precision in which to multiply parts of `x` for a product that is added to `out`."""
     is_half = x.dtype in (torch.bfloat16, torch.float16)
     if x.is_cuda and is_half and out.dtype == torch.float32:
         # Tensor cores multiply 16-bit numbers exactly and sum in float32.
@@ -91,7 +91,7 @@ def factor_dtype(x: Tensor, out: Tensor) -> torch.dtype:
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds `left` @ `right` to `out`, each a batch of matrices."""
+    """Add `left` @ `right` to `out`, each a batch of matrices."""
     if left.dtype != out.dtype:
         out += torch.bmm(left, right, out_dtype=out.dtype)
     elif out.is_cpu and out.shape[-1] * out.shape[-2] <= FEW_ENTRIES:
@@ -101,6 +101,6 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def mirror(out: Tensor, panel: int) -> None:
-    """Fills what lies above the panels of the lower triangle."""
+    """Fill what lies above the panels of the lower triangle."""
     for j in range(panel, out.shape[-1], panel):
         out[:, :j, j : j + panel] = out[:, j : j + panel, :j].mT

@@ -35,7 +35,7 @@ class LayerPreconditioner:
     """
 
     def __init__(self, layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:
-        """Begins before the first step.
+        """Begin before the first step.
 
         Args:
             layer: the layer whose weight is preconditioned; it is not kept alive.
@@ -63,7 +63,7 @@ class LayerPreconditioner:
         PRECONDITIONERS[self.key] = self
 
     def precondition(self, grad: Tensor, x: Tensor, spec: PatchSpec, call: ForwardCall | None = None) -> Tensor:
-        """Returns what the weight still lacks of the step's preconditioned gradient after one more backward.
+        """Return what the weight still lacks of the step's preconditioned gradient after one more backward.
 
         Args:
             grad: the ordinary gradient of this backward, (m, ...).
@@ -98,7 +98,7 @@ class LayerPreconditioner:
             return self._missing(step, grad, handed_on)
 
     def stats(self) -> dict[str, float]:
-        """Returns the figures of `TrActHandle.stats` as of the last backward."""
+        """Return the figures of `TrActHandle.stats` as of the last backward."""
         with self._lock:
             step = self.last_step
             if step is None or step.grad is None or step.inverse is None:
@@ -112,7 +112,7 @@ class LayerPreconditioner:
             }
 
     def _parameters(self, call: ForwardCall | None) -> list[nn.Parameter]:
-        """Returns the parameters that make the weight.
+        """Return the parameters that make the weight.
 
         These are the parameter that the forward call read, which the layer may have exchanged since. Where an engine
         keeps gradients outside of `.grad`, only the layer's own parameters show that.
@@ -125,7 +125,7 @@ class LayerPreconditioner:
         return [call.leaf]
 
     def _find_step(self, backward_pass: int, parameters: list[nn.Parameter]) -> Step:
-        """Returns the step that this backward belongs to, a new one where it begins one."""
+        """Return the step that this backward belongs to, a new one where it begins one."""
         if accumulation.lives_in_grad(parameters) and not accumulation.adds_to_grad(parameters):
             step = self._returned_step
             if step is None or step.backward_pass != backward_pass or self.config.scope == "local":
@@ -149,7 +149,7 @@ class LayerPreconditioner:
     def _uncounted_sums(
         self, step: Step, call: ForwardCall | None, x: Tensor, spec: PatchSpec, keep: Tensor | None
     ) -> Tensor | None:
-        """Returns the sums over the patches of this backward on all ranks; None where the step has them already."""
+        """Return the sums over the patches of this backward on all ranks; None where the step has them already."""
         is_counted = call is not None and call.number in step.counted_calls
         if is_counted and keep is None:
             return None
@@ -166,7 +166,7 @@ class LayerPreconditioner:
         return sums
 
     def _is_sole_source(self, call: ForwardCall | None, parameters: list[nn.Parameter]) -> bool:
-        """Returns whether the whole of `.grad` is to come from this layer in this process."""
+        """Return whether the whole of `.grad` is to come from this layer in this process."""
         if self.config.scope == "local" or accumulation.ranks_of(self.process_group) > 1:
             return False
         if call is None or call.leaf is None or not parameters:
@@ -185,7 +185,7 @@ class LayerPreconditioner:
 
 
 def _backward_pass_of(call: ForwardCall | None) -> int:
-    """Returns the number by which autograd knows the running pass; the outer one, for a reentrant checkpoint."""
+    """Return the number by which autograd knows the running pass; the outer one, for a reentrant checkpoint."""
     if call is not None and call.backward_pass >= 0:
         return call.backward_pass
     return torch._C._current_graph_task_id()

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether a forward gathers weights, so that every rank must run all of it."""
+    """Return whether a forward gathers weights, so that every rank must run all of it."""
     if _fsdp_units(model, "FullyShardedDataParallel") or _fsdp_units(model, "FSDPModule"):
         return True
     return len(_zero_parameters([model])) > 0
@@ -24,7 +24,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gathered_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Lets `read_weight` and `write_weight` work on these layers of `model` inside; every rank enters it at once."""
+    """Let `read_weight` and `write_weight` work on these layers of `model` inside; every rank enters it at once."""
     for unit in _fsdp_units(model, "FSDPModule"):
         # A forward leaves the root unsharded, and what is written then is lost.
         unit.reshard()
@@ -40,7 +40,7 @@ def gathered_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
 
 
 def read_weight(layer: nn.Module) -> Tensor:
-    """Returns the whole weight, detached; gathered where FSDP2 has sharded it."""
+    """Return the whole weight, detached; gathered where FSDP2 has sharded it."""
     weight: Any = layer.weight
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
@@ -50,7 +50,7 @@ def read_weight(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def write_weight(layer: nn.Module, value: Tensor) -> None:
-    """Writes the whole weight in place, also through a parametrization, and to the copy in ZeRO's optimizer."""
+    """Write the whole weight in place, also through a parametrization, and to the copy in ZeRO's optimizer."""
     old: Any = layer.weight
     if hasattr(old, "full_tensor"):
         value = torch.distributed.tensor.distribute_tensor(value, old.device_mesh, old.placements)

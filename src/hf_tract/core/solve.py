@@ -24,7 +24,7 @@ class DampedInverse:
     """
 
     def __init__(self, moment: Tensor, lam: float) -> None:
-        """Factorises `moment` + `lam` I.
+        """Factorise `moment` + `lam` I.
 
         Args:
             moment: C, (g, n, n), symmetric, float32 or float64; it is overwritten.
@@ -53,7 +53,7 @@ class DampedInverse:
         self.solved = (info == 0).all()
 
     def __call__(self, grad: Tensor) -> Tensor:
-        """Returns `grad` inv(C + lam I), (m, ...) like `grad`; its rows m are split evenly over the g groups."""
+        """Return `grad` inv(C + lam I), (m, ...) like `grad`; its rows m are split evenly over the g groups."""
         groups, _, n = self._factor.shape
         rows = grad.reshape(groups, -1, n).to(self.dtype)
         out = self._solve(rows)
@@ -64,7 +64,7 @@ class DampedInverse:
         return out.reshape(grad.shape).to(grad.dtype)
 
     def _solve(self, rows: Tensor) -> Tensor:
-        """Returns `rows` inv(L L^T), laid out in memory as the gradient is, by substitution from the right."""
+        """Return `rows` inv(L L^T), laid out in memory as the gradient is, by substitution from the right."""
         factor = self._factor
         half = torch.linalg.solve_triangular(factor.mT, rows.to(factor.dtype), upper=True, left=False)
         whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
@@ -72,11 +72,11 @@ class DampedInverse:
 
     @property
     def mean_eigenvalue(self) -> float:
-        """Returns tr(C) / n, the mean square of what the layer reads; waits for the device."""
+        """Return tr(C) / n, the mean square of what the layer reads; waits for the device."""
         return self._mean.item()
 
     def condition(self) -> float:
-        """Returns a lower bound of the condition number of C + lam I, the largest over groups.
+        """Return a lower bound of the condition number of C + lam I, the largest over groups.
 
         It comes from power and inverse iteration with the factor L, C + lam I = L L^T.
         """
@@ -99,5 +99,5 @@ class DampedInverse:
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Returns whether looking at a value costs nothing."""
+    """Return whether looking at a value costs nothing."""
     return tensor.is_cpu

@@ -35,7 +35,7 @@ class ForwardCall:
         FORWARD_CALLS[self.number] = self
 
     def keep_output_grad(self, grad: Tensor) -> None:
-        """Keeps the output's gradient, from which a 16-bit operation's weight gradient is computed again in float32.
+        """Keep the output's gradient, from which a 16-bit operation's weight gradient is computed again in float32.
 
         In a graph with second derivatives the weight has more gradient than that, so the operation's own is taken.
         """
@@ -64,13 +64,13 @@ class Step:
         self.inverse: DampedInverse | None = None
 
     def handed_on(self, keep: Tensor | None = None) -> Tensor | None:
-        """Returns the gradient that the weight has received in this step so far, as `keep_where` masks it."""
+        """Return the gradient that the weight has received in this step so far, as `keep_where` masks it."""
         if self.inverse is None or self.grad is None:
             return None
         return keep_where(keep, self.inverse(self.grad))
 
     def add(self, grad: Tensor, sums: Tensor | None, keep: Tensor | None) -> None:
-        """Adds the gradient of one backward and the sums of its patches; None where these are counted already."""
+        """Add the gradient of one backward and the sums of its patches; None where these are counted already."""
         if self.grad is not None:
             grad = grad + keep_where(keep, self.grad).to(grad.device)
         self.grad = grad
@@ -81,7 +81,7 @@ class Step:
         self.sums = sums
 
     def precondition(self, lam: float) -> tuple[Tensor, DampedInverse]:
-        """Returns the step's gradient times inv(C + lam I), by the C of all patches so far, and that inverse."""
+        """Return the step's gradient times inv(C + lam I), by the C of all patches so far, and that inverse."""
         assert self.sums is not None
         assert self.grad is not None
         n = math.prod(self.grad.shape[1:])
@@ -92,7 +92,7 @@ class Step:
 
 
 def keep_where(keep: Tensor | None, value: Tensor) -> Tensor:
-    """Returns `value`, or zeros where the scalar `keep` is false; on the device, so that the host does not wait."""
+    """Return `value`, or zeros where the scalar `keep` is false; on the device, so that the host does not wait."""
     if keep is None:
         return value
     return torch.where(keep.to(value.device), value, 0.0)

@@ -21,12 +21,12 @@ class TrActClass:
     """Is the first base of every class that TrAct puts on a module; the second is the module's own class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Makes an ordinary module, as libraries build layers like another one by `type(layer)(...)`."""
+        """Make an ordinary module, as libraries build layers like another one by `type(layer)(...)`."""
         super().__init__(*args, **kwargs)
         self.__class__ = original_class(type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles the ordinary module."""
+        """Pickle the ordinary module."""
         function, arguments, *rest = _ordinary(self).__reduce_ex__(protocol)
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             # pickle refuses to make an object of another class by `__newobj__`; `_reconstructor` does the same.
@@ -35,11 +35,11 @@ class TrActClass:
         return (function, arguments, *rest)
 
     def __prepare_scriptable__(self) -> Any:
-        """Gives `torch.jit.script` the ordinary module."""
+        """Give `torch.jit.script` the ordinary module."""
         return _ordinary(self)
 
     def deepcopy_ordinary(self, memo: dict[int, Any]) -> Any:
-        """Returns a deep copy of the ordinary module, and notes it in `memo` as that of this one."""
+        """Return a deep copy of the ordinary module, and note it in `memo` as that of this one."""
         original: Any = original_class(type(self))
         copied = original.__new__(original)
         memo[id(self)] = copied
@@ -48,7 +48,7 @@ class TrActClass:
 
 
 def original_class(cls: type) -> type:
-    """Returns `cls` without TrAct's class, which may lie under another one, such as FSDP2's."""
+    """Return `cls` without TrAct's class, which may lie under another one, such as FSDP2's."""
     if TrActClass not in cls.__mro__:
         return cls
     if any(TrActClass in base.__bases__ for base in cls.__bases__):
@@ -63,7 +63,7 @@ def original_class(cls: type) -> type:
 
 
 def swap_class(module: nn.Module, cls: Any) -> None:
-    """Gives `module` the class `cls`, also where accelerate's hooks have captured the forward of the old one."""
+    """Give `module` the class `cls`, also where accelerate's hooks have captured the forward of the old one."""
     captured = []
     for name in ("forward", "_old_forward"):
         if is_own_forward(module, vars(module).get(name)):
@@ -74,14 +74,14 @@ def swap_class(module: nn.Module, cls: Any) -> None:
 
 
 def is_own_forward(module: nn.Module, forward: Any) -> bool:
-    """Returns whether `forward` is a method of `module` that one of its classes defines."""
+    """Return whether `forward` is a method of `module` that one of its classes defines."""
     if not isinstance(forward, MethodType) or forward.__self__ is not module:
         return False
     return any(vars(cls).get("forward") is forward.__func__ for cls in type(module).__mro__)
 
 
 def _ordinary(module: Any) -> Any:
-    """Returns an ordinary module that shares everything with `module`."""
+    """Return an ordinary module that shares everything with `module`."""
     original: Any = original_class(type(module))
     shared = original.__new__(original)
     shared.__dict__.update(_ordinary_attributes(module))

@@ -15,7 +15,7 @@ from hf_tract.core.pieces import as_images, factor_dtype, pad_argument, windows
 
 
 def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:
-    """Returns the sum over all patches p of (gradient of the output there) p^T.
+    """Return the sum over all patches p of (gradient of the output there) p^T.
 
     Autocast must be off. What is converted to float32 at a time is bounded.
 
@@ -51,14 +51,14 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
 
 
 def _is_side_by_side(spec: PatchSpec) -> bool:
-    """Returns whether patches neither overlap nor leave a pixel between them: they are the pixels in another order."""
+    """Return whether patches neither overlap nor leave a pixel between them: they are the pixels in another order."""
     if spec.groups > 1 or any(spec.padding):
         return False
     return spec.kernel == spec.stride and set(spec.dilation) == {1}
 
 
 def _patch_rows(x: Tensor, spec: PatchSpec) -> Tensor:
-    """Returns the patches of (N, c, *size), without padding or groups, as (b, n)."""
+    """Return the patches of (N, c, *size), without padding or groups, as (b, n)."""
     dims = len(spec.kernel)
     positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
     patches: Tensor = windows(x, spec, 2).permute(0, *positions, 1, *kernel)
@@ -66,7 +66,7 @@ def _patch_rows(x: Tensor, spec: PatchSpec) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds `left` @ `right` in float32."""
+    """Add `left` @ `right` in float32."""
     dtype = factor_dtype(left, total)
     if dtype == total.dtype:
         total.addmm_(left.to(dtype), right.to(dtype))
@@ -75,7 +75,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _convolution_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, weight: Tensor) -> Tensor:
-    """Returns the weight's gradient as torch computes it; of `weight` only shape and dtype count."""
+    """Return the weight's gradient as torch computes it; of `weight` only shape and dtype count."""
     dims = len(spec.kernel)
     padding = spec.padding[::2]
     if padding != spec.padding[1::2]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
-    """Returns the trainable parameters that make the weight of `layer`: one, or those of a norm or a mask."""
+    """Return the trainable parameters that make the weight of `layer`: one, or those of a norm or a mask."""
     parameters: list[nn.Parameter] = []
     if layer is None:
         return parameters
@@ -18,13 +18,13 @@ def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
 
 
 def weight_like(layer: nn.Module) -> Tensor:
-    """Returns a tensor of the weight's device and dtype: reading a computed weight may change buffers."""
+    """Return a tensor of the weight's device and dtype: reading a computed weight may change buffers."""
     tensor: Tensor = next(layer.parameters(), layer.__dict__.get("weight"))  # type: ignore[assignment]
     return tensor
 
 
 def is_frozen(layer: nn.Module) -> bool:
-    """Returns whether nothing that the weight of `layer` is made of can be trained."""
+    """Return whether nothing that the weight of `layer` is made of can be trained."""
     if weight_parameters(layer):
         return False
     # FSDP1 may have replaced the parameter by a view of its own.

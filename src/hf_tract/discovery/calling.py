@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of `model.forward`.
+    """Return the parameters of `model.forward`.
 
     It looks through peft's wrapper, whose own signature is `*args, **kwargs`.
     """
@@ -29,7 +29,7 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def filter_forward_kwargs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of `batch` that the forward takes; a loss outside of the model may need others."""
+    """Return the entries of `batch` that the forward takes; a loss outside of the model may need others."""
     parameters = forward_parameters(model)
     for parameter in parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -38,7 +38,7 @@ def filter_forward_kwargs(model: nn.Module, batch: Mapping[str, Any]) -> dict[st
 
 
 def run_forward(model: nn.Module, batch: Any) -> Any:
-    """Runs a forward on a batch, and leaves the random numbers as they were.
+    """Run a forward on a batch, and leave the random numbers as they were.
 
     A tuple holds positional arguments. A mapping holds keyword arguments, unless it is the one argument itself.
     """
@@ -54,7 +54,7 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leaves the random numbers of torch (on the CPU), numpy and Python as they were."""
+    """Leave the random numbers of torch (on the CPU), numpy and Python as they were."""
     python_state = random.getstate()
     # Where numpy is not imported, nothing draws from it.
     numpy = sys.modules.get("numpy")
@@ -69,7 +69,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Returns `batch` with each tensor in its mappings, lists and tuples replaced by what `change` returns for it."""
+    """Return `batch` with each tensor in its mappings, lists and tuples replaced by what `change` returns for it."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
@@ -96,7 +96,7 @@ def _map_mapping(batch: Mapping[str, Any], change: Callable[[Tensor], Any]) -> A
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
-    """Returns the tensors in the mappings, lists and tuples of `batch`."""
+    """Return the tensors in the mappings, lists and tuples of `batch`."""
     found: list[Tensor] = []
     map_tensors(batch, found.append)
     return found

@@ -49,7 +49,7 @@ class FirstLayer(NamedTuple):
 def find_first_layers(
     model: nn.Module, layers: LayerSelection = "auto", example_batch: Any = None
 ) -> list[FirstLayer]:
-    """Finds the layers that pixels meet first, in that order; nearly always one.
+    """Find the layers that pixels meet first, in that order; nearly always one.
 
     Args:
         model: any model, wrapped or not (DDP, FSDP, `torch.compile`).
@@ -90,7 +90,7 @@ def _by_request(model: nn.Module, layers: LayerSelection) -> list[FirstLayer]:
 
 
 def _check_searchable(model: nn.Module, example_batch: Any) -> None:
-    """Raises an error for a model that reads no pixels, or has no layer for them."""
+    """Raise an error for a model that reads no pixels, or has no layer for them."""
     if example_batch is None and pixel_argument_name(model) == "input_ids":
         raise TrActError(
             f"`model` (={type(model).__name__}) reads `input_ids` and no pixels: its first layer is an embedding "
@@ -111,7 +111,7 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _by_timm(model: nn.Module) -> list[FirstLayer]:
-    """Takes what timm says of a model of its own.
+    """Take what timm says of a model of its own.
 
     What is around a timm model may meet the pixels before it, so nothing is read from one inside.
     """
@@ -128,7 +128,7 @@ def _by_timm(model: nn.Module) -> list[FirstLayer]:
 
 
 def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
-    """Takes every layer that the pixels meet first in one forward of a copy; none where no forward told."""
+    """Take every layer that the pixels meet first in one forward of a copy; none where no forward told."""
     probe = probe_guesses(model) if example_batch is None else probe_example(model, example_batch)
     if probe is None:
         return []
@@ -145,7 +145,7 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
 
 
 def _check_operations(model: str, modules: Mapping[str, nn.Module], probe: Probe) -> None:
-    """Raises an error where the pixels first meet a weight that is no layer's; warns where they do so later."""
+    """Raise an error where the pixels first meet a weight that is no layer's; warns where they do so later."""
     for place, meeting in enumerate(probe.meetings):
         if meeting.layer is not None:
             continue
@@ -167,7 +167,7 @@ def _check_operations(model: str, modules: Mapping[str, nn.Module], probe: Probe
 
 
 def _by_order(model: nn.Module) -> list[FirstLayer]:
-    """Takes the first convolution of the vision part, else its first linear layer, by module order; and warns.
+    """Take the first convolution of the vision part, else its first linear layer, by module order, and warn.
 
     Layers beside it in one `nn.ModuleDict` are stems for other inputs, and taken too.
     """
@@ -206,7 +206,7 @@ def _parent(name: str) -> str:
 def find_functional_callers(
     model: nn.Module, layers: Sequence[FirstLayer], example_batch: Any = None
 ) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Returns the modules whose own forward runs an operation with the weight of a layer, and these layers.
+    """Return the modules whose own forward runs an operation with the weight of a layer, and these layers.
 
     A trial run tells; where none reaches a layer, nothing is returned.
     """
@@ -227,7 +227,7 @@ def find_functional_callers(
 
 
 def _layer_inputs(model: nn.Module, example_batch: Any) -> list[LayerInput]:
-    """Returns what the layers read in the first trial run that reaches one."""
+    """Return what the layers read in the first trial run that reaches one."""
     for _, probe in trial_runs(model, example_batch):
         if probe.inputs:
             return probe.inputs

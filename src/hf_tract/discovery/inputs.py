@@ -52,7 +52,7 @@ EXTRA_INPUTS: dict[str, list[Any]] = {
 
 
 def guess_inputs(model: nn.Module, device: str = "meta") -> Iterator[Any]:
-    """Guesses batches of one image, clip or row of patches, the likeliest first.
+    """Guess batches of one image, clip or row of patches, the likeliest first.
 
     Each is a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
 
@@ -81,7 +81,7 @@ def guess_inputs(model: nn.Module, device: str = "meta") -> Iterator[Any]:
 
 
 def pixel_argument_name(model: nn.Module) -> str | None:
-    """Returns the name of the forward's argument that takes pixels, or tokens where none does."""
+    """Return the name of the forward's argument that takes pixels, or tokens where none does."""
     parameters = forward_parameters(model)
     for name in (*PIXELS, getattr(model, "main_input_name", ""), "input_ids"):
         if name in parameters:
@@ -90,7 +90,7 @@ def pixel_argument_name(model: nn.Module) -> str | None:
 
 
 def precision(model: nn.Module) -> torch.dtype:
-    """Returns the precision of the weights."""
+    """Return the precision of the weights."""
     for parameter in model.parameters():
         # Numbers of 8 bits are a quantised weight's, and no precision of inputs.
         if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
@@ -99,7 +99,7 @@ def precision(model: nn.Module) -> torch.dtype:
 
 
 def _required_arguments(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Returns the names of the arguments that have no default."""
+    """Return the names of the arguments that have no default."""
     required = []
     for name, parameter in parameters.items():
         is_variadic = parameter.kind > parameter.POSITIONAL_OR_KEYWORD
@@ -127,7 +127,7 @@ def _extra_inputs(
     shape: Shape,
     device: str,
 ) -> dict[str, Tensor]:
-    """Returns values for the other arguments of a forward that takes pixels of `shape` as its argument `pixels`."""
+    """Return values for the other arguments of a forward that takes pixels of `shape` as its argument `pixels`."""
     # Forwards cut and loop by integers, so these have values also where the pixels have none.
     integer_device = "cpu" if device == "meta" else device
     extra = {}

@@ -32,7 +32,7 @@ class Probe(NamedTuple):
 
     @property
     def layers(self) -> list[str]:
-        """Returns the layers that the pixels met first."""
+        """Return the layers that the pixels met first."""
         layers = []
         for meeting in self.meetings:
             if meeting.layer is not None and meeting.layer not in layers:
@@ -41,7 +41,7 @@ class Probe(NamedTuple):
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy of `model` for trial runs, whose weights are on the meta device: it takes no memory.
+    """Return a copy of `model` for trial runs, whose weights are on the meta device: it takes no memory.
 
     Raises:
         Exception: for a model that cannot be copied, such as FSDP2's.
@@ -50,7 +50,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def copy_with_values(model: nn.Module) -> nn.Module:
-    """Returns a copy of `model` for trial runs that look at values; raises as `meta_copy` does."""
+    """Return a copy of `model` for trial runs that look at values; raises as `meta_copy` does."""
     return _trial_copy(model, lambda tensor: tensor.detach().clone())
 
 
@@ -74,7 +74,7 @@ def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn
 
 
 def _cached_tensors(model: nn.Module) -> list[Tensor]:
-    """Returns what forwards have left on modules, and `deepcopy` refuses since it has a graph."""
+    """Return what forwards have left on modules, and `deepcopy` refuses since it has a graph."""
     cached = []
     for module in model.modules():
         for value in tree_leaves(list(vars(module).values())):
@@ -84,7 +84,7 @@ def _cached_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
-    """Finds what the pixels of `batch` meet first in one forward.
+    """Find what the pixels of `batch` meet first in one forward.
 
     A layer that reads pixels beside what other layers made of them, as at the end of a skip connection, is not first.
 
@@ -108,7 +108,7 @@ def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
 
 
 def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
-    """Returns the tensors that hold pixels: what the forward calls so, else all that may be images, rows or series."""
+    """Return the tensors that hold pixels: what the forward calls so, else all that may be images, rows or series."""
     if isinstance(batch, Mapping):
         argument = pixel_argument_name(copied)
         if argument in batch and argument not in COMMON_NAMES:
@@ -120,7 +120,7 @@ def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def _may_be_pixels(tensor: Tensor) -> bool:
-    """Says whether a tensor of several may hold pixels, and no time steps, labels or tokens."""
+    """Say whether a tensor of several may hold pixels, and no time steps, labels or tokens."""
     if tensor.is_floating_point():
         return tensor.dim() >= 2
     return tensor.dim() >= 3
@@ -128,7 +128,7 @@ def _may_be_pixels(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _running_names(model: nn.Module, running: list[str]) -> Iterator[None]:
-    """Appends to `running` the name of each module when it begins, and takes it away when it ends."""
+    """Append to `running` the name of each module when it begins, and take it away when it ends."""
     handles = []
     for name, module in model.named_modules():
         # A scripted module takes no hooks: what runs inside counts as its parent's.

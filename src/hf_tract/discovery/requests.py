@@ -13,7 +13,7 @@ from hf_tract.discovery.wrappers import layers_by_name, modules_by_name, without
 
 
 def requested_layers(model: nn.Module, requests: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
-    """Returns the requested layers of the unwrapped `model` by name.
+    """Return the requested layers of the unwrapped `model` by name.
 
     Raises:
         TrActError: if a request fits no module, or one that is no convolution or linear layer.
@@ -69,7 +69,7 @@ def _hint(name: str, layers: Mapping[str, nn.Module]) -> str:
 
 
 def list_some(names: Iterable[str], most: int = 6) -> str:
-    """Returns the first of `names`, each once, as part of a message."""
+    """Return the first of `names`, each once, as part of a message."""
     unique = list(dict.fromkeys(names))
     if len(unique) > most:
         unique[most:] = ["..."]

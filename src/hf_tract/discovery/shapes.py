@@ -34,7 +34,7 @@ MOST_CHANNELS = 6  # different numbers of channels
 
 
 def guess_shapes(model: nn.Module, parameters: Mapping[str, Any]) -> Iterator[Shape]:
-    """Guesses shapes of the pixels that a forward with these parameters takes, the likeliest first."""
+    """Guess shapes of the pixels that a forward with these parameters takes, the likeliest first."""
     config = getattr(model, "config", None)
     convolutions, linear = _layers(model)
     row_lengths = _row_lengths(convolutions, linear, parameters)
@@ -64,7 +64,7 @@ def guess_shapes(model: nn.Module, parameters: Mapping[str, Any]) -> Iterator[Sh
 
 
 def guess_shapes_of_several(model: nn.Module, count: int) -> Iterator[tuple[Shape, ...]]:
-    """Guesses shapes for `count` arguments: images of each channel count, or an image with vectors beside it."""
+    """Guess shapes for `count` arguments: images of each channel count, or an image with vectors beside it."""
     convolutions, _ = _layers(model)
     read = [layer.in_channels for layer in convolutions]
     channel_counts = list(dict.fromkeys([*read, 3, 1]))[:MOST_CHANNELS]
@@ -102,7 +102,7 @@ def _series(config: Any) -> Iterator[Shape]:
 
 
 def _patches_of_a_grid(convolutions: Sequence[Any], row_lengths: Sequence[int]) -> Iterator[Shape]:
-    """Guesses shapes for a forward that is told the grid of the patches into which its pixels have been cut before."""
+    """Guess shapes for a forward that is told the grid of the patches into which its pixels have been cut before."""
     if convolutions and isinstance(convolutions[0], nn.Conv2d):
         patch = convolutions[0].in_channels, *convolutions[0].kernel_size
         yield (GRID**2, *patch)
@@ -119,7 +119,7 @@ def _rows_of_patches(row_lengths: Sequence[int]) -> Iterator[Shape]:
 
 
 def _layers(model: nn.Module) -> tuple[list[Any], list[nn.Linear]]:
-    """Returns the convolutions and the linear layers of a model."""
+    """Return the convolutions and the linear layers of a model."""
     convolutions = []
     linear = []
     for module in filter(is_supported, model.modules()):
@@ -154,7 +154,7 @@ def _row_lengths(
     linear: Sequence[nn.Module],
     parameters: Mapping[str, Any],
 ) -> list[int]:
-    """Returns lengths of a patch as a row: what the first convolution reads, and the first linear layers."""
+    """Return lengths of a patch as a row: what the first convolution reads, and the first linear layers."""
     by_convolution = map(patch_size, convolutions[:1])
     by_linear = list(dict.fromkeys(map(patch_size, linear)))
     lengths = dict.fromkeys([*by_convolution, *by_linear[:MOST_CHANNELS]])
@@ -165,7 +165,7 @@ def _row_lengths(
 
 
 def side_lengths(size: Any) -> tuple[int, int]:
-    """Returns height and width of what a config calls a size."""
+    """Return height and width of what a config calls a size."""
     if isinstance(size, dict):
         size = list(size.values())
     if not isinstance(size, (tuple, list)):
@@ -175,7 +175,7 @@ def side_lengths(size: Any) -> tuple[int, int]:
 
 
 def _config_entry(config: Any, names: Sequence[str]) -> Any:
-    """Returns the first entry called one of `names` that is set in a config, or else in a part of it."""
+    """Return the first entry called one of `names` that is set in a config, or else in a part of it."""
     if config is None:
         return None
     for name in names:

@@ -65,7 +65,7 @@ class PixelTrace(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Marks the weights of `model`."""
+        """Mark the weights of `model`."""
         super().__init__()
         # These are names of the modules that run, the innermost last.
         self.running = [""]
@@ -88,21 +88,21 @@ class PixelTrace(TorchDispatchMode):
             self.mark(parameter, Mark.WEIGHTS)
 
     def mark(self, tensor: Tensor, mark: Mark) -> None:
-        """Marks the storage of `tensor`, unless it has a higher mark."""
+        """Mark the storage of `tensor`, unless it has a higher mark."""
         if mark > self.mark_of(tensor):
             storage = _storage(tensor)
             if storage is not None:
                 self._marks[storage] = mark
 
     def mark_of(self, tensor: Any) -> Mark:
-        """Returns the mark of a tensor; `Mark.NOTHING` for what has no storage or is no tensor."""
+        """Return the mark of a tensor; `Mark.NOTHING` for what has no storage or is no tensor."""
         storage = _storage(tensor)
         if storage is None:
             return Mark.NOTHING
         return self._marks.get(storage, Mark.NOTHING)
 
     def layer_of(self, weight: Any) -> str | None:
-        """Returns the name of the layer that an operation with `weight` belongs to.
+        """Return the name of the layer that an operation with `weight` belongs to.
 
         That is the layer that runs, unless the weight is another layer's parameter.
         """
@@ -114,11 +114,11 @@ class PixelTrace(TorchDispatchMode):
         return None
 
     def note_meeting(self, operation: str, layer: str | None) -> None:
-        """Notes that pixels met a weight in an operation."""
+        """Note that pixels met a weight in an operation."""
         self.meetings.append(Meeting(operation, self.running[-1], layer))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, marks what it returns, and notes where pixels meet a weight in it."""
+        """Run an operation, mark what it returns, and note where pixels meet a weight in it."""
         kwargs = kwargs or {}
         operands = list(filter(torch.is_tensor, tree_leaves((args, kwargs))))
         marks = list(map(self.mark_of, operands))
@@ -151,7 +151,7 @@ class LayerOps(PatchOpMode):
         self.trace = trace
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op` and notes it, once it has succeeded: a guess of a batch that does not fit fails here."""
+        """Run `op` and note it, once it has succeeded: a guess of a batch that does not fit fails here."""
         trace = self.trace
         layer = trace.layer_of(weight)
         meets = trace.mark_of(input) == Mark.PIXELS and trace.mark_of(weight) == Mark.WEIGHTS
@@ -174,7 +174,7 @@ class LayerOps(PatchOpMode):
 
 
 def _mixes(func: Any, operands: list[Tensor], marks: list[Mark]) -> bool:
-    """Says whether `func` sums over the products of pixels with a weight, or looks a weight up by them."""
+    """Say whether `func` sums over the products of pixels with a weight, or looks a weight up by them."""
     name = func.overloadpacket.__name__
     if name in PRODUCTS:
         return set(marks[PRODUCTS[name]]) == {Mark.PIXELS, Mark.WEIGHTS}

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def trial_runs(model: nn.Module, example_batch: Any = None) -> Iterator[tuple[str, Probe]]:
-    """Runs forwards until there is nothing more to try, and yields the device of each with what it showed.
+    """Run forwards until there is nothing more to try, and yield the device of each with what it showed.
 
     They are run on the meta device first, where they cost next to nothing, and then with values, which some forwards
     look at. There are none for a model that cannot be copied.
@@ -57,7 +57,7 @@ def _copies(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _device_for_values(model: nn.Module) -> str | None:
-    """Returns the device of a model that can be copied with its values: it is small, and on one device."""
+    """Return the device of a model that can be copied with its values: it is small, and on one device."""
     size = 0
     devices = set()
     for parameter in model.parameters():
@@ -82,7 +82,7 @@ def _is_small(batch: Any) -> bool:
 
 
 def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
-    """Returns a copy of the user's batch, in the model's precision."""
+    """Return a copy of the user's batch, in the model's precision."""
 
     def moved(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
@@ -97,7 +97,7 @@ def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
 
 
 def probe_guesses(model: nn.Module) -> Probe | None:
-    """Returns the first trial run of a guess that completes, or else the first that went far enough to tell."""
+    """Return the first trial run of a guess that completes, or else the first that went far enough to tell."""
     partial: Probe | None = None
     for _, probe in trial_runs(model):
         if not probe.meetings:
@@ -117,7 +117,7 @@ def probe_guesses(model: nn.Module) -> Probe | None:
 
 
 def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
-    """Returns the trial run of the user's batch; None for a model that cannot be copied.
+    """Return the trial run of the user's batch; None for a model that cannot be copied.
 
     Raises:
         TrActError: if its pixels meet no weight; from the forward's own error, if it does not take the batch.
@@ -147,7 +147,7 @@ def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
 
 
 def _described(batch: Any) -> str:
-    """Returns the types and shapes in a batch."""
+    """Return the types and shapes in a batch."""
     if isinstance(batch, Mapping):
         entries = [f"{key!r}: {_described(value)}" for key, value in batch.items()]
         return "{" + ", ".join(entries) + "}"

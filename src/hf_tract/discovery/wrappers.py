@@ -10,7 +10,7 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside of DDP, FSDP1, DataParallel, `torch.compile` and what looks like them."""
+    """Return the model inside of DDP, FSDP1, DataParallel, `torch.compile` and what looks like them."""
     children = dict(model.named_children())
     while len(children) == 1 and next(iter(children)) in WRAPPERS:
         (model,) = children.values()
@@ -19,15 +19,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def without_wrappers(name: str) -> str:
-    """Returns the name of a module without what wrappers added to it."""
+    """Return the name of a module without what wrappers added to it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all modules by their names without wrappers."""
+    """Return all modules by their names without wrappers."""
     return {without_wrappers(name): module for name, module in model.named_modules()}
 
 
 def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the modules that TrAct could take, by their names without wrappers."""
+    """Return the modules that TrAct could take, by their names without wrappers."""
     return {name: module for name, module in modules_by_name(model).items() if is_supported(module)}

@@ -37,12 +37,12 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         self.handle: TrActHandle | None = None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """Applies TrAct to `module`, and returns it."""
+        """Apply TrAct to `module`, and return it."""
         self.handle = apply_tract(module, self.lam, self.layers, self.scope, **self.options)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Removes TrAct from `module`, and returns it."""
+        """Remove TrAct from `module`, and return it."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None

@@ -19,26 +19,26 @@ CURVES = {"loss": "training loss", "eval_loss": "test loss", "accuracy": "test a
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Returns whether a name reads like owner/name and is not a folder here."""
+    """Return whether a name reads like owner/name and is not a folder here."""
     if name is None or Path(name).exists():
         return False
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def link(name: str | None, prefix: str = "") -> str | None:
-    """Returns a Hub id as a link, and other words as they are."""
+    """Return a Hub id as a link, and other words as they are."""
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{prefix}{name})"
     return name
 
 
 def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the metrics that a card shows, by their titles."""
+    """Return the metrics that a card shows, by their titles."""
     return {METRICS[name]: value for name, value in metrics.items() if name in METRICS}
 
 
 def eval_results(metrics: Mapping[str, float], dataset: str, split: str) -> list[EvalResult]:
-    """Returns the scores in the form in which the Hub shows them.
+    """Return the scores in the form in which the Hub shows them.
 
     Args:
         metrics: by name, as in `TrainingRecord`.
@@ -65,7 +65,7 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str) -> list
 
 
 def history_table(history: Sequence[Mapping[str, float]]) -> list[list[str]]:
-    """Returns the names of the columns, and the rows below them, as text."""
+    """Return the names of the columns, and the rows below them, as text."""
     if not history:
         return []
     columns: dict[str, None] = {}  # a set that keeps its order
@@ -89,7 +89,7 @@ def _cell(value: Any) -> str:
 
 
 def save_curve(history: Sequence[Mapping[str, float]], path: Path, color: str) -> bool:
-    """Plots losses and accuracy over epochs; returns False without matplotlib or without anything to plot."""
+    """Plot losses and accuracy over epochs; returns False without matplotlib or without anything to plot."""
     curves = {}
     for name, title in CURVES.items():
         points = [(row["epoch"], row[name]) for row in history if "epoch" in row and name in row]

@@ -19,7 +19,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
-    """Returns the command that runs now, without tokens and without the folders of this machine.
+    """Return the command that runs now, without tokens and without the folders of this machine.
 
     Args:
         arguments: the script and its arguments, by default those of this process.
@@ -43,7 +43,7 @@ def command(arguments: Sequence[str] | None = None) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """Returns a path in the working folder as it is seen from there, and any other path by its name."""
+    """Return a path in the working folder as it is seen from there, and any other path by its name."""
     path = Path(argument)
     if not path.is_absolute() and not argument.startswith(("../", "~")):
         return argument
@@ -55,7 +55,7 @@ def _without_folder(argument: str) -> str:
 
 
 def hardware() -> str:
-    """Returns the name of the device that torch computes on."""
+    """Return the name of the device that torch computes on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -64,7 +64,7 @@ def hardware() -> str:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Returns the versions of those packages that are installed."""
+    """Return the versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:

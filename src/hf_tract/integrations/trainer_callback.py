@@ -65,7 +65,7 @@ class TrActCallback(TrainerCallback):
         self._handles: list[TrActHandle] = []  # one for each model, also after its training
 
     def handle_of(self, model: nn.Module | None) -> TrActHandle | None:
-        """Returns the handle on `model`, in training or after it; None if TrAct had nothing to act on."""
+        """Return the handle on `model`, in training or after it; None if TrAct had nothing to act on."""
         for handle in self._handles:
             if model is not None and handle.model is model:
                 return handle
@@ -73,7 +73,7 @@ class TrActCallback(TrainerCallback):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Returns what a card lists beside the settings of `TrActConfig`."""
+        """Return what a card lists beside the settings of `TrActConfig`."""
         return {"whiten_init": True} if self.whiten_init else {}
 
     def on_train_begin(
@@ -85,7 +85,7 @@ class TrActCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Applies TrAct: only now, because `model_init` makes a new model for each `train()`."""
+        """Apply TrAct: only now, because `model_init` makes a new model for each `train()`."""
         assert model is not None
         self._forget(model)  # An exception in the last `train()` has skipped its end.
         handle = self._apply_tract(model)
@@ -108,7 +108,7 @@ class TrActCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Checks the first step: DeepSpeed's optimizers have none of the model's parameters, so none is watched."""
+        """Check the first step: DeepSpeed's optimizers have none of the model's parameters, so none is watched."""
         handle = self.handle_of(model)
         if handle is not None and handle.first_step is not None:
             handle.first_step.look()
@@ -122,7 +122,7 @@ class TrActCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the figures of the last step to a training log and to the log history."""
+        """Add the figures of the last step to a training log and to the log history."""
         handle = self.handle_of(model)
         if handle is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
@@ -136,7 +136,7 @@ class TrActCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Writes the settings into the checkpoint folder."""
+        """Write the settings into the checkpoint folder."""
         handle = self.handle_of(model)
         folder = _checkpoint_folder(args, state)
         if handle is not None and folder is not None and args.should_save:
@@ -145,13 +145,13 @@ class TrActCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Writes the settings and a card into the folder that is about to be pushed."""
+        """Write the settings and a card into the folder that is about to be pushed."""
         self._write_card(args, state, model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Removes TrAct, and writes the settings and a card beside what was saved."""
+        """Remove TrAct, and write the settings and a card beside what was saved."""
         if model is not None:
             self._remove_tract(model)
         if args.save_strategy != SaveStrategy.NO:
@@ -202,13 +202,13 @@ class TrActCallback(TrainerCallback):
             remove_tract(model)  # A frozen first layer has TrAct and no handle here.
 
     def _forget(self, model: nn.Module) -> None:
-        """Removes TrAct from `model` and drops its handle, and the handles of models that no longer exist."""
+        """Remove TrAct from `model` and drop its handle, and the handles of models that no longer exist."""
         self._remove_tract(model)
         self._handles = [handle for handle in self._handles if handle.model not in (None, model)]
 
 
 def _compare_with_checkpoint(args: TrainingArguments, state: TrainerState, config: TrActConfig) -> None:
-    """Warns if a run resumes with other settings than those of its checkpoint."""
+    """Warn if a run resumes with other settings than those of its checkpoint."""
     folder = _checkpoint_folder(args, state)
     if folder is None:
         return
@@ -226,7 +226,7 @@ def _compare_with_checkpoint(args: TrainingArguments, state: TrainerState, confi
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """Returns the folder of this step's checkpoint, where Trainer puts it or was told to find it."""
+    """Return the folder of this step's checkpoint, where Trainer puts it or was told to find it."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     output = Path(args.output_dir or ".")
     folders = [output / name]

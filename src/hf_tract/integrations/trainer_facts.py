@@ -33,7 +33,7 @@ SCORES = {"eval_loss": "eval_loss", "eval_accuracy": "accuracy", "eval_top1": "a
 
 
 def find_handle(trainer: Trainer) -> tuple[TrActHandle | None, dict[str, Any]]:
-    """Returns TrAct's handle on the model of `trainer`, and the settings that only its callback knows."""
+    """Return TrAct's handle on the model of `trainer`, and the settings that only its callback knows."""
     for callback in trainer.callback_handler.callbacks:
         # `TrActCallback` cannot be named here: its module imports this one.
         if hasattr(callback, "handle_of"):
@@ -44,7 +44,7 @@ def find_handle(trainer: Trainer) -> tuple[TrActHandle | None, dict[str, Any]]:
 
 
 def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Returns a row for each evaluation in Trainer's log: its epoch, the last training loss before it, its scores."""
+    """Return a row for each evaluation in Trainer's log: its epoch, the last training loss before it, its scores."""
     rows = []
     loss = None
     for entry in log:
@@ -61,7 +61,7 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def hyperparameters_of(args: TrainingArguments) -> dict[str, Any]:
-    """Returns the arguments that matter to the weights and are not at their neutral value."""
+    """Return the arguments that matter to the weights and are not at their neutral value."""
     values = {}
     for name, neutral in HYPERPARAMETERS.items():
         value = getattr(args, name)
@@ -74,7 +74,7 @@ def hyperparameters_of(args: TrainingArguments) -> dict[str, Any]:
 
 
 def library_of(model: nn.Module) -> str:
-    """Returns the name of the library that loads `model`."""
+    """Return the name of the library that loads `model`."""
     if hasattr(model, "peft_config"):
         return "peft"
     config = getattr(model, "config", None)
@@ -84,7 +84,7 @@ def library_of(model: nn.Module) -> str:
 
 
 def base_model_of(model: nn.Module) -> str | None:
-    """Returns the checkpoint that `model` was loaded from."""
+    """Return the checkpoint that `model` was loaded from."""
     if not is_sharded(model):
         return checkpoint_of(model, model.parameters()) or None
     # The parameters are shards now, and do not show whether they were loaded.

@@ -60,7 +60,7 @@ class TrainingRecord:
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
     def __post_init__(self) -> None:
-        """Keeps where files lie on this machine out of a card that others read."""
+        """Keep where files lie on this machine out of a card that others read."""
         object.__setattr__(self, "dataset", without_local_path(self.dataset))
         if self.base_model is not None:
             object.__setattr__(self, "base_model", without_local_path(self.base_model))
@@ -75,7 +75,7 @@ class TrainingRecord:
         license: str | None = None,
         split: str = "test",
     ) -> TrainingRecord:
-        """Reads the record of a run, up to now, from transformers' Trainer.
+        """Read the record of a run, up to now, from transformers' Trainer.
 
         Args:
             trainer: any Trainer, with a `TrActCallback` or without.
@@ -97,7 +97,7 @@ class TrainingRecord:
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> TrainingRecord:
-        """Reads the record that `to_json_file` wrote to `path`.
+        """Read the record that `to_json_file` wrote to `path`.
 
         Raises:
             TrActError: if there is no such file, or if it is no record.
@@ -111,12 +111,12 @@ class TrainingRecord:
             raise TrActError(f"`path` (={str(path)!r}) is no record of a training run: {error}") from error
 
     def to_json_file(self, path: str | Path) -> None:
-        """Writes the record to `path`."""
+        """Write the record to `path`."""
         values = dataclasses.asdict(self)
         Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def save(self, folder: str | Path, model_id: str | None = None, tags: Iterable[str] = ()) -> None:
-        """Writes the model's card, this record, TrAct's settings and, where matplotlib is installed, the curve.
+        """Write the model's card, this record, TrAct's settings and, where matplotlib is installed, the curve.
 
         The card of an adapter is left to peft, and only the settings are written beside it.
 
@@ -151,7 +151,7 @@ class TrainingRecord:
         return card
 
     def _metadata(self, tags: Iterable[str]) -> ModelCardData:
-        """Returns the head of the card, which the Hub's search reads."""
+        """Return the head of the card, which the Hub's search reads."""
         all_tags = [model_card.TASK, *tags]
         if self.tract is not None:
             all_tags = [*model_card.TAGS, *all_tags]
@@ -174,7 +174,7 @@ class TrainingRecord:
 
 
 def without_local_path(name: str) -> str:
-    """Returns a Hub id or a word as it is, and of a local folder the name of the model in it or the folder's own."""
+    """Return a Hub id or a word as it is, and of a local folder the name of the model in it or the folder's own."""
     path = Path(name)
     if (path / RECORD_FILE).exists():
         return TrainingRecord.from_json_file(path / RECORD_FILE).name
@@ -190,7 +190,7 @@ def record_of_run(
     handle: TrActHandle | None,
     settings: Mapping[str, Any],
 ) -> TrainingRecord:
-    """Returns the record of a run, up to now, from what both a Trainer and its callbacks know.
+    """Return the record of a run, up to now, from what both a Trainer and its callbacks know.
 
     Args:
         args: Trainer's arguments.

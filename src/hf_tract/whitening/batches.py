@@ -21,7 +21,7 @@ READS_ONCE = "and training would miss what is read of it here: give `whiten_firs
 
 
 def to_model_inputs(batches: Any, model: nn.Module) -> list[Any]:
-    """Returns each batch as pixels or as the keyword arguments that `model` takes.
+    """Return each batch as pixels or as the keyword arguments that `model` takes.
 
     Args:
         batches: in any form that `whiten_first_layer` takes.
@@ -61,14 +61,14 @@ def _to_model_input(batch: Any, model: nn.Module) -> Any:
 
 
 def _is_image_list(batch: Any) -> bool:
-    """Returns whether a batch lists images (c, H, W) of any sizes, as torchvision's detectors take them."""
+    """Return whether a batch lists images (c, H, W) of any sizes, as torchvision's detectors take them."""
     if not isinstance(batch, (list, tuple)) or not batch:
         return False
     return all(isinstance(image, Tensor) and image.ndim == 3 for image in batch)
 
 
 def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
-    """Returns the first batches of this rank, as many as there are up to `count`, and leaves training as it would be.
+    """Return the first batches of this rank, as many as there are up to `count`, and leave training as it would be.
 
     Another process reads them from a new loader over the same data, so that streams, samplers, augmentations and their
     random numbers stay where they are. Where accelerate dispatches batches, each rank gets the same ones.
@@ -92,7 +92,7 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
 
 
 def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
-    """Returns the first batches, read in another process where that is possible."""
+    """Return the first batches, read in another process where that is possible."""
     name = type(loader.dataset).__name__
     try:
         return list(itertools.islice(_new_loader(loader, num_workers=1), count))
@@ -109,7 +109,7 @@ def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
 
 
 def _new_loader(loader: DataLoader[Any], num_workers: int) -> DataLoader[Any]:
-    """Returns a loader over the same data as `loader`, with copies of its samplers and a generator of its own."""
+    """Return a loader over the same data as `loader`, with copies of its samplers and a generator of its own."""
     dataset = loader.dataset
     settings: dict[str, Any] = {
         "num_workers": num_workers,
@@ -131,7 +131,7 @@ def _new_loader(loader: DataLoader[Any], num_workers: int) -> DataLoader[Any]:
 
 
 def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
-    """Returns a copy of a sampler, which refers to `dataset` itself if it refers to it."""
+    """Return a copy of a sampler, which refers to `dataset` itself if it refers to it."""
     try:
         return copy.deepcopy(sampler, {id(dataset): dataset})
     # A sampler may hold an open file or a lock.
@@ -142,7 +142,7 @@ def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
 
 
 def move_batch(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
-    """Returns the batch as the weight that reads it needs it.
+    """Return the batch as the weight that reads it needs it.
 
     Args:
         batch: tensors in mappings, lists and tuples.

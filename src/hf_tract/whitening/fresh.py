@@ -24,7 +24,7 @@ _WHITENED = "_tract_whitened"
 
 
 def check_fresh(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool = False) -> None:
-    """Raises an error where the weight of a layer cannot be whitened, or should not be.
+    """Raise an error where the weight of a layer cannot be whitened, or should not be.
 
     Args:
         model: wrapped or not.
@@ -54,14 +54,14 @@ def check_fresh(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool
 
 
 def were_whitened(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
-    """Returns whether all these layers of `model` were whitened and have not been reset to their fresh weights."""
+    """Return whether all these layers of `model` were whitened and have not been reset to their fresh weights."""
     layers = list(layers)
     with gathered_weights(model, layers):
         return all(_was_whitened(layer, read_weight(layer)) for layer in layers)
 
 
 def mark_as_whitened(layer: nn.Module, fresh: Tensor | None = None) -> None:
-    """Marks a layer as whitened.
+    """Mark a layer as whitened.
 
     Args:
         layer: the layer.
@@ -74,7 +74,7 @@ def mark_as_whitened(layer: nn.Module, fresh: Tensor | None = None) -> None:
 
 
 def checkpoint_of(model: nn.Module, parameters: Iterable[Any]) -> str:
-    """Returns the checkpoint from which transformers loaded any of these parameters of `model`, or ""."""
+    """Return the checkpoint from which transformers loaded any of these parameters of `model`, or ""."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or ""
     # The name alone proves nothing: `from_config` with the config of a checkpoint draws random weights.
@@ -85,7 +85,7 @@ def checkpoint_of(model: nn.Module, parameters: Iterable[Any]) -> str:
 
 
 def _problem_with(model: nn.Module, layer: nn.Module, weight: Tensor) -> str:
-    """Returns what shows that a weight is not fresh, or ""."""
+    """Return what shows that a weight is not fresh, or ""."""
     if _was_whitened(layer, weight):
         return "was whitened before"
     checkpoint = checkpoint_of(model, [layer.weight])
@@ -106,7 +106,7 @@ def _digest(weight: Tensor) -> str:
 
 
 def _trained(layer: nn.Module, weight: Tensor) -> str:
-    """Returns what shows that a weight was trained, or "".
+    """Return what shows that a weight was trained, or "".
 
     Training makes rows prefer some directions. The spread n tr(S^2) / tr(S)^2 of the eigenvalues of S = W^T W is 1
     where they are equal; for m rows of n independent entries it is 1 + n / m, by Marchenko and Pastur.

@@ -27,7 +27,7 @@ from hf_tract.whitening.batches import move_batch
 def second_moments(
     model: nn.Module, batches: Iterable[Any], layers: Sequence[FirstLayer], process_group: Any = None
 ) -> list[Tensor]:
-    """Returns C = (1/b) sum of p p^T of each layer, over the patches p of all batches and ranks.
+    """Return C = (1/b) sum of p p^T of each layer, over the patches p of all batches and ranks.
 
     The model runs in evaluation mode; its modes, its buffers and the random numbers stay as they are.
 
@@ -60,7 +60,7 @@ def second_moments(
 
 
 def _problem_with(sums: Tensor, name: str) -> str:
-    """Returns what is wrong with the sums and the patch count of the layer `name`, or ""."""
+    """Return what is wrong with the sums and the patch count of the layer `name`, or ""."""
     if not sums[-1] > 0:
         return f"nothing that reaches {name}"
     if not sums.isfinite().all():
@@ -71,7 +71,7 @@ def _problem_with(sums: Tensor, name: str) -> str:
 
 
 def _all_reduced(sums: Tensor, group: Any) -> Tensor:
-    """Returns the sum over ranks, if there are several."""
+    """Return the sum over ranks, if there are several."""
     if not (dist.is_available() and dist.is_initialized()):
         return sums
     total = sums
@@ -101,7 +101,7 @@ class _MomentCollector(PatchOpMode):
         self.has_read = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs `op` and adds the patches of its input."""
+        """Run `op` and add the patches of its input."""
         spec = PATCH_OPS[op](input, weight, *args, **kwargs)
         new = torch.zeros_like(self.sums)
         with torch.autocast(input.device.type, enabled=False):
@@ -112,7 +112,7 @@ class _MomentCollector(PatchOpMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Collects whenever the layer runs inside."""
+        """Collect whenever the layer runs inside."""
 
         def enter(*_: Any) -> None:
             self.__enter__()
@@ -131,7 +131,7 @@ class _AllReadError(Exception):
 
 
 def _collect(model: nn.Module, batches: Iterable[Any], collectors: Sequence[_MomentCollector]) -> None:
-    """Runs the model on the batches, with all collectors watching."""
+    """Run the model on the batches, with all collectors watching."""
     weight = weight_like(collectors[0].layer)
     device: torch.device | None = weight.device
     sharded = is_sharded(model)
@@ -161,7 +161,7 @@ def _collect(model: nn.Module, batches: Iterable[Any], collectors: Sequence[_Mom
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts `model` into evaluation mode, and restores its modes and buffers at the end."""
+    """Put `model` into evaluation mode, and restore its modes and buffers at the end."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()

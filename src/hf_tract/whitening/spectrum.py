@@ -27,7 +27,7 @@ class Spectrum(NamedTuple):
 def first_layer_spectrum(
     model: nn.Module, batches: Any, lam: float = 0.1, layers: LayerSelection = "auto"
 ) -> dict[str, Spectrum]:
-    """Measures the eigenvalues of C = (1/b) sum of p p^T over the patches p that the first layer reads of `batches`.
+    """Measure the eigenvalues of C = (1/b) sum of p p^T over the patches p that the first layer reads of `batches`.
 
     Their mean is the mean square of the pixels, 1 where these are standardised, which is what a `lam` of 0.05 to 0.2
     is for. Directions whose eigenvalue is far below `lam` are not equalised, only scaled by 1 / lam. The model stays
@@ -61,7 +61,7 @@ def first_layer_spectrum(
 
 
 def spectrum_of(moment: Tensor, lam: float) -> Spectrum:
-    """Returns the figures of C, (groups, n, n), for the damping `lam`: those of all groups, the worst condition."""
+    """Return the figures of C, (groups, n, n), for the damping `lam`: those of all groups, the worst condition."""
     values = torch.linalg.eigvalsh(moment).clamp(min=0)
     condition = (values[:, -1] + lam) / (values[:, 0] + lam)
     return Spectrum(

@@ -29,7 +29,7 @@ def whiten_first_layer(  # noqa: PLR0913
     force: bool = False,
     process_group: Any = None,
 ) -> list[FirstLayer]:
-    """Multiplies the first layer's fresh weight W0 by (C + lam I)^-1/2, the coordinates in which TrAct learns.
+    """Multiply the first layer's fresh weight W0 by (C + lam I)^-1/2, the coordinates in which TrAct learns.
 
     C = (1/b) sum of p p^T is taken over all b patches p of the batches, on every data-parallel rank, so that all ranks
     come to the same weight. The model's mode, its buffers and the random numbers stay as they are. The model may be
@@ -84,7 +84,7 @@ def whiten_first_layer(  # noqa: PLR0913
 
 
 def _whitened(weight: Tensor, moment: Tensor, lam: float, match_scale: bool) -> Tensor:
-    """Returns W0 (C + lam I)^-1/2 for the weight W0 and its C, (g, n, n), by eigenvectors in float64."""
+    """Return W0 (C + lam I)^-1/2 for the weight W0 and its C, (g, n, n), by eigenvectors in float64."""
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp(min=0)
     scales = (values + lam).rsqrt()
