@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, whose packages are those of the extra `cli`."""
+    """Run the command line, which needs the packages of the extra `cli`."""
     try:
         from hf_tract.cli.main import app
 

@@ -31,9 +31,9 @@ UNUSED_PARAMETERS = (
 
 
 class TrActHandle:
-    """Tells which layers of a model have TrAct, and takes it off again.
+    """Lists the layers of a model that have TrAct, and takes it off again.
 
-    As a context manager it removes TrAct on leaving.
+    As a context manager it removes TrAct on exit.
     """
 
     def __init__(self, model: nn.Module, layers: list[FirstLayer], config: TrActConfig) -> None:
@@ -48,7 +48,7 @@ class TrActHandle:
         return self._model()
 
     def remove(self) -> None:
-        """Make each layer of the model what it was before; a second call does nothing."""
+        """Take TrAct off the model; a second call does nothing."""
         if self.first_step is not None:
             self.first_step.stop()
         for layer in self.layers:
@@ -58,10 +58,10 @@ class TrActHandle:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Mark the backward inside as not the step's last, for engines that keep gradients outside of `.grad`.
+        """Mark a backward inside as not the last of its step, for engines that keep gradients outside of `.grad`.
 
         Under FSDP and ZeRO without accelerate, run every micro-step but the last inside, forward and backward.
-        Everywhere else `.grad` itself tells when a step begins, and this does nothing.
+        Everywhere else `.grad` itself shows when a step begins, and this does nothing.
         """
         preconditioners = [preconditioner for _, preconditioner in self._preconditioners()]
         for preconditioner in preconditioners:
@@ -89,7 +89,7 @@ class TrActHandle:
         return " ".join(repr(self).split())
 
     def _preconditioners(self) -> list[tuple[str, LayerPreconditioner]]:
-        """Return the preconditioners of the layers, and of copies of them that the model has now, by name."""
+        """Return names and preconditioners of the layers, and of copies that a library has put in their place."""
         modules = [(layer.name, layer.module) for layer in self.layers]
         if self.model is not None:
             modules += self.model.named_modules()
@@ -159,7 +159,7 @@ def apply_tract(
     if layers != "auto":
         config = dataclasses.replace(config, layers=tuple(layer.name for layer in found))
     callers = find_functional_callers(model, found, example_batch)
-    # Everything is checked: only now is the model changed.
+    # All checks have passed: only now is the model changed.
     _replace(model, found, callers, config, process_group)
     handle = TrActHandle(model, found, config)
     _watch_first_step(handle, model)
@@ -204,7 +204,7 @@ def _replace(
     config: TrActConfig,
     process_group: Any,
 ) -> None:
-    """Give TrAct to the layers taken and to the modules that read their weights, and take it off all others."""
+    """Apply TrAct to the layers and to the modules that use their weights directly, and take it off all others."""
     layers = {layer.module for layer in taken}
     for module in model.modules():
         if module not in layers:
@@ -216,7 +216,7 @@ def _replace(
 
 
 def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
-    """Tell the user what was taken, and watch that it acts."""
+    """Log which layers have TrAct, and have the first optimizer step checked."""
     names = [layer.name for layer in handle.layers]
     if all(is_frozen(layer.module) for layer in handle.layers):
         logger.warning(

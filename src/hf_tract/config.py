@@ -64,10 +64,10 @@ class TrActConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrActConfig:
-        """Return the settings of `to_dict`; a missing one takes its default.
+        """Build the settings from a dictionary such as `to_dict` returns; a missing entry takes its default.
 
         Raises:
-            TrActError: for a name that is no setting.
+            TrActError: for an entry that is not a setting.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))

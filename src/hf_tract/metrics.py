@@ -1,9 +1,9 @@
-"""Computes top-1 and top-5 accuracy, for Trainer and for loops of one's own.
+"""Computes top-1 and top-5 accuracy, for Trainer and for other training loops.
 
     trainer = Trainer(..., compute_metrics=compute_top_k)
 
-`TopK` is an `evaluate` metric that downloads nothing. It alone needs the packages evaluate and datasets, so the class
-is made when somebody asks for it.
+`TopK` is an `evaluate` metric that downloads nothing. Only this class needs the packages evaluate and datasets, so it
+is created when it is first accessed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def compute_top_k(prediction: EvalPrediction) -> dict[str, float]:
-    """Return `top1` and `top5`, as Trainer's `compute_metrics`."""
+    """Return `top1` and `top5`, as shares of 1; pass this function to Trainer as `compute_metrics`."""
     return _top_k(prediction.predictions, prediction.label_ids)
 
 
 def _top_k(predictions: Any, references: Any) -> dict[str, float]:
-    """Return the shares of images whose label has the best score, and one of the five best.
+    """Return the shares of images whose label has the highest score (`top1`), or one of the five highest (`top5`).
 
     Args:
         predictions: scores, (images, classes).
@@ -59,7 +59,7 @@ def _top_k_class() -> Any:
         ) from error
 
     class TopK(evaluate.Metric):  # type: ignore[misc]  # evaluate is not typed
-        """Computes the shares of images whose label has the best score (`top1`), and one of the five best (`top5`)."""
+        """Computes the shares of images whose label has the highest score (`top1`), or is among the five (`top5`)."""
 
         __qualname__ = "TopK"  # where pickle finds it
 

@@ -14,20 +14,20 @@ BYTES = 4  # of a number in float32
 
 
 class Cost(NamedTuple):
-    """Holds floating-point operations, and bytes that are read and written."""
+    """Holds a number of floating-point operations, and of bytes that are read and written."""
 
     operations: int
     bytes: int
 
     def plus(self, other: Cost, times: int = 1) -> Cost:
-        """Return the sum of both, with the other one taken so many times."""
+        """Return the sum of this cost and `times` the other one."""
         operations = self.operations + other.operations * times
         moved = self.bytes + other.bytes * times
         return Cost(operations, moved)
 
 
 def patch_count(shape: Sequence[int], spec: PatchSpec) -> int:
-    """Return b, the number of patches that an operation reads of an input of this shape."""
+    """Return b, the number of patches that an operation reads from an input of this shape."""
     if not spec.kernel:
         return math.prod(shape[:-1])
     images = math.prod(shape[: -len(spec.kernel) - 1])
@@ -56,7 +56,7 @@ def moment_cost(shape: Sequence[int], spec: PatchSpec) -> Cost:
 
 
 def _overlap_cost(shape: Sequence[int], spec: PatchSpec, dim: int) -> Cost:
-    """Return the cost of `overlapping_sums` along `dim`, in its letters."""
+    """Return the cost of `overlapping_sums` along `dim`; the letters are those of its docstring."""
     k, s = spec.kernel[dim], spec.stride[dim]
     n = spec.patch_size(shape)
     o = _output_size(shape, spec)[dim]
@@ -73,7 +73,7 @@ def _output_size(shape: Sequence[int], spec: PatchSpec) -> tuple[int, ...]:
 
 
 def solve_cost(m: int, n: int, groups: int = 1) -> Cost:
-    """Return the cost of factorising C and solving for an m x n weight, once an optimizer step."""
+    """Return the cost of factorising C and solving for an m x n weight, once per optimizer step."""
     operations = groups * n**3 // 3 + 2 * m * n**2
     numbers = 2 * groups * n**2 + 2 * m * n
     return Cost(operations, BYTES * numbers)

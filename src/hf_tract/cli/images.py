@@ -29,14 +29,15 @@ def read_images(name: str, split: str, samples: int, shape: Sequence[int]) -> Te
 
     Args:
         name: a folder of images (by classes or not), of .npy arrays, or of parquet files; a file of these; what
-            `Dataset.save_to_disk` wrote; or a Hub id.
-        split: of the data set; a folder without splits is all "train".
-        samples: how many to draw, with the seed 0.
+            `Dataset.save_to_disk` has written; or a Hub id.
+        split: the split of the data set; a folder without splits counts as "train".
+        samples: how many images to draw, with the seed 0.
         shape: (c, H, W), as the model reads it. One channel is repeated for three, and three are averaged for one,
             as image processors do.
 
     Raises:
-        TrActError: if the data set cannot be read, has no such split, no images, or images of other channels.
+        TrActError: if the data set cannot be read, has no such split, no images, or images with another
+            number of channels.
     """
     channels, height, width = shape
     rows = _draw_rows(name, split, samples)
@@ -94,7 +95,7 @@ def _image_column(name: str, rows: list[Row]) -> str:
 
 
 def _as_floats(value: Any) -> Tensor:
-    """Return the numbers of a PIL image or an array, integers as parts of the largest one of their type."""
+    """Return a PIL image or an array as floats; integers are divided by the largest one of their type."""
     if hasattr(value, "convert") and value.mode in OTHER_MODES:
         value = value.convert("RGB")
     array = np.asarray(value)
@@ -104,9 +105,9 @@ def _as_floats(value: Any) -> Tensor:
 
 
 def _full_scale(array: np.ndarray) -> int:
-    """Return the largest integer of the type that the numbers had.
+    """Return the largest integer of the type that the numbers had originally.
 
-    PIL and datasets hand on 16-bit images as 32-bit ones, and lists as 64 bits.
+    PIL and datasets return 16-bit images as 32-bit ones, and lists as 64-bit integers.
     """
     largest = array.max()
     has_lost_type = array.dtype in (np.int32, np.int64) and array.min() >= 0
@@ -118,7 +119,7 @@ def _full_scale(array: np.ndarray) -> int:
 
 
 def _as_channels(image: Tensor, channels: int) -> Tensor:
-    """Return an image of (H, W), (c, H, W) or (H, W, c) as (c, H, W), with `channels` where that can be."""
+    """Return an image of (H, W), (c, H, W) or (H, W, c) as (c, H, W), with `channels` channels where possible."""
     if image.dim() == 2:
         image = image[None]
     elif image.shape[0] not in (channels, 1, 3, 4) or image.shape[-1] == channels:

@@ -15,7 +15,7 @@ from hf_tract.config import TrActError
 
 
 class LoadedModel(NamedTuple):
-    """Holds a model on the meta device, with the normalisation of its pixels (None where nothing tells it)."""
+    """Holds a model on the meta device, with the normalisation of its pixels (None if it is unknown)."""
 
     model: nn.Module
     normalization: Normalization | None
@@ -115,7 +115,7 @@ def _read_processor(name: str) -> Normalization | None:
 
 
 def _normalization(mean: Any, std: Any) -> Normalization | None:
-    """Return a config's numbers, or lists of them, as tuples."""
+    """Return the mean and deviation in a config, numbers or lists, as tuples; None if one is missing."""
     if mean is None or std is None:
         return None
     return Normalization(tuple(np.ravel(mean).tolist()), tuple(np.ravel(std).tolist()))

@@ -1,4 +1,4 @@
-"""Prints, for `hf-tract inspect MODEL`, what TrAct would take of a model, its cost, and what speaks against it."""
+"""Prints, for `hf-tract inspect MODEL`, which layers TrAct would act on, at what cost, and warnings."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 
 def _with_names(value: Any) -> Any:
-    """Return a named tuple, and those inside, as dictionaries: JSON would make lists of them."""
+    """Return a named tuple, and any inside it, as dictionaries, since JSON would turn them into lists."""
     if not hasattr(value, "_asdict"):
         return value
     return {name: _with_names(inner) for name, inner in value._asdict().items()}
@@ -109,7 +109,7 @@ def _print_report(report: Report) -> None:
 
 
 def _layer_table(layer: LayerInspection) -> Table:
-    """Return a layer's lines, in which a long name stays in one piece at any width."""
+    """Return the table of a layer, in which a long name is not cut off at any width."""
     weight = f"{layer.rows} x {layer.columns}"
     if layer.groups > 1:
         weight += f", {layer.groups} groups"

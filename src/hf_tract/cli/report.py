@@ -1,4 +1,4 @@
-"""Works out what TrAct would take of a model, and what that would cost, without training or loading it."""
+"""Works out which layers TrAct would act on, and at what cost, without training the model or loading its weights."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from hf_tract.discovery.wrappers import unwrap, without_wrappers
 from hf_tract.whitening.spectrum import Spectrum
 
 InputsByLayer = dict[str, list[LayerInput]]
-# Where so many guesses of a batch reach the layers and the forward fails all the same, the next one would fail too.
+# If the forward fails on this many guessed batches after they reach the layers, the next one would fail too.
 MAX_FAILURES = 3
 MAX_COLUMNS = 2048  # n up to which factorising C costs next to nothing
 
 
 class LayerInspection(NamedTuple):
-    """Describes a layer that TrAct would take; what its input tells is None where no forward reached it.
+    """Describes a layer that TrAct would act on; the last four entries are None if no forward call reaches it.
 
     Args:
-        name: in the model without wrappers.
+        name: its name in the model without wrappers.
         source: how it was found.
         operation: such as "Linear", "Conv2d 7x7, stride 2x2" or "Conv2d 16x16, patches".
         rows: m of its m x n weight.
         columns: n; C is n x n for each group.
-        groups: of a convolution.
+        groups: the groups of a convolution; 1 for a linear layer.
         frozen: whether its weight can't be trained as it is.
-        solve: cost of the factorisation and solve, once an optimizer step.
-        patches: b that one image or clip brings.
-        shape: of the input of its operation, for one image or clip.
-        spec: how the operation cuts patches out of it.
-        moment: cost of C for one image.
+        solve: the cost of the factorisation and solve, once per optimizer step.
+        patches: b for one image or clip.
+        shape: the shape of the input of its operation, for one image or clip.
+        spec: how the operation cuts patches out of that input.
+        moment: the cost of C for one image or clip.
     """
 
     name: str
@@ -59,13 +59,13 @@ class LayerInspection(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """Holds the layers, and the operations of a forward for one image (None where they could not be counted)."""
+    """Holds the layers, and the number of operations of a forward call on one image (None if it is unknown)."""
 
     layers: tuple[LayerInspection, ...]
     forward_operations: int | None
 
     def cost(self, batch_size: int) -> Cost | None:
-        """Return what TrAct adds to an optimizer step of `batch_size` images; None where it is not known."""
+        """Return the cost that TrAct adds to an optimizer step of `batch_size` images; None if it is unknown."""
         total = Cost(0, 0)
         for layer in self.layers:
             if layer.moment is None:
@@ -74,7 +74,7 @@ class Inspection(NamedTuple):
         return total
 
     def share(self, batch_size: int) -> float | None:
-        """Return TrAct's operations as a share of those of an ordinary training step; None where it is not known."""
+        """Return TrAct's operations as a share of those of an ordinary training step; None if it is unknown."""
         cost = self.cost(batch_size)
         if cost is None or self.forward_operations is None:
             return None
@@ -83,7 +83,7 @@ class Inspection(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Holds all that is printed of a model; `spectrum` is that of C on a data set, where one was given."""
+    """Holds all that is printed about a model; `spectrum` is that of C on a data set, if one was given."""
 
     name: str
     loaded: LoadedModel
@@ -94,7 +94,7 @@ class Report(NamedTuple):
 
 
 def inspect_model(model: nn.Module, layers: LayerSelection = "auto") -> Inspection:
-    """Find what `apply_tract` would take of `model`, and its cost.
+    """Find the layers of `model` that `apply_tract` would act on, and the cost.
 
     Args:
         model: any model; it may be on the meta device, and stays as it is.
@@ -111,7 +111,7 @@ def inspect_model(model: nn.Module, layers: LayerSelection = "auto") -> Inspecti
 
 
 def _read_inputs(model: nn.Module, names: list[str]) -> tuple[InputsByLayer, int | None]:
-    """Return what the named layers read of one image, and the operations of the first forward that completes."""
+    """Return what the named layers read from one image, and the operations of the first forward that completes."""
     best: InputsByLayer = {}
     counted = failures = 0
     with FlopCounterMode(display=False) as counter:
@@ -172,7 +172,7 @@ def _inspect_layer(layer: FirstLayer, inputs: list[LayerInput]) -> LayerInspecti
 
 
 def _settings(spec: PatchSpec) -> str:
-    """Return kernel, stride and groups of a convolution; nothing for a linear layer."""
+    """Return kernel, stride and groups of a convolution as text; "" for a linear layer."""
     if not spec.kernel:
         return ""
     settings = " " + "x".join(map(str, spec.kernel))
@@ -210,7 +210,7 @@ def measure_spectrum(
 
 
 def warnings_for(report: Report) -> list[str]:
-    """Return what a user should know before training."""
+    """Return the warnings that a user should see before training."""
     warnings = []
     for layer in report.inspection.layers:
         if layer.frozen:

@@ -1,4 +1,4 @@
-"""Tells the scale of a model's pixels, which `lam` is compared with, from their normalisation or from a few images."""
+"""Estimates the scale of a model's pixels, which `lam` is compared with, by their normalisation or a few images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Normalization(NamedTuple):
     def expected_mean_eigenvalue(self) -> float:
         """Return the mean eigenvalue of C for natural images: trace(C) / n, the mean square of a normalised pixel.
 
-        Zeros of padding lower it.
+        Zero padding lowers it, which is not counted here.
         """
         total = 0.0
         for channel, (mean, std) in enumerate(zip(IMAGENET.mean, IMAGENET.std, strict=True)):

@@ -1,4 +1,4 @@
-"""Tells by `.grad` and by training engines whether an optimizer step has begun anew, and who else adds to it."""
+"""Determines, by `.grad` and by training engines, whether a new optimizer step has begun, and which ranks share it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENGINE_ATTRIBUTES = ("full_tensor", "_fsdp_flattened", "ds_id", "_hp_mapping")
 
 
 def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether `.grad` of these parameters tells what has been accumulated.
+    """Return whether `.grad` of these parameters holds the gradient that has been accumulated.
 
     It does not where an engine keeps gradients elsewhere: FSDP1, FSDP2 and ZeRO, whose stages 1 and 2 empty `.grad`
     after each micro-step.
@@ -29,12 +29,12 @@ def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def was_emptied(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether `.grad` is empty as far as the host can see: zeros on an accelerator are not looked at."""
+    """Return whether `.grad` is empty as far as the host can see: values on an accelerator are not checked."""
     return all(on_host(grad) and not grad.any() for grad in _grads(parameters))
 
 
 def holds_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Return whether `.grad` holds more than zeros, as a tensor there; None where the host has seen that it does."""
+    """Return whether `.grad` holds more than zeros, as a tensor on its device; None if the host knows without it."""
     grads = _grads(parameters)
     if not lives_in_grad(parameters) or all(on_host(grad) for grad in grads):
         return None
@@ -58,12 +58,12 @@ def _is_accumulated(parameter: Tensor) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
-        # So the engine says that `torch.autograd.grad` asks for this leaf.
+        # The engine raises this where `torch.autograd.grad` asks for the gradient of this leaf.
         return False
 
 
 def engine_accumulates() -> bool:
-    """Return whether accelerate is in a micro-step that is not the last one; its state is only read."""
+    """Return whether accelerate is in a micro-step that is not the last one; its state is not changed."""
     state = sys.modules.get("accelerate.state")
     if state is None or not state.GradientState._shared_state:
         return False
@@ -78,7 +78,7 @@ def ranks_of(group: Any) -> int:
 
 
 def sum_over_ranks(sums: Tensor, group: Any) -> Tensor:
-    """Return the sums added up over all ranks, in float64: each rank has chosen a precision by its own patches."""
+    """Return the sums added up over all ranks, in float64, since each rank chooses a precision by its own patches."""
     if ranks_of(group) == 1:
         return sums
     sums = sums.double()

@@ -1,9 +1,9 @@
-"""Gives modules their TrAct classes, and takes them off.
+"""Puts TrAct's classes on modules, and takes them off again.
 
-A layer with TrAct has a subclass of its own class, and one private attribute more: the preconditioner. A module whose
-own forward runs an operation with such a layer's weight, by `F.conv2d` or `F.linear`, has another subclass. Forward
-values, parameters, buffers and names stay as they are. `copy.deepcopy` makes a layer with a preconditioner of its own;
-other copies, traces and exports hold the ordinary layer.
+The class of a layer with TrAct is a subclass of its original one, and the layer has one more private attribute: the
+preconditioner. A module whose own forward runs an operation with such a layer's weight, by `F.conv2d` or `F.linear`,
+gets another subclass. Forward values, parameters, buffers and names stay as they are. `copy.deepcopy` makes a layer
+with a preconditioner of its own; other copies, traces and exports contain the ordinary layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TrActLayer(TrActClass):
     """Is a layer whose weight's gradient is preconditioned."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return a copy with TrAct, which shares no step with this layer."""
+        """Return a copy with TrAct, which has a preconditioner of its own."""
         copied = self.deepcopy_ordinary(memo)
         preconditioner = preconditioner_of(self)
         if preconditioner is not None:
@@ -55,7 +55,7 @@ class TrActCaller(TrActClass):
 
 
 def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:
-    """Give `layer` TrAct; one that has it gets these settings, which hold for the whole of the step it is in."""
+    """Apply TrAct to `layer`; if it has TrAct already, replace its settings, for all of the current step too."""
     preconditioner = preconditioner_of(layer)
     if preconditioner is not None:
         preconditioner.config = config
@@ -67,18 +67,18 @@ def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> 
 
 
 def attach_caller(module: nn.Module, layers: list[nn.Module]) -> None:
-    """Precondition the weights of `layers` in the forward of `module`, which reads them itself."""
+    """Precondition the weight gradients of `layers` in the forward of `module`, which uses the weights directly."""
     cls = original_class(type(module))
     module.__dict__[READ_LAYERS] = layers
     namespace = {"__module__": cls.__module__, "forward": _caller_forward_of(cls)}
-    # The name stays: transformers writes that of a model's class into its config.
+    # The class keeps its name, since transformers writes the name of a model's class into its config.
     swap_class(module, type(cls.__name__, (TrActCaller, cls), namespace))
 
 
 def detach(module: nn.Module) -> None:
-    """Make a layer or a caller what it was before; an ordinary module stays as it is.
+    """Take TrAct off a layer or a caller; an ordinary module stays as it is.
 
-    A backward that is still to come hands on the ordinary gradient.
+    A backward that is still to come returns the ordinary gradient.
     """
     if not isinstance(module, TrActClass):
         return
@@ -96,10 +96,10 @@ def preconditioner_of(layer: Any) -> LayerPreconditioner | None:
 
 
 def foreign_forward(layer: nn.Module) -> str:
-    """Return the name of a forward that another library gave the layer, if TrAct cannot act under it; "" otherwise.
+    """Return the name of a forward that another library has set on the layer, if it bypasses TrAct; "" otherwise.
 
-    It can act under a captured forward of a convolution, which still calls `_conv_forward`, and under accelerate's
-    hooks, in which `swap_class` exchanges what they captured.
+    It does not if it still calls a convolution's `_conv_forward`, nor under accelerate's hooks, in which `swap_class`
+    replaces the captured forward.
     """
     forward = vars(layer).get("forward")
     if forward is None or is_own_forward(layer, forward):
@@ -112,10 +112,10 @@ def foreign_forward(layer: nn.Module) -> str:
 
 
 def _layer_class(cls: Any) -> type:
-    """Return the class that a layer of class `cls` gets, always the same one."""
+    """Return the TrAct class for layers of class `cls`, which is created once."""
     if cls in _layer_classes:
         return _layer_classes[cls]
-    # The module is the original's, so that torch.fx takes the layer for a leaf, as it does the original.
+    # `__module__` is that of the original, so that torch.fx treats the layer as a leaf, like the original.
     namespace: dict[str, Any] = {"__module__": cls.__module__}
     if _has_torchs_conv_forward(cls):
         namespace["_conv_forward"] = _conv_forward_of(cls)
@@ -136,7 +136,7 @@ def _has_torchs_conv_forward(cls: Any) -> bool:
 
 
 def _conv_forward_of(cls: type) -> Callable[..., Any]:
-    """Return a `_conv_forward` for a convolution: torch's forward calls it, also one that was captured before."""
+    """Return a `_conv_forward` for a convolution: torch's forward calls it, even one that was captured earlier."""
     op = next(op for kind, op in CONV_OPS.items() if issubclass(cls, kind))
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -151,12 +151,12 @@ def _conv_forward_of(cls: type) -> Callable[..., Any]:
 
 
 def _linear_forward(self: Any, input: Tensor) -> Any:
-    """Run what `nn.Linear.forward` runs."""
+    """Run the operation of `nn.Linear.forward`, preconditioned."""
     return run_preconditioned(preconditioner_of(self), F.linear, input, self.weight, self.bias)
 
 
 def _any_forward_of(cls: Any) -> Callable[..., Any]:
-    """Return a forward for a layer with a forward of its own."""
+    """Return a forward for a layer whose class has a forward of its own."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         preconditioner = preconditioner_of(self)
@@ -176,11 +176,11 @@ def _any_forward_of(cls: Any) -> Callable[..., Any]:
 
 
 def _caller_forward_of(cls: Any) -> Callable[..., Any]:
-    """Return a forward for a module that reads the weights of other layers."""
+    """Return a forward for a module that uses the weights of other layers directly."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         def owner_of(weight: Any) -> LayerPreconditioner | None:
-            # A library may have captured this forward, and TrAct been removed since: then there are no layers.
+            # If a library has captured this forward and TrAct was removed since, there are no layers.
             for layer in self.__dict__.get(READ_LAYERS, []):
                 if layer.weight is weight:
                     return preconditioner_of(layer)
@@ -193,15 +193,15 @@ def _caller_forward_of(cls: Any) -> Callable[..., Any]:
 
 
 class _PreconditionMode(PatchOpMode):
-    """Preconditions the weights of the known operations that run inside."""
+    """Preconditions the weight gradients of the supported operations that run inside this context."""
 
     def __init__(self, owner_of: Callable[[Any], LayerPreconditioner | None]) -> None:
         super().__init__()
-        # Returns the preconditioner of a weight.
+        # Returns the preconditioner of a weight, or None.
         self.owner_of = owner_of
         self.has_run_op = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run `op`."""
+        """Run `op`, with the gradient of its weight preconditioned."""
         self.has_run_op = True
         return run_preconditioned(self.owner_of(weight), op, input, weight, *args, **kwargs)

@@ -1,8 +1,8 @@
 """Holds the autograd functions around a layer's operation: identities whose backward preconditions.
 
-In eager mode `PreconditionWeightGrad` lies on the weight, and in 16 bits `KeepOutputGrad` on the output too. A
-compiled graph has no second derivatives and shares no objects with Python, so there `PreconditionFromOutput` does
-both.
+In eager mode `PreconditionWeightGrad` is applied to the weight and, for 16-bit operations, `KeepOutputGrad` to the
+output. A compiled graph has no second derivatives and shares no objects with Python, so there `PreconditionFromOutput`
+does both.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hf_tract.core.patches import PatchSpec
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall, Step
 
-# The number of a forward call in a compiled graph, which cannot tell its runs apart.
+# Stands for the number of a forward call in a compiled graph, whose runs cannot be told apart.
 UNTRACKED = -1
 
 
 class PreconditionWeightGrad(torch.autograd.Function):
-    """Returns a layer's weight as it is; its backward returns the preconditioned gradient."""
+    """Returns a layer's weight unchanged; its backward returns the preconditioned gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor, key: int, call: ForwardCall | None, spec: PatchSpec) -> Tensor:
@@ -31,7 +31,7 @@ class PreconditionWeightGrad(torch.autograd.Function):
 
         Args:
             ctx: the context of autograd.
-            weight: what the operation reads, (m, ...).
+            weight: the weight that the operation reads, (m, ...).
             x: the operation's input, detached.
             key: the number of the layer's preconditioner.
             call: the forward call; None in a compiled graph.
@@ -88,13 +88,13 @@ class DifferentiablePrecondition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, preconditioned: list[Tensor], step: Step) -> Tensor:
-        """Return the one entry of `preconditioned`, which was made of `grad` in `step`."""
+        """Return the one tensor in `preconditioned`, which `step` has computed from `grad`."""
         ctx.step = step
         return preconditioned[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        """Return v inv(C + lam I), a symmetric matrix, by the C that the pass ended with."""
+        """Return v inv(C + lam I), with the last C of the step; that matrix is its own transpose."""
         with torch.no_grad():
             v_float = v.to(torch.promote_types(v.dtype, torch.float32))
             out = ctx.step.inverse(v_float).to(v.dtype)
@@ -104,11 +104,11 @@ class DifferentiablePrecondition(torch.autograd.Function):
 
 
 class KeepOutputGrad(torch.autograd.Function):
-    """Returns the output of a 16-bit operation as it is, and keeps its gradient as the user's hooks leave it."""
+    """Returns the output of a 16-bit operation unchanged, and keeps the output's gradient, after the user's hooks."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, call: ForwardCall) -> Tensor:
-        """Return `out` itself, so that an activation may work on it in place."""
+        """Return `out` itself, so that an activation may modify it in place."""
         ctx.mark_dirty(out)
         ctx.call = call
         return out
@@ -121,20 +121,20 @@ class KeepOutputGrad(torch.autograd.Function):
 
 
 class PreconditionFromOutput(torch.autograd.Function):
-    """Returns the output of a 16-bit operation in a compiled graph; its backward gives the weight its gradient too.
+    """Returns the output of a 16-bit operation in a compiled graph; its backward also returns the weight's gradient.
 
-    The operation itself reads the weight detached.
+    The operation itself reads the detached weight.
     """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, weight: Tensor, x: Tensor, key: int, spec: PatchSpec) -> Tensor:
-        """Return the values of `out`; the other arguments are those of `PreconditionWeightGrad`."""
+        """Return a copy of `out`; the other arguments are those of `PreconditionWeightGrad`."""
         ctx.save_for_backward(x)
         ctx.key = key
         ctx.spec = spec
         ctx.shape = weight.shape
         ctx.dtype = weight.dtype
-        # A view could not be changed in place. The compiler merges this copy with what follows.
+        # A view could not be modified in place. The compiler fuses this copy with the next operations.
         return out.clone()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Looks at the layers once, when the first optimizer step has ended, and warns if TrAct did not act as it should."""
+"""Checks the layers once, after the first optimizer step, and warns if TrAct did not work as it should."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _watches: list[FirstStepWatch] = []
 
 
 class FirstStepWatch:
-    """Waits for the first step of an optimizer that has a layer's weight, and then checks the layers."""
+    """Waits for the first step of an optimizer that holds a layer's weight, and then checks the layers."""
 
     def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
-        """Begin to wait, instead of an earlier watch of `model`.
+        """Start waiting, in place of any earlier watch on `model`.
 
         Args:
-            model: the model that TrAct was applied to; it is not kept alive.
+            model: the model that TrAct was applied to; only a weak reference to it is kept.
             layers: the names and modules of the layers that have TrAct.
         """
         self._model = ref(model)
@@ -46,7 +46,7 @@ class FirstStepWatch:
             _watches.remove(self)
 
     def look(self) -> None:
-        """Check each layer, unless that was done already."""
+        """Check each layer, unless this has been done already."""
         if self not in _watches:
             return
         self.stop()
@@ -61,7 +61,7 @@ class FirstStepWatch:
             )
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Look, if `optimizer` has a weight of the layers."""
+        """Check the layers if `optimizer` holds the weight of one."""
         model = self._model()
         if model is None:
             self.stop()
@@ -71,7 +71,7 @@ class FirstStepWatch:
         for layer in layers:
             weights += weight_parameters(layer)
         if None in layers or not weights:
-            # A layer was exchanged, or an engine keeps the weight elsewhere: then any parameter of the model will do.
+            # A layer was replaced, or an engine keeps the weight elsewhere: then any parameter of the model will do.
             weights = list(model.parameters())
         ids = {id(weight) for weight in weights}
         for group in optimizer.param_groups:
@@ -79,7 +79,7 @@ class FirstStepWatch:
                 self.look()
 
     def _layers_now(self) -> list[tuple[str, nn.Module | None]]:
-        """Return the layers with their names, and None for a layer that is no longer in the model."""
+        """Return pairs of a name and its layer, or None in place of a layer that is no longer in the model."""
         model = self._model()
         modules = set() if model is None else set(model.modules())
         layers = []
@@ -90,7 +90,7 @@ class FirstStepWatch:
 
 
 def _check(name: str, layer: nn.Module) -> None:
-    """Warn if the layer has handed on no preconditioned gradient, or reads pixels whose scale does not fit `lam`."""
+    """Warn if the layer has produced no preconditioned gradient, or if the scale of its pixels does not fit `lam`."""
     preconditioner = preconditioner_of(layer)
     if preconditioner is None:
         return
@@ -118,13 +118,13 @@ def _reason(layer: nn.Module) -> str:
 
 @functools.cache
 def _register_hook() -> None:
-    """Have every optimizer report its steps; torch cannot remove such a hook while it runs, so it stays."""
+    """Register a hook that runs after every optimizer step; torch cannot remove it from inside itself, so it stays."""
     register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling():
-        # A compiled optimizer must not be cut into two graphs here.
+        # A graph break here would cut a compiled optimizer in two.
         return
     for watch in list(_watches):
         watch.after_step(optimizer)

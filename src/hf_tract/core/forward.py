@@ -29,10 +29,10 @@ def run_preconditioned(
     """Return `op(input, weight, *args, **kwargs)`, and have the weight's gradient preconditioned where TrAct acts.
 
     Args:
-        preconditioner: that of the layer whose weight is read; None runs the operation alone.
+        preconditioner: that of the layer that the weight belongs to; None to run the operation alone.
         op: one of `PATCH_OPS`.
-        input: what `op` reads.
-        weight: what `op` reads.
+        input: the input of `op`.
+        weight: the weight of `op`.
         args: further arguments of `op`.
         kwargs: further arguments of `op`.
     """
@@ -62,7 +62,7 @@ def _run_eager(
     if not _is_16_bit(x):
         return out
     if out._is_view():
-        # Autograd refuses that a view is marked as changed in place.
+        # Autograd does not allow a view to be marked as modified in place.
         out = out.clone()
     return KeepOutputGrad.apply(out, call)
 
@@ -83,7 +83,7 @@ def _run_compiled(
 
 
 def _acts(weight: Any, input: Any) -> bool:
-    """Return whether the weight of this forward is to get a gradient; not in an export, a trace or a transform."""
+    """Return whether this forward call is to give the weight a gradient; not in an export, a trace or a transform."""
     if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
         return False
     if torch.compiler.is_compiling():
@@ -105,7 +105,7 @@ def _acts(weight: Any, input: Any) -> bool:
 
 
 def _as_autocast_reads(input: Tensor) -> Tensor:
-    """Cast as autocast does, once for the operation and for C."""
+    """Cast the input as autocast does, once for both the operation and C."""
     kind = input.device.type
     if input.dtype == torch.float32 and torch.is_autocast_enabled(kind):
         return input.to(torch.get_autocast_dtype(kind))

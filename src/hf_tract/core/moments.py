@@ -22,12 +22,12 @@ CPU_MEMORY_LIMIT = 8 * 2**20
 PANEL = 128
 # Rounding of C's trace in float32, in units of lam, above which the sums are float64.
 MAX_ROUNDING = 1e-2
-# Patches that one product sums: more, and float32 would lose the last ones.
+# Largest number of patches in one product: with more, float32 would lose the last ones.
 MAX_PRODUCT_LENGTH = 2**16
 
 
 def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = MEMORY_LIMIT) -> int:
-    """Write the sums of p p^T over all patches p of `x` into zeros, in the order of `weight.flatten(1)`.
+    """Write the sums of p p^T over all patches p of `x` to `out`, in the order of `weight.flatten(1)`.
 
     Autocast must be off.
 
@@ -35,13 +35,13 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
         x: a convolution's input, (N, c, *size) or (c, *size), or a linear layer's, (..., n).
         spec: the patches to take.
         out: zeros for the sums, (g, n, n), float32 or float64: the precision of the products too.
-        memory_limit: bytes that may be allocated at a time beside one more matrix of `out`'s size; a line of output
-            positions of one image is taken even if it is larger.
+        memory_limit: bytes that may be allocated at a time, not counting one more matrix of `out`'s size; one line of
+            output positions of one image is always taken, even if it needs more.
 
     Returns:
-        The number of patches b. C is the quotient of both.
+        The number of patches, b; C is `out` / b.
     """
-    # A padded or converted copy of the input may stand beside its patches: each takes half.
+    # A padded or converted copy of the input may exist along with its patches: each gets half.
     memory_limit //= 2
     if x.is_cpu:
         memory_limit = min(memory_limit, CPU_MEMORY_LIMIT)
@@ -66,14 +66,14 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
 def patch_sums(x: Tensor, spec: PatchSpec, lam: float, dtype: torch.dtype | None = None) -> Tensor:
     """Return the sums of p p^T over all patches of `x` and, as their last entry, the number of patches.
 
-    They are float32 where that is precise enough to add `lam` to C's diagonal: it rounds in proportion to C's largest
-    eigenvalue, which the trace bounds. Elsewhere, as for pixels of 0 to 10 000, they are float64.
+    The sums are float32 where that is precise enough to add `lam` to C's diagonal: its rounding error grows with C's
+    largest eigenvalue, which the trace bounds. Elsewhere, as for pixels of 0 to 10 000, they are float64.
 
     Args:
         x: as in `patch_moments`; autocast must be off here too.
         spec: the patches to take.
-        lam: the damping that C is to get.
-        dtype: of the sums; None to choose it by looking at them, which waits for the device.
+        lam: the damping that is to be added to C.
+        dtype: the precision of the sums; None to choose it by their values, which waits for the device.
 
     Returns:
         (g * n * n + 1,), float32 or float64.
@@ -96,7 +96,7 @@ def _flat_sums(x: Tensor, spec: PatchSpec, dtype: torch.dtype) -> Tensor:
 
 
 def _loses(lam: float, sums: Tensor, spec: PatchSpec) -> bool:
-    """Return whether the rounding of float32 `sums` comes near `lam`."""
+    """Return whether the rounding error of the float32 `sums` is too large for `lam`."""
     n = math.isqrt((len(sums) - 1) // spec.groups)
     squares = sums[:-1].view(spec.groups, n, n).diagonal(dim1=1, dim2=2)
     count = max(1.0, float(sums[-1]))
@@ -127,7 +127,7 @@ def _patch_products(x: Tensor, spec: PatchSpec, out: Tensor, max_numbers: int) -
         for chunk in x.split(images):
             matrix = _patch_matrix(chunk, spec, outputs, factor_dtype(x, out))
             _add_lower_triangle(out, matrix)
-            # Two of them at a time would be more than the limit.
+            # Two matrices at a time would exceed the limit.
             del matrix
     mirror(out, _panel_width(out))
 
@@ -140,7 +140,7 @@ def _patch_matrix(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype
     views = windows(covered, spec, 2).unflatten(1, (spec.groups, -1))
     positions, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
     matrix: Tensor
-    # The longer of the two runs innermost, so that the copy reads and writes long runs.
+    # The longer of the last output and kernel dimensions goes innermost, so that the copy reads and writes long runs.
     if views.shape[2 + dims] >= views.shape[-1]:
         matrix = views.permute(1, 2, *kernel, 0, *positions)
         return matrix.flatten(2 + dims).flatten(1, 1 + dims)
@@ -149,7 +149,11 @@ def _patch_matrix(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype
 
 
 def _panel_width(out: Tensor) -> int:
-    """Return how many columns of the triangle to fill at a time: all where launches cost more than operations."""
+    """Return how many columns of the lower triangle to fill at a time.
+
+    These are all of them on an accelerator and for a small matrix, where the launches of several products would take
+    longer than the operations that they save.
+    """
     n = out.shape[-1]
     if out.is_cpu and n >= 2 * PANEL:
         return PANEL

@@ -1,4 +1,4 @@
-"""Warns users of what TrAct cannot do for them, each thing once."""
+"""Warns users about what TrAct cannot do for them, once for each message."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ logger = logging.getLogger(__name__)
 
 # Mean eigenvalues of C for which a lam of 0.05 to 0.2 is right.
 MEAN_EIGENVALUE_RANGE = (0.3, 3.0)
-# What lam is to be, as a share of the mean eigenvalue.
+# Where lam should lie, as a share of the mean eigenvalue.
 LAM_SHARE = (0.05, 0.2)
 
 
 def warn_once(warned: set[str], message: str, *args: Any) -> None:
-    """Warn, unless `warned` has the message already."""
+    """Log `message` as a warning, unless `warned` contains it already."""
     if message not in warned:
         warned.add(message)
         logger.warning(message + " This is shown once.", *args)
 
 
 def advice_on_lam(mean: float, lam: float) -> str:
-    """Return what to change where C's mean eigenvalue is too far from 1 for `lam`; "" where it is not."""
+    """Return advice if C's mean eigenvalue is so far from 1 that `lam` may not fit; "" if it is not."""
     low, high = MEAN_EIGENVALUE_RANGE
-    if not mean > 0:  # as NaN is not, either
+    if not mean > 0:  # also true for NaN
         return ""
     if low <= mean <= high:
         return ""
@@ -46,7 +46,7 @@ def advice_on_lam(mean: float, lam: float) -> str:
 
 
 def warn_if_unsolved(warned: set[str], inverse: DampedInverse, lam: float) -> None:
-    """Warn of a step whose C + lam I could not be factorised; waits for the device."""
+    """Warn about a step whose C + lam I could not be factorised; this waits for the device."""
     if bool(inverse.finite) and not bool(inverse.solved):
         warn_once(
             warned,
@@ -61,12 +61,12 @@ def warn_of_other_uses(
     parameter: nn.Parameter,
     handed_on: Callable[[], Tensor | None],
 ) -> None:
-    """Warn at the end of the running backward pass if a weight has got a gradient from elsewhere than its layer.
+    """Warn at the end of the running backward pass if a weight also got a gradient from outside its layer.
 
     Args:
-        warned: the messages so far.
+        warned: the messages that were logged before.
         parameter: the weight, whose `.grad` was empty before this pass.
-        handed_on: returns what the layer has handed on in the pass.
+        handed_on: returns the gradient that the weight has got from its layer in the pass.
     """
 
     def compare() -> None:
@@ -74,7 +74,7 @@ def warn_of_other_uses(
         if parameter.grad is None or expected is None:
             return
         difference = parameter.grad.to(expected) - expected
-        # Two per cent are more than a 16-bit weight's rounding.
+        # Two per cent is more than a 16-bit weight's rounding.
         if bool(difference.norm() > 0.02 * expected.norm()):
             warn_once(
                 warned,

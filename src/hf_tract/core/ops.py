@@ -22,19 +22,19 @@ _library = torch.library.Library("hf_tract", "DEF")
 _library.define(
     "precondition(Tensor grad, Tensor x, Tensor? output_grad, int key, SymInt call, "
     "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
-    # A replayed CUDA graph would not call the operator, which does more than compute its result.
+    # A replayed CUDA graph would not call the operator, which has side effects.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
 
 def _precondition(grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *spec: Any) -> Tensor:
-    """Return what the weight still lacks, or the ordinary gradient if the layer does not exist any more.
+    """Return what `LayerPreconditioner.precondition` returns, or the ordinary gradient if the layer no longer exists.
 
     Args:
         grad: the ordinary gradient of the weight, (m, ...).
         x: the input of the layer's operation.
-        output_grad: the gradient of a 16-bit operation's output, from which the weight's is computed again in float32:
-            the operation rounds it to 16 bits, and inv(C + lam I) enlarges that error.
+        output_grad: the gradient of a 16-bit operation's output, from which the weight's is recomputed in float32:
+            the operation rounds the weight's to 16 bits, and inv(C + lam I) enlarges that error.
         key: the number of the preconditioner.
         call: the number of the forward call.
         spec: the entries of the `PatchSpec`.

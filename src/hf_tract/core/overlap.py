@@ -14,14 +14,14 @@ from torch import Tensor
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.pieces import add_product, chunk_sizes, covered_input, factor_dtype, mirror, windows
 
-# Where sharing leaves a larger part of the operations, its additional sums cost more than it saves.
+# If more than this share of the operations is left, the additional sums cost more than sharing lines saves.
 MAX_OVERLAP_COST = 0.75
-# Products of fewer columns waste the machine, so that many columns are taken at a time where memory allows it.
+# Products of fewer columns use the machine poorly, so at least this many are taken at a time if memory allows.
 MIN_COLUMNS = 1024
 
 
 def best_overlap(spec: PatchSpec, positions: tuple[int, ...]) -> int | None:
-    """Return the dimension along which overlapping patches share most work, None where sharing does not pay."""
+    """Return the dimension along which overlapping patches share the most work; None if sharing does not pay off."""
     best = None
     lowest_cost = math.inf
     for dim, o in enumerate(positions):
@@ -67,7 +67,7 @@ def overlapping_sums(x: Tensor, spec: PatchSpec, dim: int, out: Tensor, max_numb
 
 
 def _add_blocks(sums: Tensor, chunks: Sequence[Tensor], spec: PatchSpec, dim: int, blocks: range) -> None:
-    """Add what these blocks hold to the lower triangle of `sums`, whose patches begin with the kernel's line."""
+    """Add the products of these blocks to the lower triangle of `sums`, whose patches are ordered by kernel line."""
     k, s = spec.kernel[dim], spec.stride[dim]
     o = spec.output_size(chunks[0].shape[2:])[dim]
     groups, n, _ = sums.shape
@@ -115,13 +115,13 @@ def _add_line_products(products: Tensor, lines: Tensor) -> None:
 
 
 def _copy_in_weight_order(sums: Tensor, spec: PatchSpec, dim: int, out: Tensor) -> None:
-    """Copy `sums`, whose patches begin with the kernel's line along `dim`, to `out`, in the weight's order."""
+    """Copy `sums`, whose patches are ordered by kernel line along `dim`, to `out`, in the order of the weight."""
     groups, n, _ = out.shape
     channels = n // math.prod(spec.kernel)
     dims = len(spec.kernel)
     lines_first = (spec.kernel[dim], channels, *_without(spec.kernel, dim))
     weight_order = (channels, *spec.kernel)
-    # The first of these is the line in the patch of a row, the second that in the patch of a column.
+    # The axes of the kernel line: the first belongs to the rows of the sums, the second to their columns.
     before = (1, 2 + dims)
     after = (2 + dim, 3 + dims + dim)
     moved = sums.view(groups, *lines_first, *lines_first).movedim(before, after)

@@ -1,4 +1,4 @@
-"""Tells which patches an operation or a layer reads: the one table of operations, and the one mode that sees them run.
+"""Holds the table of the operations that TrAct supports, the patches that each reads, and a mode that intercepts them.
 
 Shape letters as in core/README.md.
 """
@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class PatchSpec(NamedTuple):
-    """Tells how an operation cuts its input into patches; `kernel == ()` stands for a linear layer.
+    """Describes how an operation cuts its input into patches; `kernel == ()` stands for a linear layer.
 
-    `padding` holds zeros before and after each dimension, first dimension first: (top, bottom, left, right) in 2-D.
+    `padding` holds the number of zeros before and after each dimension: (top, bottom, left, right) in 2-D.
     """
 
     kernel: tuple[int, ...] = ()
@@ -31,12 +31,12 @@ class PatchSpec(NamedTuple):
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """Return how many input positions one patch spans, the holes of its dilation included."""
+        """Return how many input positions one patch spans along each dimension, including the gaps of its dilation."""
         dims = zip(self.kernel, self.dilation, strict=True)
         return tuple(d * (k - 1) + 1 for k, d in dims)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the output positions o per dimension for an input of spatial `size`."""
+        """Return the number of output positions along each dimension, for an input of spatial size `size`."""
         positions = []
         for dim, extent in enumerate(self.extent):
             before, after = self.padding[2 * dim : 2 * dim + 2]
@@ -45,7 +45,7 @@ class PatchSpec(NamedTuple):
         return tuple(positions)
 
     def patch_size(self, shape: Sequence[int]) -> int:
-        """Return n for an input of this shape."""
+        """Return n, the number of entries of one patch, for an input of this shape."""
         if not self.kernel:
             return shape[-1]
         channels = shape[-len(self.kernel) - 1]
@@ -78,14 +78,14 @@ def _zeros_around(
     kernel: tuple[int, ...],
     dilations: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """Return a `PatchSpec`'s padding for the argument of a convolution."""
+    """Convert the `padding` argument of a convolution into that of a `PatchSpec`."""
     if padding == "valid":
         padding = 0
     zeros: list[int] = []
     if isinstance(padding, str):
         for k, d in zip(kernel, dilations, strict=True):
             total = d * (k - 1)
-            # For "same" the odd zero goes behind, as in torch.
+            # For "same" the odd zero goes to the end, as in torch.
             zeros += [total // 2, total - total // 2]
     else:
         for each in _per_dimension(padding, len(kernel)):
@@ -116,26 +116,26 @@ PATCH_OPS: dict[Callable[..., Tensor], Callable[..., PatchSpec]] = {
 
 
 class PatchOpMode(TorchFunctionMode):
-    """Sees every operation of `PATCH_OPS` that runs inside."""
+    """Passes every operation of `PATCH_OPS` that runs inside this context to `run_op`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, or have `run_op` run it."""
+        """Run `func`, by `run_op` if it is in `PATCH_OPS`."""
         kwargs = kwargs or {}
         if func in PATCH_OPS:
             return self.run_op(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run `op` and do what the subclass is for; the arguments have torch's names."""
+        """Run `op`, with whatever a subclass does around it; the arguments are named as in torch."""
         raise NotImplementedError
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Return whether `layer` is a convolution or linear layer whose weight is made of real numbers."""
+    """Return whether `layer` is a convolution or linear layer whose weight holds real floating-point numbers."""
     if not isinstance(layer, (nn.Linear, *CONV_OPS)):
         return False
     if parametrize.is_parametrized(layer, "weight"):
-        # Reading the computed weight may change buffers, as spectral norm's does, so its originals are looked at.
+        # Reading the computed weight may change buffers, as in spectral norm; the parameters behind it are checked.
         originals = layer.parametrizations["weight"].parameters()  # type: ignore[index, union-attr]
         return all(original.is_floating_point() for original in originals)
     weight = getattr(layer, "weight", None)
@@ -145,16 +145,19 @@ def is_supported(layer: nn.Module) -> bool:
 
 
 def patch_size(layer: nn.Module) -> int:
-    """Return n of a supported layer, from its settings: a sharded weight has another shape."""
+    """Return n of a supported layer, the columns of its flattened weight.
+
+    It comes from the layer's settings, since the shape of a sharded weight differs.
+    """
     if isinstance(layer, nn.Linear):
-        # Some models compute it by a tensor.
+        # Some models compute it as a tensor.
         return int(layer.in_features)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
 def out_features(layer: nn.Module) -> int:
-    """Return m of a supported layer."""
+    """Return m of a supported layer, the rows of its weight."""
     if isinstance(layer, nn.Linear):
         return int(layer.out_features)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))

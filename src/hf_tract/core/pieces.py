@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hf_tract.core.patches import PatchSpec
 
-# Up to so many entries of a product on a CPU, torch's `baddbmm_` adds patch by patch to what is there.
+# For a product of up to this many entries on a CPU, torch's `baddbmm_` is slow: it adds one patch at a time.
 FEW_ENTRIES = 256
 
 
 def as_images(x: Tensor, spec: PatchSpec) -> Tensor:
-    """Return a convolution's input or output with its batch dimension, also where it is one image without."""
+    """Return a convolution's input or output with a batch dimension, which a single image may lack."""
     if x.dim() == len(spec.kernel) + 1:
         return x.unsqueeze(0)
     return x
@@ -35,8 +35,8 @@ def chunk_sizes(
 ) -> tuple[int, int]:
     """Return how many of the `lines` of how many of the `images` to take at a time.
 
-    A line of one image takes `numbers_each` in memory, and `numbers_per_line` whatever the number of images. Rather
-    than fewer than `min_images`, fewer lines are taken.
+    A line takes up `numbers_each` numbers in memory for each image, and `numbers_per_line` once; in all, `max_numbers`
+    are allowed. To stay within them, fewer lines are taken before fewer than `min_images` images are.
     """
     line = min(images, min_images) * numbers_each + numbers_per_line
     lines = min(lines, max_numbers // max(1, line))
@@ -44,7 +44,7 @@ def chunk_sizes(
     left = max_numbers - lines * numbers_per_line
     most = min(images, left // max(1, lines * numbers_each))
     chunks = math.ceil(images / max(1, most))
-    # All chunks get about one size.
+    # All chunks get about the same size.
     return lines, math.ceil(images / chunks)
 
 
@@ -57,7 +57,7 @@ def pad_argument(padding: Sequence[int]) -> list[int]:
 
 
 def covered_input(x: Tensor, spec: PatchSpec, dim: int, outputs: range, dtype: torch.dtype) -> Tensor:
-    """Return what the patches at `outputs` along `dim` cover of (N, c, *size), zeros of the padding included."""
+    """Return the part of (N, c, *size) that the patches at `outputs` along `dim` cover, with its zero padding."""
     stride, size = spec.stride[dim], x.shape[2 + dim]
     start = outputs.start * stride - spec.padding[2 * dim]
     stop = (outputs.stop - 1) * stride - spec.padding[2 * dim] + spec.extent[dim]
@@ -101,6 +101,6 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def mirror(out: Tensor, panel: int) -> None:
-    """Fill what lies above the panels of the lower triangle."""
+    """Fill the upper triangle of `out` from its lower one, which was filled in panels of this many columns."""
     for j in range(panel, out.shape[-1], panel):
         out[:, :j, j : j + panel] = out[:, j : j + panel, :j].mT

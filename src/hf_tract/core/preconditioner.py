@@ -35,11 +35,11 @@ class LayerPreconditioner:
     """
 
     def __init__(self, layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:
-        """Begin before the first step.
+        """Start without any patches or gradient.
 
         Args:
-            layer: the layer whose weight is preconditioned; it is not kept alive.
-            config: the settings; its `layers` is not used.
+            layer: the layer whose weight gradient is preconditioned; only a weak reference to it is kept.
+            config: the settings; `layers` is ignored.
             process_group: the ranks that share C; None for the default group.
         """
         self.key = next(_keys)
@@ -48,28 +48,28 @@ class LayerPreconditioner:
         self.active = True
         # Optimizer steps begun.
         self.steps = 0
-        # How many `TrActHandle.no_sync()` are open.
+        # How many `TrActHandle.no_sync()` contexts are open.
         self.open_no_syncs = 0
         self.warned: set[str] = set()
         self.last_step: Step | None = None
-        # On an accelerator the first backward looks at the sums to choose their precision, and no later one does.
+        # On an accelerator the first backward chooses the precision of the sums by their values; later ones reuse it.
         self.sums_dtype: torch.dtype | None = None
         self._layer = ref(layer)
         self._step: Step | None = None
-        # That of `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`.
+        # The step of `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`.
         self._returned_step: Step | None = None
         # DataParallel's replicas share this object.
         self._lock = threading.RLock()
         PRECONDITIONERS[self.key] = self
 
     def precondition(self, grad: Tensor, x: Tensor, spec: PatchSpec, call: ForwardCall | None = None) -> Tensor:
-        """Return what the weight still lacks of the step's preconditioned gradient after one more backward.
+        """Add one backward to the step, and return what the weight still lacks of the step's preconditioned gradient.
 
         Args:
             grad: the ordinary gradient of this backward, (m, ...).
             x: the input of the layer's operation.
             spec: the patches that the operation reads from `x`.
-            call: the forward call, so that a graph that is run twice counts its patches once; None in a compiled
+            call: the forward call, so that a graph run backward twice counts its patches once; None in a compiled
                 graph.
 
         Returns:
@@ -85,7 +85,7 @@ class LayerPreconditioner:
             keep = None
             if step.backward_pass != backward_pass:
                 step.backward_pass = backward_pass
-                # `zero_grad(set_to_none=False)` begins a step too: only the device knows, so it masks the old totals.
+                # `zero_grad(set_to_none=False)` begins a step too; only the device knows, and masks the old totals.
                 keep = accumulation.holds_gradient(parameters)
             handed_on = step.handed_on(keep)
             sums = self._uncounted_sums(step, call, x, spec, keep)
@@ -112,10 +112,10 @@ class LayerPreconditioner:
             }
 
     def _parameters(self, call: ForwardCall | None) -> list[nn.Parameter]:
-        """Return the parameters that make the weight.
+        """Return the parameters that the weight consists of, or is computed from.
 
-        These are the parameter that the forward call read, which the layer may have exchanged since. Where an engine
-        keeps gradients outside of `.grad`, only the layer's own parameters show that.
+        This is the parameter that the forward call used, since the layer may have another one by now. Where an engine
+        keeps gradients outside of `.grad`, it is the layer's own parameters, as only these show that.
         """
         parameters = weight_parameters(self._layer())
         if call is None or not isinstance(call.leaf, nn.Parameter):
@@ -125,7 +125,7 @@ class LayerPreconditioner:
         return [call.leaf]
 
     def _find_step(self, backward_pass: int, parameters: list[nn.Parameter]) -> Step:
-        """Return the step that this backward belongs to, a new one where it begins one."""
+        """Return the step that this backward belongs to, a new one if it begins one."""
         if accumulation.lives_in_grad(parameters) and not accumulation.adds_to_grad(parameters):
             step = self._returned_step
             if step is None or step.backward_pass != backward_pass or self.config.scope == "local":
@@ -149,7 +149,7 @@ class LayerPreconditioner:
     def _uncounted_sums(
         self, step: Step, call: ForwardCall | None, x: Tensor, spec: PatchSpec, keep: Tensor | None
     ) -> Tensor | None:
-        """Return the sums over the patches of this backward on all ranks; None where the step has them already."""
+        """Return the sums over the patches of this backward on all ranks; None if the step has them already."""
         is_counted = call is not None and call.number in step.counted_calls
         if is_counted and keep is None:
             return None
@@ -161,12 +161,12 @@ class LayerPreconditioner:
         if call is not None:
             step.counted_calls.add(call.number)
         if is_counted and keep is not None:
-            # Where the device finds that the old totals stay, these sums are among them.
+            # If the device keeps the old totals, these sums are already among them.
             return keep_where(~keep, sums)
         return sums
 
     def _is_sole_source(self, call: ForwardCall | None, parameters: list[nn.Parameter]) -> bool:
-        """Return whether the whole of `.grad` is to come from this layer in this process."""
+        """Return whether `.grad` will come from this layer alone, in this process."""
         if self.config.scope == "local" or accumulation.ranks_of(self.process_group) > 1:
             return False
         if call is None or call.leaf is None or not parameters:
@@ -180,12 +180,12 @@ class LayerPreconditioner:
         if handed_on is not None:
             missing = missing - handed_on.to(missing.device)
         out = missing.to(grad.dtype).contiguous()
-        # An unsolved step hands on its own gradient, which others may then write into: they get a copy.
+        # An unsolved step returns its own gradient, which the caller may modify, so the caller gets a copy.
         return out.clone() if out is step.grad else out
 
 
 def _backward_pass_of(call: ForwardCall | None) -> int:
-    """Return the number by which autograd knows the running pass; the outer one, for a reentrant checkpoint."""
+    """Return autograd's number of the running backward pass; in a reentrant checkpoint, that of the outer pass."""
     if call is not None and call.backward_pass >= 0:
         return call.backward_pass
     return torch._C._current_graph_task_id()

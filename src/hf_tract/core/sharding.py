@@ -1,6 +1,6 @@
 """Reads and writes a layer's whole weight, however the model is sharded: FSDP1, FSDP2, ZeRO, or not at all.
 
-Neither FSDP nor DeepSpeed is imported here: what is not imported has sharded nothing.
+Neither FSDP nor DeepSpeed is imported here: unless something else has imported them, they have sharded nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether a forward gathers weights, so that every rank must run all of it."""
+    """Return whether a forward call gathers weights from other ranks, so that every rank must run it to its end."""
     if _fsdp_units(model, "FullyShardedDataParallel") or _fsdp_units(model, "FSDPModule"):
         return True
     return len(_zero_parameters([model])) > 0
@@ -24,9 +24,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gathered_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let `read_weight` and `write_weight` work on these layers of `model` inside; every rank enters it at once."""
+    """Gather the weights of `layers`, for `read_weight` and `write_weight` inside this context; all ranks enter it."""
     for unit in _fsdp_units(model, "FSDPModule"):
-        # A forward leaves the root unsharded, and what is written then is lost.
+        # A forward call leaves the root unsharded, and what is written in that state is lost.
         unit.reshard()
     with contextlib.ExitStack() as stack:
         units = _fsdp_units(model, "FullyShardedDataParallel")
@@ -50,7 +50,7 @@ def read_weight(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def write_weight(layer: nn.Module, value: Tensor) -> None:
-    """Write the whole weight in place, also through a parametrization, and to the copy in ZeRO's optimizer."""
+    """Overwrite the whole weight, through its parametrization if it has one, and the copy in ZeRO's optimizer."""
     old: Any = layer.weight
     if hasattr(old, "full_tensor"):
         value = torch.distributed.tensor.distribute_tensor(value, old.device_mesh, old.placements)

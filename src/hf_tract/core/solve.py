@@ -15,10 +15,10 @@ CONDITION_VECTORS = 4
 class DampedInverse:
     """Multiplies gradients by inv(C + lam I), with a Cholesky factor; no inverse is formed.
 
-    On the host the factorisation runs in the moment's precision, and where it fails in float64. An accelerator
-    factorises in float64 at once, where it has it: with a matrix of this size it waits for launches and not for
-    arithmetic, and nothing has to be chosen, so the host never waits for it. Where that fails too the gradient stays
-    as it is. A non-finite moment gives a non-finite gradient, so that a GradScaler and the user see it.
+    On the host the factorisation runs in the moment's precision and, if it fails, again in float64. An accelerator
+    with float64 uses that at once: with a matrix of this size, launches take longer than arithmetic, and since nothing
+    has to be chosen, the host never waits for the device. If float64 fails too, the gradient stays as it is. A
+    non-finite moment gives a non-finite gradient, so that a GradScaler and the user see it.
 
     Source: the closed form of TrAct (arXiv 2410.23970, section 3), dW = -eta grad_W (x x^T / b + lam I)^-1.
     """
@@ -34,7 +34,7 @@ class DampedInverse:
         diagonal = moment.diagonal(dim1=-2, dim2=-1)
         trace = diagonal.sum()
         self._mean = trace / max(1, diagonal.numel())
-        # A non-finite pixel is in the trace, as its square.
+        # The trace contains the square of every pixel, so it shows whether one is not finite.
         self.finite = trace.isfinite()
         if not on_host(moment) and moment.device.type != "mps":
             moment = moment.double()
@@ -53,12 +53,12 @@ class DampedInverse:
         self.solved = (info == 0).all()
 
     def __call__(self, grad: Tensor) -> Tensor:
-        """Return `grad` inv(C + lam I), (m, ...) like `grad`; its rows m are split evenly over the g groups."""
+        """Return `grad` inv(C + lam I), (m, ...) like `grad`, whose m rows are split evenly over the g groups."""
         groups, _, n = self._factor.shape
         rows = grad.reshape(groups, -1, n).to(self.dtype)
         out = self._solve(rows)
         if not (on_host(out) and self.finite and self.solved):
-            # An accelerator chooses by values that the host does not look at.
+            # An accelerator makes this choice itself, so that the host does not wait for the values.
             out = torch.where(self.solved, out, rows)
             out = torch.where(self.finite, out, torch.nan)
         return out.reshape(grad.shape).to(grad.dtype)
@@ -72,13 +72,13 @@ class DampedInverse:
 
     @property
     def mean_eigenvalue(self) -> float:
-        """Return tr(C) / n, the mean square of what the layer reads; waits for the device."""
+        """Return tr(C) / n, the mean square of what the layer reads; this waits for the device."""
         return self._mean.item()
 
     def condition(self) -> float:
-        """Return a lower bound of the condition number of C + lam I, the largest over groups.
+        """Return a lower bound on the condition number of C + lam I, the largest over groups.
 
-        It comes from power and inverse iteration with the factor L, C + lam I = L L^T.
+        It comes from power and inverse iteration with the factor L, where C + lam I = L L^T.
         """
         if not (self.finite and self.solved):
             return float("inf")
@@ -99,5 +99,5 @@ class DampedInverse:
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Return whether looking at a value costs nothing."""
+    """Return whether the host can read a value of `tensor` without waiting for a device."""
     return tensor.is_cpu

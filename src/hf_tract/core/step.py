@@ -1,4 +1,4 @@
-"""Holds the totals of one optimizer step of a layer, and what a backward has to know of its forward call."""
+"""Holds the totals of one optimizer step of a layer, and what a backward needs to know about its forward call."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FORWARD_CALLS: WeakValueDictionary[int, ForwardCall] = WeakValueDictionary()
 
 
 class ForwardCall:
-    """Holds what the backward of a forward call has to know of it."""
+    """Holds what a backward needs to know about the forward call that it belongs to."""
 
     def __init__(self, weight: Tensor, preconditioner: Any) -> None:
         self.number = next(_numbers)
-        # A `LayerPreconditioner`, which the graph so keeps alive until its backward.
+        # A `LayerPreconditioner`; by this reference the graph keeps it alive until the backward.
         self.preconditioner = preconditioner
-        # A reentrant checkpoint runs this forward inside of a backward pass, and its backward in a pass within that.
+        # A reentrant checkpoint runs the forward call inside a backward pass, and the backward in a pass nested in it.
         self.backward_pass = torch._C._current_graph_task_id()
-        # `functional_call` runs the layer with another parameter than its own.
+        # `functional_call` runs the layer with a parameter other than its own.
         self.leaf = weight if weight.is_leaf else None
         # Whether the weight's gradient was taken with `create_graph=True`.
         self.was_differentiated = False
@@ -35,9 +35,10 @@ class ForwardCall:
         FORWARD_CALLS[self.number] = self
 
     def keep_output_grad(self, grad: Tensor) -> None:
-        """Keep the output's gradient, from which a 16-bit operation's weight gradient is computed again in float32.
+        """Keep the output's gradient, from which a 16-bit operation's weight gradient is recomputed in float32.
 
-        In a graph with second derivatives the weight has more gradient than that, so the operation's own is taken.
+        With second derivatives, not all of the weight's gradient comes through the output. Then none is kept, and the
+        operation's own weight gradient is used.
         """
         if torch.is_grad_enabled():
             self._has_second_order = True
@@ -55,7 +56,7 @@ class Step:
         self.backward_pass = backward_pass
         # The numbers of the forward calls whose patches are in `sums`.
         self.counted_calls: set[int] = set()
-        # Set by the last micro-step; counts where an engine keeps gradients outside of `.grad`.
+        # Set by the last micro-step; used only where an engine keeps gradients outside of `.grad`.
         self.closed = False
         # (g * n * n + 1,): the sums of p p^T, then the number of patches.
         self.sums: Tensor | None = None
@@ -64,13 +65,13 @@ class Step:
         self.inverse: DampedInverse | None = None
 
     def handed_on(self, keep: Tensor | None = None) -> Tensor | None:
-        """Return the gradient that the weight has received in this step so far, as `keep_where` masks it."""
+        """Return the gradient that the weight has got in this step so far, masked by `keep`; None if there is none."""
         if self.inverse is None or self.grad is None:
             return None
         return keep_where(keep, self.inverse(self.grad))
 
     def add(self, grad: Tensor, sums: Tensor | None, keep: Tensor | None) -> None:
-        """Add the gradient of one backward and the sums of its patches; None where these are counted already."""
+        """Add the gradient of one backward, and the sums over its patches, or None if these are counted already."""
         if self.grad is not None:
             grad = grad + keep_where(keep, self.grad).to(grad.device)
         self.grad = grad
@@ -81,7 +82,7 @@ class Step:
         self.sums = sums
 
     def precondition(self, lam: float) -> tuple[Tensor, DampedInverse]:
-        """Return the step's gradient times inv(C + lam I), by the C of all patches so far, and that inverse."""
+        """Return the step's gradient times inv(C + lam I), C being over all patches so far, and that inverse."""
         assert self.sums is not None
         assert self.grad is not None
         n = math.prod(self.grad.shape[1:])
@@ -92,7 +93,7 @@ class Step:
 
 
 def keep_where(keep: Tensor | None, value: Tensor) -> Tensor:
-    """Return `value`, or zeros where the scalar `keep` is false; on the device, so that the host does not wait."""
+    """Return `value`, or zeros if the scalar tensor `keep` is false; the device decides, so the host does not wait."""
     if keep is None:
         return value
     return torch.where(keep.to(value.device), value, 0.0)

@@ -1,7 +1,7 @@
-"""Puts a class on a module and takes it off, and leaves no trace of it in what is made of the module meanwhile.
+"""Puts a class on a module and takes it off again, and keeps it out of pickles, copies and scripts of the module.
 
-Pickles, shallow copies and scripts hold the ordinary module, which loads where hf-tract is not installed. What a
-class of ours has to know of its module stands in `__dict__`, and is no part of the state dict.
+Pickles, shallow copies and scripts contain the ordinary module, which loads where hf-tract is not installed. What a
+TrAct class needs to know about its module is stored in the module's `__dict__`, and is no part of the state dict.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ READ_LAYERS = "_tract_layers"
 
 
 class TrActClass:
-    """Is the first base of every class that TrAct puts on a module; the second is the module's own class."""
+    """Is the first base of every class that TrAct puts on a module; the second base is the module's original class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make an ordinary module, as libraries build layers like another one by `type(layer)(...)`."""
+        """Make an ordinary module: libraries that call `type(layer)(...)` to build a similar layer expect one."""
         super().__init__(*args, **kwargs)
         self.__class__ = original_class(type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the ordinary module."""
+        """Pickle the module as one of its original class, without TrAct."""
         function, arguments, *rest = _ordinary(self).__reduce_ex__(protocol)
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             # pickle refuses to make an object of another class by `__newobj__`; `_reconstructor` does the same.
@@ -39,7 +39,7 @@ class TrActClass:
         return _ordinary(self)
 
     def deepcopy_ordinary(self, memo: dict[int, Any]) -> Any:
-        """Return a deep copy of the ordinary module, and note it in `memo` as that of this one."""
+        """Return a deep copy without TrAct, and record it in `memo` as the copy of this module."""
         original: Any = original_class(type(self))
         copied = original.__new__(original)
         memo[id(self)] = copied
@@ -48,12 +48,12 @@ class TrActClass:
 
 
 def original_class(cls: type) -> type:
-    """Return `cls` without TrAct's class, which may lie under another one, such as FSDP2's."""
+    """Return `cls` without TrAct's class, even if another library, such as FSDP2, has subclassed that."""
     if TrActClass not in cls.__mro__:
         return cls
     if any(TrActClass in base.__bases__ for base in cls.__bases__):
         return cls.__bases__[1]
-    # Another library has put a class on top of ours, which is made again without ours below it.
+    # Another library has subclassed TrAct's class, so its subclass is rebuilt on top of the original.
     members = dict(vars(cls))
     members.pop("__dict__", None)
     members.pop("__weakref__", None)
@@ -63,7 +63,7 @@ def original_class(cls: type) -> type:
 
 
 def swap_class(module: nn.Module, cls: Any) -> None:
-    """Give `module` the class `cls`, also where accelerate's hooks have captured the forward of the old one."""
+    """Give `module` the class `cls`, and replace the old class's forward where accelerate's hooks have captured it."""
     captured = []
     for name in ("forward", "_old_forward"):
         if is_own_forward(module, vars(module).get(name)):
@@ -81,7 +81,7 @@ def is_own_forward(module: nn.Module, forward: Any) -> bool:
 
 
 def _ordinary(module: Any) -> Any:
-    """Return an ordinary module that shares everything with `module`."""
+    """Return a module of the original class that shares all attributes with `module`."""
     original: Any = original_class(type(module))
     shared = original.__new__(original)
     shared.__dict__.update(_ordinary_attributes(module))

@@ -1,4 +1,4 @@
-"""Computes the ordinary gradient of a weight in float32, from the 16-bit numbers that its operation read and gave.
+"""Computes the ordinary gradient of a weight in float32, from the input and output gradient of a 16-bit operation.
 
 Shape letters as in core/README.md.
 """
@@ -15,15 +15,15 @@ from hf_tract.core.pieces import as_images, factor_dtype, pad_argument, windows
 
 
 def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:
-    """Return the sum over all patches p of (gradient of the output there) p^T.
+    """Return the sum over all patches p of (gradient of the output at p) p^T.
 
-    Autocast must be off. What is converted to float32 at a time is bounded.
+    Autocast must be off. Only a bounded part of the tensors is converted to float32 at a time.
 
     Args:
-        x: what the operation read: a convolution's (N, c, *size) or (c, *size), a linear layer's (..., n).
-        output_grad: of the operation's output.
-        spec: the patches.
-        like: of the gradient's shape.
+        x: the input of the operation: a convolution's (N, c, *size) or (c, *size), a linear layer's (..., n).
+        output_grad: the gradient of the operation's output.
+        spec: the patches that the operation reads from `x`.
+        like: a tensor of the gradient's shape.
 
     Returns:
         (m, ...), float32.
@@ -51,14 +51,14 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
 
 
 def _is_side_by_side(spec: PatchSpec) -> bool:
-    """Return whether patches neither overlap nor leave a pixel between them: they are the pixels in another order."""
+    """Return whether patches neither overlap nor leave a pixel out: they are the pixels in another order."""
     if spec.groups > 1 or any(spec.padding):
         return False
     return spec.kernel == spec.stride and set(spec.dilation) == {1}
 
 
 def _patch_rows(x: Tensor, spec: PatchSpec) -> Tensor:
-    """Return the patches of (N, c, *size), without padding or groups, as (b, n)."""
+    """Return the patches of (N, c, *size) as rows, (b, n), for a `spec` without padding and groups."""
     dims = len(spec.kernel)
     positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
     patches: Tensor = windows(x, spec, 2).permute(0, *positions, 1, *kernel)
@@ -66,7 +66,7 @@ def _patch_rows(x: Tensor, spec: PatchSpec) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left` @ `right` in float32."""
+    """Add `left` @ `right` to the float32 `total`, in place."""
     dtype = factor_dtype(left, total)
     if dtype == total.dtype:
         total.addmm_(left.to(dtype), right.to(dtype))
@@ -75,7 +75,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _convolution_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, weight: Tensor) -> Tensor:
-    """Return the weight's gradient as torch computes it; of `weight` only shape and dtype count."""
+    """Return the weight's gradient as torch computes it; only the shape and dtype of `weight` matter."""
     dims = len(spec.kernel)
     padding = spec.padding[::2]
     if padding != spec.padding[1::2]:

@@ -1,4 +1,4 @@
-"""Tells which parameters make a layer's weight."""
+"""Finds the parameters that a layer's weight consists of, or is computed from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
-    """Return the trainable parameters that make the weight of `layer`: one, or those of a norm or a mask."""
+    """Return the trainable parameters of the weight of `layer`: itself, or those behind a weight norm or a mask."""
     parameters: list[nn.Parameter] = []
     if layer is None:
         return parameters
@@ -18,13 +18,16 @@ def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
 
 
 def weight_like(layer: nn.Module) -> Tensor:
-    """Return a tensor of the weight's device and dtype: reading a computed weight may change buffers."""
+    """Return a tensor of the weight's device and dtype.
+
+    The weight itself is not read: computing it, where it is parametrized, may change buffers.
+    """
     tensor: Tensor = next(layer.parameters(), layer.__dict__.get("weight"))  # type: ignore[assignment]
     return tensor
 
 
 def is_frozen(layer: nn.Module) -> bool:
-    """Return whether nothing that the weight of `layer` is made of can be trained."""
+    """Return whether no parameter of the weight of `layer` requires a gradient."""
     if weight_parameters(layer):
         return False
     # FSDP1 may have replaced the parameter by a view of its own.

@@ -1,1 +1,1 @@
-"""Finds the layer of a model that the pixels meet first."""
+"""Finds the layer of a model that the pixels reach first."""

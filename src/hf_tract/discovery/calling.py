@@ -1,4 +1,4 @@
-"""Calls a model's forward with a batch, and handles what may be in one."""
+"""Calls a model's forward with a batch, and handles the arguments and tensors in one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def filter_forward_kwargs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of `batch` that the forward takes; a loss outside of the model may need others."""
+    """Return the entries of `batch` that the forward takes; others may be for a loss outside of the model."""
     parameters = forward_parameters(model)
     for parameter in parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -38,7 +38,7 @@ def filter_forward_kwargs(model: nn.Module, batch: Mapping[str, Any]) -> dict[st
 
 
 def run_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a forward on a batch, and leave the random numbers as they were.
+    """Run a forward call on a batch, and restore the state of the random numbers.
 
     A tuple holds positional arguments. A mapping holds keyword arguments, unless it is the one argument itself.
     """
@@ -54,7 +54,7 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave the random numbers of torch (on the CPU), numpy and Python as they were."""
+    """Restore the random state of torch (on the CPU), numpy and Python on exit."""
     python_state = random.getstate()
     # Where numpy is not imported, nothing draws from it.
     numpy = sys.modules.get("numpy")
@@ -85,7 +85,7 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def _map_mapping(batch: Mapping[str, Any], change: Callable[[Tensor], Any]) -> Any:
-    # Forwards read attributes of types such as transformers' `BatchFeature`, so the type stays what it is.
+    # Forwards read attributes of types such as transformers' `BatchFeature`, so the type is kept.
     mapped: Any = copy.copy(batch)
     try:
         for name, value in batch.items():

@@ -1,4 +1,4 @@
-"""Finds the layer that the pixels meet first: by request, by timm's word, by a trial run, or by module order."""
+"""Finds the layer that the pixels reach first: by request, by timm's config, by a trial run, or by module order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class FirstLayer(NamedTuple):
-    """Holds a layer that TrAct takes: its name in the unwrapped model, the layer, and how it was found."""
+    """Holds a layer that TrAct acts on: its name in the unwrapped model, the layer, and how it was found."""
 
     name: str
     module: nn.Module
@@ -49,22 +49,21 @@ class FirstLayer(NamedTuple):
 def find_first_layers(
     model: nn.Module, layers: LayerSelection = "auto", example_batch: Any = None
 ) -> list[FirstLayer]:
-    """Find the layers that pixels meet first, in that order; nearly always one.
+    """Find the layers that the pixels reach first, in that order; nearly always there is only one.
 
     Args:
         model: any model, wrapped or not (DDP, FSDP, `torch.compile`).
-        layers: "auto" to find them; or what to take: names, glob patterns, modules, or several of these.
-        example_batch: for "auto", where the library's own guesses of a batch do not fit the forward, or where it reads
+        layers: "auto" to find them, or a request: a name, a glob pattern, a module, or several of these.
+        example_batch: for "auto", if the batches that the library guesses do not fit the forward, or if that takes
             several inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments
-            ({"batch": batch} for a forward that takes a mapping). It is used for one forward of a copy.
+            ({"batch": batch} for a forward that takes a mapping). It is only run through copies of the model.
 
     Returns:
         Name, module and source of each.
 
     Raises:
-        TrActError: if nothing is found, or something that is no convolution or linear layer was asked for; if the
-            pixels meet another kind of weight first; from the forward's own error, if it does not take
-            `example_batch`.
+        TrActError: if no layer is found; if a request is no convolution or linear layer; if the pixels reach another
+            kind of weight first; if the forward fails on `example_batch`, with that error as the cause.
 
     Example:
         >>> find_first_layers(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10)))[0].name
@@ -76,7 +75,7 @@ def find_first_layers(
         return _by_request(model, layers)
     _check_searchable(model, example_batch)
     found = _by_timm(model)
-    # The hooks of a sharded model would take a trial run for a step of its own.
+    # The hooks of a sharded model would mistake a trial run for a training step.
     if not found and not sharded:
         found = _by_probe(model, example_batch)
     return found or _by_order(model)
@@ -111,9 +110,9 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _by_timm(model: nn.Module) -> list[FirstLayer]:
-    """Take what timm says of a model of its own.
+    """Return the first layers that the config of a timm model names; none for another model.
 
-    What is around a timm model may meet the pixels before it, so nothing is read from one inside.
+    A timm model inside of another is not considered, since the pixels may reach other layers before it.
     """
     traits = getattr(model, "pretrained_cfg", None)
     if not isinstance(traits, Mapping) or not traits.get("first_conv"):
@@ -128,7 +127,7 @@ def _by_timm(model: nn.Module) -> list[FirstLayer]:
 
 
 def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
-    """Take every layer that the pixels meet first in one forward of a copy; none where no forward told."""
+    """Return the layers that the pixels reach first in a trial run of a copy; none if no run reaches a weight."""
     probe = probe_guesses(model) if example_batch is None else probe_example(model, example_batch)
     if probe is None:
         return []
@@ -145,7 +144,7 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
 
 
 def _check_operations(model: str, modules: Mapping[str, nn.Module], probe: Probe) -> None:
-    """Raise an error where the pixels first meet a weight that is no layer's; warns where they do so later."""
+    """Raise an error if the first weight that the pixels reach is no layer's own; warn if only a later one is not."""
     for place, meeting in enumerate(probe.meetings):
         if meeting.layer is not None:
             continue
@@ -167,9 +166,9 @@ def _check_operations(model: str, modules: Mapping[str, nn.Module], probe: Probe
 
 
 def _by_order(model: nn.Module) -> list[FirstLayer]:
-    """Take the first convolution of the vision part, else its first linear layer, by module order, and warn.
+    """Return the first convolution of the vision part, else its first linear layer, by module order, and warn.
 
-    Layers beside it in one `nn.ModuleDict` are stems for other inputs, and taken too.
+    The other layers of an `nn.ModuleDict` that holds it are stems for other inputs, and are returned too.
     """
     modules = modules_by_name(model)
     layers = list(layers_by_name(model))
@@ -206,13 +205,13 @@ def _parent(name: str) -> str:
 def find_functional_callers(
     model: nn.Module, layers: Sequence[FirstLayer], example_batch: Any = None
 ) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Return the modules whose own forward runs an operation with the weight of a layer, and these layers.
+    """Return the modules whose own forward uses the weight of one of `layers` directly, each with those layers.
 
-    A trial run tells; where none reaches a layer, nothing is returned.
+    They are found in a trial run; if none reaches a layer, nothing is returned.
     """
     sharded = is_sharded(model)
     model = unwrap(model)
-    # Layers that were seen to run by themselves need no other look.
+    # Layers that are known to run their own forward need no check.
     names = [layer.name for layer in layers if layer.source not in (REACHED, BY_TIMM)]
     if sharded or not names:
         return []

@@ -66,7 +66,7 @@ def guess_inputs(model: nn.Module, device: str = "meta") -> Iterator[Any]:
     make_pixels = _pixel_maker(model, device)
     if argument is not None and getattr(model, "config", None) is not None:
         for shape in guess_shapes(model, parameters):
-            # What nobody can guess may not be looked at before the pixels have met their layer.
+            # What cannot be guessed is None: the forward may not use it before the pixels reach their layer.
             unknown = dict.fromkeys(required)
             extra = _extra_inputs(parameters, argument, shape, device)
             yield {**unknown, **extra, argument: make_pixels(shape)}
@@ -92,7 +92,7 @@ def pixel_argument_name(model: nn.Module) -> str | None:
 def precision(model: nn.Module) -> torch.dtype:
     """Return the precision of the weights."""
     for parameter in model.parameters():
-        # Numbers of 8 bits are a quantised weight's, and no precision of inputs.
+        # 8-bit numbers are those of quantised weights, and no precision for inputs.
         if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
             return parameter.dtype
     return torch.float32
@@ -109,7 +109,7 @@ def _required_arguments(parameters: Mapping[str, inspect.Parameter]) -> list[str
 
 
 def _pixel_maker(model: nn.Module, device: str) -> Callable[[Shape], Tensor]:
-    # A generator of its own leaves the user's random numbers as they are.
+    # A separate generator leaves the user's random numbers as they are.
     generator = torch.Generator().manual_seed(0)
     dtype = precision(model)
 
@@ -128,7 +128,7 @@ def _extra_inputs(
     device: str,
 ) -> dict[str, Tensor]:
     """Return values for the other arguments of a forward that takes pixels of `shape` as its argument `pixels`."""
-    # Forwards cut and loop by integers, so these have values also where the pixels have none.
+    # Forwards slice and loop by integers, so these need values even on the meta device, where pixels have none.
     integer_device = "cpu" if device == "meta" else device
     extra = {}
     for name, values in EXTRA_INPUTS.items():

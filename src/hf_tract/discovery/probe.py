@@ -1,4 +1,4 @@
-"""Runs one forward of a copied model, and tells what the pixels meet first in it and what its layers read."""
+"""Runs one forward call of a copied model, and records what the pixels reach first and what the layers read."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from hf_tract.discovery.calling import run_forward, tensors_in
 from hf_tract.discovery.inputs import pixel_argument_name
 from hf_tract.discovery.tracing import LayerInput, LayerOps, Mark, Meeting, PixelTrace
 
-# Beside an argument of such a name, others may hold pixels too.
+# If the pixel argument has one of these names, other arguments may hold pixels too.
 COMMON_NAMES = ("image", "x")
 
 
 class Probe(NamedTuple):
-    """Holds what one forward of `batch` showed: what its pixels met and what its layers read, both in order."""
+    """Records one forward call on `batch`: where its pixels met weights, and what the layers read, both in order."""
 
     batch: Any
     meetings: list[Meeting]
     inputs: list[LayerInput]
-    # Many a forward fails on the meta device, but after its first layer.
+    # Many forwards fail on the meta device, but only after their first layer.
     error: Exception | None
 
     @property
     def layers(self) -> list[str]:
-        """Return the layers that the pixels met first."""
+        """Return the names of the layers that the pixels reached first."""
         layers = []
         for meeting in self.meetings:
             if meeting.layer is not None and meeting.layer not in layers:
@@ -41,7 +41,7 @@ class Probe(NamedTuple):
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` for trial runs, whose weights are on the meta device: it takes no memory.
+    """Return a copy of `model` for trial runs, with its weights on the meta device, where they take no memory.
 
     Raises:
         Exception: for a model that cannot be copied, such as FSDP2's.
@@ -50,7 +50,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def copy_with_values(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` for trial runs that look at values; raises as `meta_copy` does."""
+    """Return a copy of `model` for trial runs, with the values of its weights; raises as `meta_copy` does."""
     return _trial_copy(model, lambda tensor: tensor.detach().clone())
 
 
@@ -63,7 +63,7 @@ def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            # These are the user's; hooks that compute weights run before a forward.
+            # These hooks are the user's; hooks that compute weights are pre-hooks, and stay.
             module._forward_hooks.clear()
         attributes = vars(module)
         if "_old_forward" in attributes or "_original_forward" in attributes:
@@ -74,7 +74,7 @@ def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn
 
 
 def _cached_tensors(model: nn.Module) -> list[Tensor]:
-    """Return what forwards have left on modules, and `deepcopy` refuses since it has a graph."""
+    """Return the tensors that forward calls have left on modules, and that have a graph: `deepcopy` refuses these."""
     cached = []
     for module in model.modules():
         for value in tree_leaves(list(vars(module).values())):
@@ -84,19 +84,23 @@ def _cached_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
-    """Find what the pixels of `batch` meet first in one forward.
+    """Run one forward call, and record which layers the pixels of `batch` reach first.
 
-    A layer that reads pixels beside what other layers made of them, as at the end of a skip connection, is not first.
+    A layer that reads both pixels and the outputs of other layers, as after a skip connection, is not one of them.
 
     Args:
-        copied: the model, or a copy of it that a forward may write into.
-        batch: on the device of `copied`; forwards that cut and loop by integers want these on the CPU.
+        copied: the model, or a copy of it; the forward call may change its buffers.
+        batch: the inputs, on the device of `copied`. For the meta device, integers are best on the CPU, since forwards
+            slice and loop by their values.
+
+    Returns:
+        The record of the forward call, also of one that failed.
     """
     trace = PixelTrace(copied)
     for tensor in _pixels(copied, batch):
         trace.mark(tensor, Mark.PIXELS)
     error: Exception | None = None
-    # Some forwards differentiate inside.
+    # Some forwards compute gradients themselves.
     with warnings.catch_warnings(), torch.enable_grad(), _running_names(copied, trace.running):
         warnings.simplefilter("ignore")
         try:
@@ -108,7 +112,7 @@ def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
 
 
 def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
-    """Return the tensors that hold pixels: what the forward calls so, else all that may be images, rows or series."""
+    """Return the tensors that hold pixels: the argument named for them, or else all that may hold some."""
     if isinstance(batch, Mapping):
         argument = pixel_argument_name(copied)
         if argument in batch and argument not in COMMON_NAMES:
@@ -120,7 +124,7 @@ def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def _may_be_pixels(tensor: Tensor) -> bool:
-    """Say whether a tensor of several may hold pixels, and no time steps, labels or tokens."""
+    """Return whether one of several tensors may hold pixels, rather than time steps, labels or tokens."""
     if tensor.is_floating_point():
         return tensor.dim() >= 2
     return tensor.dim() >= 3
@@ -128,7 +132,7 @@ def _may_be_pixels(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _running_names(model: nn.Module, running: list[str]) -> Iterator[None]:
-    """Append to `running` the name of each module when it begins, and take it away when it ends."""
+    """Keep in `running` the names of the modules that run, the innermost last."""
     handles = []
     for name, module in model.named_modules():
         # A scripted module takes no hooks: what runs inside counts as its parent's.

@@ -16,7 +16,7 @@ def requested_layers(model: nn.Module, requests: Iterable[str | nn.Module]) -> d
     """Return the requested layers of the unwrapped `model` by name.
 
     Raises:
-        TrActError: if a request fits no module, or one that is no convolution or linear layer.
+        TrActError: if a request matches no module, or one that is no convolution or linear layer.
     """
     modules = modules_by_name(model)
     layers = layers_by_name(model)
@@ -69,7 +69,7 @@ def _hint(name: str, layers: Mapping[str, nn.Module]) -> str:
 
 
 def list_some(names: Iterable[str], most: int = 6) -> str:
-    """Return the first of `names`, each once, as part of a message."""
+    """Return the first few of `names`, without repeats, as text for a message."""
     unique = list(dict.fromkeys(names))
     if len(unique) > most:
         unique[most:] = ["..."]

@@ -25,7 +25,7 @@ SUB_CONFIGS = ("vision_config", "backbone_config", "encoder_config")
 # A forward with this argument reads images with these axes in front of their channels.
 EXTRA_AXES = {"aspect_ratio_ids": (1, 4)}
 
-# What to try where the model tells nothing.
+# What to try where neither config nor layers give a size.
 COMMON_SIZES = (224, 32, 28, 96, 1536)
 VOLUME_SIDES = (32, 96)
 FEW_FRAMES = 4
@@ -102,7 +102,7 @@ def _series(config: Any) -> Iterator[Shape]:
 
 
 def _patches_of_a_grid(convolutions: Sequence[Any], row_lengths: Sequence[int]) -> Iterator[Shape]:
-    """Guess shapes for a forward that is told the grid of the patches into which its pixels have been cut before."""
+    """Guess shapes for a forward that takes pixels already cut into patches, and the grid of these patches."""
     if convolutions and isinstance(convolutions[0], nn.Conv2d):
         patch = convolutions[0].in_channels, *convolutions[0].kernel_size
         yield (GRID**2, *patch)
@@ -154,7 +154,7 @@ def _row_lengths(
     linear: Sequence[nn.Module],
     parameters: Mapping[str, Any],
 ) -> list[int]:
-    """Return lengths of a patch as a row: what the first convolution reads, and the first linear layers."""
+    """Return likely lengths of a flattened patch: n of the first convolution, and of the first linear layers."""
     by_convolution = map(patch_size, convolutions[:1])
     by_linear = list(dict.fromkeys(map(patch_size, linear)))
     lengths = dict.fromkeys([*by_convolution, *by_linear[:MOST_CHANNELS]])
@@ -165,7 +165,7 @@ def _row_lengths(
 
 
 def side_lengths(size: Any) -> tuple[int, int]:
-    """Return height and width of what a config calls a size."""
+    """Return height and width from the size in a config: a number, a sequence or a dictionary."""
     if isinstance(size, dict):
         size = list(size.values())
     if not isinstance(size, (tuple, list)):
@@ -175,7 +175,7 @@ def side_lengths(size: Any) -> tuple[int, int]:
 
 
 def _config_entry(config: Any, names: Sequence[str]) -> Any:
-    """Return the first entry called one of `names` that is set in a config, or else in a part of it."""
+    """Return the first entry called one of `names` that is set in a config, or else in one of its sub-configs."""
     if config is None:
         return None
     for name in names:

@@ -1,4 +1,4 @@
-"""Follows the pixels of a batch through one forward, by marks on tensors, to the weights that they meet first."""
+"""Follows the pixels of a batch through a forward call, by marks on tensors, to the weights that they reach first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_tract.core.patches import PATCH_OPS, PatchOpMode, PatchSpec, is_supported
 
-# Operations that place, copy or normalise numbers: a weight beside the pixels does not mix them, as in pointwise ones.
+# Operations that place, copy or normalise numbers: like pointwise ones, they do not sum pixels times weights.
 ELEMENTWISE = {
     *("cat", "stack", "copy", "copy_", "where", "lerp", "addcmul", "addcdiv", "constant_pad_nd"),
     *("index_put", "index_put_", "_unsafe_index_put", "masked_scatter"),
@@ -24,7 +24,7 @@ ELEMENTWISE = {
     *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm", "cudnn_batch_norm"),
     *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 }
-# Products, with the places of their two factors: a bias that is added is none.
+# Products, with the positions of their two factors among the operands: an added bias is no factor.
 PRODUCTS = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "convolution"), slice(0, 2)),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm"), slice(1, 3)),
@@ -32,16 +32,16 @@ PRODUCTS = {
 
 
 class Mark(enum.IntEnum):
-    """Says what a tensor is made of; the result of an operation has the highest mark of its inputs."""
+    """Marks where the values of a tensor come from; the result of an operation has the highest mark of its inputs."""
 
     NOTHING = 0
     WEIGHTS = 1
-    PIXELS = 2  # perhaps beside weights that do not mix them
-    FEATURES = 3  # pixels that have met a weight
+    PIXELS = 2  # perhaps shifted or scaled by weights, or joined with them
+    FEATURES = 3  # computed from pixels and a weight, where they met
 
 
 class Meeting(NamedTuple):
-    """Describes an operation in which pixels met a weight."""
+    """Describes an operation in which pixels met a weight: it sums products of both, or looks the weight up."""
 
     operation: str
     module: str  # the name of the module that ran it
@@ -52,36 +52,36 @@ class LayerInput(NamedTuple):
     """Describes what one operation of a layer read: the shape of its input, and how it cuts patches out of that."""
 
     layer: str
-    module: str  # that ran it: the layer itself, or one that reads the layer's weight
+    module: str  # the name of the one that ran it: the layer itself, or a module that uses its weight directly
     shape: tuple[int, ...]
     spec: PatchSpec
 
 
 class PixelTrace(TorchDispatchMode):
-    """Carries marks through every operation inside, scripted ones too, and notes where pixels meet weights.
+    """Carries marks through all operations in this context, scripted ones too, and records where pixels meet weights.
 
-    Marks belong to storages, so views share them. Layers count also where they are frozen; other weights that are
-    frozen, and tensors that are no parameters, are fixed filters: what they make of pixels is still pixels.
+    Marks belong to storages, so views share them. A layer's weight counts even if it is frozen. Other frozen weights,
+    and tensors that are no parameters, are fixed filters: their outputs still count as pixels.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Mark the weights of `model`."""
         super().__init__()
-        # These are names of the modules that run, the innermost last.
+        # The names of the modules that run, the innermost last.
         self.running = [""]
         self.meetings: list[Meeting] = []
         self.inputs: list[LayerInput] = []
         self.layers = [name for name, module in model.named_modules() if is_supported(module)]
         # The key is the `id` of a weight; a tied one has several owners.
         self._owners: dict[int, list[str]] = {}
-        # A weak reference keeps the address of a storage that is gone from being used again.
+        # A weak reference prevents the address of a freed storage from being reused.
         self._marks: dict[StorageWeakRef, Mark] = {}
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for name in self.layers:
             layer = model.get_submodule(name)
             parameters.extend(layer.parameters())
             weight = layer._parameters.get("weight")
-            # Through a parametrization it is no parameter, but a new tensor at every forward.
+            # A parametrized weight is no parameter, but a new tensor in every forward call.
             if weight is not None:
                 self._owners.setdefault(id(weight), []).append(name)
         for parameter in parameters:
@@ -95,7 +95,7 @@ class PixelTrace(TorchDispatchMode):
                 self._marks[storage] = mark
 
     def mark_of(self, tensor: Any) -> Mark:
-        """Return the mark of a tensor; `Mark.NOTHING` for what has no storage or is no tensor."""
+        """Return the mark of a tensor; `Mark.NOTHING` for one without storage, and for other objects."""
         storage = _storage(tensor)
         if storage is None:
             return Mark.NOTHING
@@ -114,11 +114,11 @@ class PixelTrace(TorchDispatchMode):
         return None
 
     def note_meeting(self, operation: str, layer: str | None) -> None:
-        """Note that pixels met a weight in an operation."""
+        """Record that pixels met a weight in an operation."""
         self.meetings.append(Meeting(operation, self.running[-1], layer))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, mark what it returns, and note where pixels meet a weight in it."""
+        """Run an operation, mark its results, and record whether pixels meet a weight in it."""
         kwargs = kwargs or {}
         operands = list(filter(torch.is_tensor, tree_leaves((args, kwargs))))
         marks = list(map(self.mark_of, operands))
@@ -144,14 +144,14 @@ def _storage(tensor: Any) -> StorageWeakRef | None:
 
 
 class LayerOps(PatchOpMode):
-    """Notes for a trace what the layers read, and where pixels meet a weight in a convolution or linear operation."""
+    """Records in a trace what the layers read, and where pixels meet a weight in a convolution or linear operation."""
 
     def __init__(self, trace: PixelTrace) -> None:
         super().__init__()
         self.trace = trace
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run `op` and note it, once it has succeeded: a guess of a batch that does not fit fails here."""
+        """Run `op`, and record it only if it succeeds: a guessed batch that does not fit fails here."""
         trace = self.trace
         layer = trace.layer_of(weight)
         meets = trace.mark_of(input) == Mark.PIXELS and trace.mark_of(weight) == Mark.WEIGHTS
@@ -161,7 +161,7 @@ class LayerOps(PatchOpMode):
         try:
             out = op(input, weight, *args, **kwargs)
         finally:
-            if meets:  # the trace has noted the parts of the operation
+            if meets:  # the trace has recorded the parts of the operation
                 del trace.meetings[before:]
         if meets:
             trace.mark(out, Mark.FEATURES)
@@ -174,7 +174,7 @@ class LayerOps(PatchOpMode):
 
 
 def _mixes(func: Any, operands: list[Tensor], marks: list[Mark]) -> bool:
-    """Say whether `func` sums over the products of pixels with a weight, or looks a weight up by them."""
+    """Return whether `func` sums products of pixels with a weight, or looks a weight up by pixels."""
     name = func.overloadpacket.__name__
     if name in PRODUCTS:
         return set(marks[PRODUCTS[name]]) == {Mark.PIXELS, Mark.WEIGHTS}
@@ -185,7 +185,7 @@ def _mixes(func: Any, operands: list[Tensor], marks: list[Mark]) -> bool:
             pixels += operand.numel()
         elif mark == Mark.WEIGHTS and len(operand.shape) - operand.shape.count(1) >= 2:
             has_matrix = True
-    if name == "mul":  # which repeats each pixel for several weights, for a sum to follow
+    if name == "mul":  # each pixel is repeated for several weights, and a sum is to follow
         shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
         return has_matrix and math.prod(shape) > pixels
     if torch.Tag.pointwise in func.tags or func.is_view or name in ELEMENTWISE:

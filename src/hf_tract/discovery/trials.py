@@ -1,4 +1,4 @@
-"""Tries a copy of a model with guessed batches, or with the user's, until a forward tells enough."""
+"""Runs copies of a model on guessed batches, or on the user's, until a forward call shows the first layer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hf_tract.discovery.wrappers import without_wrappers
 
 # A larger model is not copied with its values: it is tried on the meta device only.
 MAX_PROBE_PARAMETERS = 5 * 10**8
-# So many guesses that reach a weight are tried on the meta device, and so many of any kind with values.
+# How many guesses that reach a weight are tried on the meta device, and how many guesses in all with values.
 MAX_GUESSES = 24
-# So many guesses that reach a weight are tried with values, and none with more numbers.
+# How many guesses that reach a weight are tried with values, and how many numbers such a batch may have.
 MAX_TRIES_WITH_VALUES = 3
 MAX_NUMBERS = 4 * 10**6
 
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def trial_runs(model: nn.Module, example_batch: Any = None) -> Iterator[tuple[str, Probe]]:
-    """Run forwards until there is nothing more to try, and yield the device of each with what it showed.
+    """Run forward calls on copies of `model`, and yield the device and the record of each.
 
-    They are run on the meta device first, where they cost next to nothing, and then with values, which some forwards
-    look at. There are none for a model that cannot be copied.
+    They run on the meta device first, where they cost next to nothing, and then with values, on which some forwards
+    depend. Without `example_batch`, the batches are guessed. A model that cannot be copied yields nothing.
     """
     for device, copied in _copies(model):
         tries_left = MAX_GUESSES
@@ -57,7 +57,7 @@ def _copies(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _device_for_values(model: nn.Module) -> str | None:
-    """Return the device of a model that can be copied with its values: it is small, and on one device."""
+    """Return the device of a model that is small and on one device, so that its values can be copied; else None."""
     size = 0
     devices = set()
     for parameter in model.parameters():
@@ -97,7 +97,7 @@ def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
 
 
 def probe_guesses(model: nn.Module) -> Probe | None:
-    """Return the first trial run of a guess that completes, or else the first that went far enough to tell."""
+    """Return the first trial run on a guessed batch that completes, else the first that reaches a layer or weight."""
     partial: Probe | None = None
     for _, probe in trial_runs(model):
         if not probe.meetings:
@@ -117,10 +117,10 @@ def probe_guesses(model: nn.Module) -> Probe | None:
 
 
 def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
-    """Return the trial run of the user's batch; None for a model that cannot be copied.
+    """Return the record of a trial run on the user's batch; None for a model that cannot be copied.
 
     Raises:
-        TrActError: if its pixels meet no weight; from the forward's own error, if it does not take the batch.
+        TrActError: if its pixels reach no weight; if the forward fails on the batch, with that error as the cause.
     """
     runs: dict[str, Probe] = {}
     for device, probe in trial_runs(model, example_batch):
@@ -136,7 +136,7 @@ def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
             f"{named} ran, and no tensor of the batch met a weight. Give pixels as tensors, in tuples, lists or "
             f"mappings, or name the layer with `layers=`."
         )
-    # On the meta device a forward may have failed for want of values.
+    # On the meta device a forward may have failed only because it needs values.
     if probe.error is None or (device == "meta" and probe.meetings):
         return probe
     argument = next(iter(forward_parameters(model)), "batch")
@@ -147,7 +147,7 @@ def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
 
 
 def _described(batch: Any) -> str:
-    """Return the types and shapes in a batch."""
+    """Return the types and shapes in a batch, as text."""
     if isinstance(batch, Mapping):
         entries = [f"{key!r}: {_described(value)}" for key, value in batch.items()]
         return "{" + ", ".join(entries) + "}"

@@ -1,4 +1,4 @@
-"""Looks through what wraps a model, and through what that adds to the names of its modules."""
+"""Unwraps models, and removes what wrappers add to the names of modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside of DDP, FSDP1, DataParallel, `torch.compile` and what looks like them."""
+    """Return the model inside of DDP, FSDP1, DataParallel, `torch.compile` and similar wrappers."""
     children = dict(model.named_children())
     while len(children) == 1 and next(iter(children)) in WRAPPERS:
         (model,) = children.values()
@@ -29,5 +29,5 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that TrAct could take, by their names without wrappers."""
+    """Return the modules that TrAct could act on, by their names without wrappers."""
     return {name: module for name, module in modules_by_name(model).items() if is_supported(module)}

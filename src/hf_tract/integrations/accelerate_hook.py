@@ -16,8 +16,8 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
     """Applies TrAct when accelerate adds this hook to a model or to a layer, and removes it with the hook.
 
     Args:
-        lam: as in `TrActConfig`, like `scope`.
-        layers: of the module that gets the hook, as in `apply_tract`.
+        lam: as in `TrActConfig`.
+        layers: layers of the module that the hook is added to, as in `apply_tract`.
         scope: as in `TrActConfig`.
         options: `example_batch` and `process_group` of `apply_tract`.
 

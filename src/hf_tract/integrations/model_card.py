@@ -19,14 +19,14 @@ CURVES = {"loss": "training loss", "eval_loss": "test loss", "accuracy": "test a
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Return whether a name reads like owner/name and is not a folder here."""
+    """Return whether `name` has the form owner/name and is not a local path."""
     if name is None or Path(name).exists():
         return False
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def link(name: str | None, prefix: str = "") -> str | None:
-    """Return a Hub id as a link, and other words as they are."""
+    """Return a Hub id as a Markdown link, and any other text as it is."""
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{prefix}{name})"
     return name
@@ -42,7 +42,7 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str) -> list
 
     Args:
         metrics: by name, as in `TrainingRecord`.
-        dataset: a Hub id, or words.
+        dataset: a Hub id, or a description.
         split: the part of the data set that the metrics are measured on.
     """
     dataset_id = dataset
@@ -65,7 +65,7 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str) -> list
 
 
 def history_table(history: Sequence[Mapping[str, float]]) -> list[list[str]]:
-    """Return the names of the columns, and the rows below them, as text."""
+    """Return the rows of a card's table as text, the names of the columns first."""
     if not history:
         return []
     columns: dict[str, None] = {}  # a set that keeps its order

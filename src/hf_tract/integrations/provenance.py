@@ -1,4 +1,4 @@
-"""Tells what a figure comes from: the command, the hardware and the versions."""
+"""Describes how a result was computed: the command, the hardware and the versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
-    """Return the command that runs now, without tokens and without the folders of this machine.
+    """Return the running command, without access tokens and without the folders of this machine.
 
     Args:
         arguments: the script and its arguments, by default those of this process.
@@ -43,7 +43,7 @@ def command(arguments: Sequence[str] | None = None) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """Return a path in the working folder as it is seen from there, and any other path by its name."""
+    """Return a path in the working folder relative to it, and of any other path only its name."""
     path = Path(argument)
     if not path.is_absolute() and not argument.startswith(("../", "~")):
         return argument

@@ -34,10 +34,10 @@ class TrActCallback(TrainerCallback):
     One callback may serve several Trainers, also one that runs inside another.
 
     Each checkpoint folder gets the settings as `tract_config.json`. What Trainer saves and pushes is tagged `tract`
-    and has the settings and a card beside it; `use_model_card` makes the card that Trainer writes last this one too.
+    and has the settings and a card beside it. Trainer may write its own card last; `use_model_card` replaces that one.
 
     Args:
-        lam: as in `TrActConfig`, like `scope`.
+        lam: as in `TrActConfig`.
         layers: names or glob patterns as in `TrActConfig`, or modules.
         scope: as in `TrActConfig`.
         whiten_init: for training from scratch, start with the first layer as `whiten_first_layer` makes it from the
@@ -85,9 +85,9 @@ class TrActCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Apply TrAct: only now, because `model_init` makes a new model for each `train()`."""
+        """Apply TrAct only now, because `model_init` makes a new model for each `train()`."""
         assert model is not None
-        self._forget(model)  # An exception in the last `train()` has skipped its end.
+        self._forget(model)  # An exception in the last `train()` may have skipped its end.
         handle = self._apply_tract(model)
         if handle is None:
             return
@@ -108,7 +108,7 @@ class TrActCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Check the first step: DeepSpeed's optimizers have none of the model's parameters, so none is watched."""
+        """Check the first step here too, since DeepSpeed's optimizers hold no parameters of the model."""
         handle = self.handle_of(model)
         if handle is not None and handle.first_step is not None:
             handle.first_step.look()
@@ -175,7 +175,7 @@ class TrActCallback(TrainerCallback):
         layers = [layer.module for layer in handle.layers]
         if state.global_step:
             for layer in layers:
-                mark_as_whitened(layer)  # The checkpoint has whitened weights, and not this mark.
+                mark_as_whitened(layer)  # The checkpoint has whitened weights, but not this mark.
             return
         if were_whitened(model, layers):  # by an earlier `train()`, perhaps one that ran out of memory
             logger.info("TrAct: the first layer was whitened before and goes on from there.")
@@ -226,7 +226,7 @@ def _compare_with_checkpoint(args: TrainingArguments, state: TrainerState, confi
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """Return the folder of this step's checkpoint, where Trainer puts it or was told to find it."""
+    """Return the folder of this step's checkpoint, which Trainer writes or resumes from; None if there is none."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     output = Path(args.output_dir or ".")
     folders = [output / name]

@@ -1,4 +1,4 @@
-"""Lets the card that Trainer writes tell of TrAct."""
+"""Replaces the model card that Trainer writes with hf-tract's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hf_tract.integrations.training_record import TrainingRecord
 def use_model_card(
     trainer: Trainer, *, dataset: str, license: str | None = None, base_model: str | None = None, split: str = "test"
 ) -> None:
-    """Make `trainer.create_model_card`, and so `trainer.push_to_hub`, write hf-tract's card, with TrAct or without.
+    """Make `trainer.create_model_card`, and so `trainer.push_to_hub`, write hf-tract's card, also without TrAct.
 
     Trainer writes its own card at the very end of a push, and no callback comes after that. The tags and the license
-    that it finds are taken over.
+    that Trainer finds are kept.
 
     Args:
         trainer: any Trainer.

@@ -1,4 +1,4 @@
-"""Reads from transformers' Trainer what a model's card tells of a run."""
+"""Reads from transformers' Trainer the facts about a run that a model's card lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_tract.apply import TrActHandle
 from hf_tract.core.sharding import is_sharded
 from hf_tract.whitening.fresh import checkpoint_of
 
-# Trainer's arguments that a card lists, each with the value that is not worth a line.
+# Trainer's arguments that a card lists, each with the value at which it is left out.
 HYPERPARAMETERS = {
     "learning_rate": None,
     "lr_scheduler_type": None,
@@ -61,7 +61,7 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def hyperparameters_of(args: TrainingArguments) -> dict[str, Any]:
-    """Return the arguments that matter to the weights and are not at their neutral value."""
+    """Return the arguments in `HYPERPARAMETERS`, without those at the value at which a card leaves them out."""
     values = {}
     for name, neutral in HYPERPARAMETERS.items():
         value = getattr(args, name)
@@ -84,7 +84,7 @@ def library_of(model: nn.Module) -> str:
 
 
 def base_model_of(model: nn.Module) -> str | None:
-    """Return the checkpoint that `model` was loaded from."""
+    """Return the checkpoint that `model` was loaded from; None if there is none."""
     if not is_sharded(model):
         return checkpoint_of(model, model.parameters()) or None
     # The parameters are shards now, and do not show whether they were loaded.

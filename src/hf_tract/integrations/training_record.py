@@ -23,24 +23,24 @@ CONFIG_FILE = "tract_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRecord:
-    """Holds what the card of a model tells of its training.
+    """Holds what the card of a model lists about its training.
 
     Args:
         name: the name of the model.
-        library: the one that loads it: "transformers", "timm", or "peft" for an adapter.
-        dataset: a Hub id, or words; of a local folder only the name is kept.
-        tract: the settings; None for a run without TrAct.
+        library: the library that loads the model: "transformers", "timm", or "peft" for an adapter.
+        dataset: a Hub id or a description; of a local folder only the name is kept.
+        tract: TrAct's settings; None for a run without TrAct.
         layers: the layers that TrAct acted on.
         base_model: the checkpoint that training began with, named like `dataset`; None for random weights.
-        license: the model's, as the Hub abbreviates it.
-        metrics: at the end of training; `accuracy` and `top5` as shares of 1.
+        license: the model's license, as the Hub abbreviates it.
+        metrics: the scores at the end of training; `accuracy` and `top5` as shares of 1.
         history: a row for each epoch or evaluation: `epoch`, `loss`, `eval_loss` and the metrics.
         hyperparameters: other settings, by name.
         split: the part of the data set that the metrics are measured on.
-        seed: of the run.
-        command: the one that started the run; by default this process's, like the next two.
-        hardware: the device that computed.
-        versions: of the packages that matter.
+        seed: the random seed of the run.
+        command: the command that started the run; by default this and the next two describe the current process.
+        hardware: the device that the run computed on.
+        versions: the versions of the packages used.
     """
 
     name: str
@@ -60,7 +60,7 @@ class TrainingRecord:
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
     def __post_init__(self) -> None:
-        """Keep where files lie on this machine out of a card that others read."""
+        """Replace local paths by names, since others will read the card."""
         object.__setattr__(self, "dataset", without_local_path(self.dataset))
         if self.base_model is not None:
             object.__setattr__(self, "base_model", without_local_path(self.base_model))
@@ -75,13 +75,13 @@ class TrainingRecord:
         license: str | None = None,
         split: str = "test",
     ) -> TrainingRecord:
-        """Read the record of a run, up to now, from transformers' Trainer.
+        """Make the record of a run so far from transformers' Trainer.
 
         Args:
             trainer: any Trainer, with a `TrActCallback` or without.
-            dataset: as in `TrainingRecord`, like the others.
+            dataset: as in `TrainingRecord`.
             base_model: by default the checkpoint that the model was loaded from.
-            license: the model's.
+            license: as in `TrainingRecord`.
             split: the part of the data set that is evaluated on.
         """
         assert trainer.model is not None  # Trainer has called `model_init` already.
@@ -100,7 +100,7 @@ class TrainingRecord:
         """Read the record that `to_json_file` wrote to `path`.
 
         Raises:
-            TrActError: if there is no such file, or if it is no record.
+            TrActError: if there is no such file, or if it is not a record.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ class TrainingRecord:
 
 
 def without_local_path(name: str) -> str:
-    """Return a Hub id or a word as it is, and of a local folder the name of the model in it or the folder's own."""
+    """Return a Hub id or a description as it is, and a local path as its model's recorded name or its last part."""
     path = Path(name)
     if (path / RECORD_FILE).exists():
         return TrainingRecord.from_json_file(path / RECORD_FILE).name
@@ -190,14 +190,14 @@ def record_of_run(
     handle: TrActHandle | None,
     settings: Mapping[str, Any],
 ) -> TrainingRecord:
-    """Return the record of a run, up to now, from what both a Trainer and its callbacks know.
+    """Return the record of a run so far, from what both a Trainer and its callbacks have.
 
     Args:
         args: Trainer's arguments.
         state: Trainer's state, whose log becomes the history and the metrics.
         model: the model that is trained.
-        handle: TrAct's on that model; None without TrAct.
-        settings: hyperparameters that Trainer's arguments do not have.
+        handle: the handle of TrAct on that model; None without TrAct.
+        settings: further hyperparameters, which are not among Trainer's arguments.
     """
     history = trainer_facts.history_of(state.log_history)
     last = history[-1] if history else {}

@@ -1,1 +1,1 @@
-"""A whitened start of the first layer, and the spectrum of what it reads."""
+"""Gives the first layer a whitened start, and measures the spectrum of what it reads."""

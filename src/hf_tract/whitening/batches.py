@@ -1,4 +1,4 @@
-"""Turns what users give as batches into inputs of a model, and reads a loader's first batches without moving it on."""
+"""Converts batches in the forms that users give into inputs of a model, and reads a loader without advancing it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def to_model_inputs(batches: Any, model: nn.Module) -> list[Any]:
 
     Args:
         batches: in any form that `whiten_first_layer` takes.
-        model: its forward decides which keys are dropped.
+        model: keys that its forward does not take are dropped.
 
     Raises:
-        TrActError: for batches in no such form, and pixels that are integers.
+        TrActError: for batches in another form, and for pixels that are integers.
     """
     if isinstance(batches, DataLoader):
         batches = first_batches(batches)
@@ -68,17 +68,17 @@ def _is_image_list(batch: Any) -> bool:
 
 
 def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
-    """Return the first batches of this rank, as many as there are up to `count`, and leave training as it would be.
+    """Return up to `count` of the first batches of this rank, without changing what training will read.
 
     Another process reads them from a new loader over the same data, so that streams, samplers, augmentations and their
-    random numbers stay where they are. Where accelerate dispatches batches, each rank gets the same ones.
+    random numbers keep their state. Where accelerate dispatches batches, each rank gets the same ones.
 
     Args:
         loader: any loader, such as a `DataLoader`, also one that accelerate has prepared.
         count: the largest number of batches to return.
 
     Raises:
-        TrActError: for what can be read only once, since training would miss its first batches.
+        TrActError: for a loader that can be read only once, since training would miss its first batches.
     """
     # Iterating over accelerate's loader would set its `GradientState` for the whole process.
     loader = getattr(loader, "base_dataloader", loader)
@@ -131,7 +131,7 @@ def _new_loader(loader: DataLoader[Any], num_workers: int) -> DataLoader[Any]:
 
 
 def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
-    """Return a copy of a sampler, which refers to `dataset` itself if it refers to it."""
+    """Return a copy of a sampler that shares `dataset` with it, or the sampler itself if it cannot be copied."""
     try:
         return copy.deepcopy(sampler, {id(dataset): dataset})
     # A sampler may hold an open file or a lock.
@@ -142,12 +142,13 @@ def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
 
 
 def move_batch(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
-    """Return the batch as the weight that reads it needs it.
+    """Return the batch on `device`, in a precision that fits the weight that reads it.
 
     Args:
         batch: tensors in mappings, lists and tuples.
         device: where to move it; None leaves it where it is.
-        dtype: the weight's; floats take it where it is a 16-bit one, which meets no float32 without autocast.
+        dtype: the weight's. If it has 16 bits, floats are converted to it, since without autocast it does not mix
+            with float32.
     """
     is_half = dtype in (torch.float16, torch.bfloat16)
 

@@ -19,7 +19,7 @@ from hf_tract.discovery.wrappers import unwrap
 MAX_SPREAD_RATIO = 2.0
 # Weight norm (the old one), spectral norm and pruning compute the weight from these parameters in a hook.
 COMPUTED_WEIGHTS = ("weight_g", "weight_orig")
-# A layer's `__dict__` holds the digest of the weight it had before under this name, so that copies have it too.
+# The attribute that holds the digest of a layer's weight before whitening; in `__dict__`, so that copies have it.
 _WHITENED = "_tract_whitened"
 
 
@@ -29,7 +29,7 @@ def check_fresh(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool
     Args:
         model: wrapped or not.
         layer: one of its layers.
-        weight: the whole weight of the layer, where `model` may be sharded.
+        weight: the whole weight of the layer, even if `model` is sharded.
         force: accept weights that are not fresh.
 
     Raises:
@@ -85,7 +85,7 @@ def checkpoint_of(model: nn.Module, parameters: Iterable[Any]) -> str:
 
 
 def _problem_with(model: nn.Module, layer: nn.Module, weight: Tensor) -> str:
-    """Return what shows that a weight is not fresh, or ""."""
+    """Return why a weight is not fresh, or "" if it is."""
     if _was_whitened(layer, weight):
         return "was whitened before"
     checkpoint = checkpoint_of(model, [layer.weight])
@@ -96,7 +96,7 @@ def _problem_with(model: nn.Module, layer: nn.Module, weight: Tensor) -> str:
 
 def _was_whitened(layer: nn.Module, weight: Tensor) -> bool:
     before: str | None = layer.__dict__.get(_WHITENED)
-    # Equal digests mean that somebody has loaded the fresh weights again.
+    # Equal digests mean that the fresh weights were loaded again.
     return before is not None and before != _digest(weight)
 
 
@@ -106,7 +106,7 @@ def _digest(weight: Tensor) -> str:
 
 
 def _trained(layer: nn.Module, weight: Tensor) -> str:
-    """Return what shows that a weight was trained, or "".
+    """Return why a weight looks trained, or "" if it does not.
 
     Training makes rows prefer some directions. The spread n tr(S^2) / tr(S)^2 of the eigenvalues of S = W^T W is 1
     where they are equal; for m rows of n independent entries it is 1 + n / m, by Marchenko and Pastur.

@@ -35,13 +35,13 @@ def second_moments(
         model: wrapped, sharded or neither.
         batches: as `to_model_inputs` returns them, on any device.
         layers: layers of `model`.
-        process_group: the data-parallel ranks, the default group where None.
+        process_group: the data-parallel ranks; None for the default group.
 
     Returns:
         For each layer a tensor (g, n, n), float64, on the CPU.
 
     Raises:
-        TrActError: where nothing reaches a layer, or nothing but zeros, or what is not finite.
+        TrActError: if no patches reach a layer, or only zeros, or numbers that are not finite.
     """
     collectors = [_MomentCollector(layer.module) for layer in layers]
     with torch.no_grad():
@@ -83,7 +83,7 @@ def _all_reduced(sums: Tensor, group: Any) -> Tensor:
 
 
 class _MomentCollector(PatchOpMode):
-    """Sums p p^T over the patches that one layer reads. It is active while that layer runs."""
+    """Sums p p^T over the patches that one layer reads; it is active while that layer runs."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _MomentCollector(PatchOpMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Collect whenever the layer runs inside."""
+        """Collect whenever the layer runs inside this context."""
 
         def enter(*_: Any) -> None:
             self.__enter__()
@@ -136,7 +136,7 @@ def _collect(model: nn.Module, batches: Iterable[Any], collectors: Sequence[_Mom
     device: torch.device | None = weight.device
     sharded = is_sharded(model)
     if sharded:
-        # Its weights may wait on another device than the one they work on.
+        # Its weights may be kept on another device than the one where they compute.
         device = None
     else:
         model = unwrap(model)

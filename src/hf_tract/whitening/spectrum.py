@@ -29,13 +29,13 @@ def first_layer_spectrum(
 ) -> dict[str, Spectrum]:
     """Measure the eigenvalues of C = (1/b) sum of p p^T over the patches p that the first layer reads of `batches`.
 
-    Their mean is the mean square of the pixels, 1 where these are standardised, which is what a `lam` of 0.05 to 0.2
-    is for. Directions whose eigenvalue is far below `lam` are not equalised, only scaled by 1 / lam. The model stays
+    Their mean is the mean square of the pixels, 1 where these are standardised; a `lam` of 0.05 to 0.2 is meant for
+    that. Directions whose eigenvalue is far below `lam` are not equalised, only scaled by 1 / lam. The model stays
     as it is.
 
     Args:
         model: any model, wrapped or not.
-        batches: what training feeds it, normalised, in any form that `whiten_first_layer` takes.
+        batches: as in training, normalised, in any form that `whiten_first_layer` takes.
         lam: the damping to compare with.
         layers: as in `apply_tract`.
 
@@ -61,7 +61,7 @@ def first_layer_spectrum(
 
 
 def spectrum_of(moment: Tensor, lam: float) -> Spectrum:
-    """Return the figures of C, (groups, n, n), for the damping `lam`: those of all groups, the worst condition."""
+    """Return the spectrum of C, (groups, n, n), over all groups; `condition` is that of the worst group."""
     values = torch.linalg.eigvalsh(moment).clamp(min=0)
     condition = (values[:, -1] + lam) / (values[:, 0] + lam)
     return Spectrum(

@@ -34,20 +34,20 @@ def whiten_first_layer(  # noqa: PLR0913
     C = (1/b) sum of p p^T is taken over all b patches p of the batches, on every data-parallel rank, so that all ranks
     come to the same weight. The model's mode, its buffers and the random numbers stay as they are. The model may be
     wrapped or sharded (DDP, FSDP1, FSDP2, ZeRO); where it is sharded, each rank needs as many batches as the others.
-    Make optimizers that copy the weights afterwards, except for DeepSpeed's.
+    Optimizers that copy the weights must be made afterwards, except for DeepSpeed's, whose copy is changed too.
 
     Args:
         model: any model whose first layer has not been trained.
-        batches: what training feeds it, augmented and normalised: one batch (a tensor of pixels, or a mapping of
-            keyword arguments), several, or a `DataLoader`, whose first four are taken. One of several may also be a
-            list of images, or a tuple such as (pixels, labels), whose first entry counts. Where one forward call runs
-            the layer twice, the first time counts.
-        lam: damping, in the units of C's eigenvalues; use the one of `apply_tract`.
+        batches: as in training, augmented and normalised: one batch (a tensor of pixels, or a mapping of
+            keyword arguments), several, or a `DataLoader`, of which the first four batches are read. Where several are
+            given, each may also be a list of images, or a tuple such as (pixels, labels), whose first entry is used.
+            Where one forward call runs the layer twice, the first time counts.
+        lam: the damping, in the units of C's eigenvalues; use the same one as in `apply_tract`.
         layers: as in `apply_tract`.
         match_scale: also scale the weight so that its outputs have the mean square that W0's would have on white
             input; without it they are smaller because of lam, by 2 to 3 for photographs.
-        force: whiten weights that look trained too.
-        process_group: the data-parallel ranks, the default group where None.
+        force: whiten the weights even if they look trained or were whitened before.
+        process_group: the data-parallel ranks; None for the default group.
 
     Returns:
         The layers whose weights were changed.
