@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -127,6 +128,7 @@ class Job:
         return [*flags, "--variant", self.config.get("variant", "none")]
 
 
+@functools.cache
 def load(recipe: str) -> Changes:
     """The values of a recipe, by the name of its file."""
     path = next(folder / recipe for folder in RECIPES if (folder / recipe).exists())

@@ -3,8 +3,9 @@
 import dataclasses
 import importlib.util
 import re
-import subprocess
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import report
 import results
 import runner
 import torch
+import train
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from arms import first_layer
 from beyond import ALL, BEYOND
 from cifar_models import cifar_model
-from experiments import CIFAR100, EXPERIMENTS, HERE, Job
+from experiments import CIFAR100, EXPERIMENTS, HERE, Experiment, Job
 from results import Result
 from scipy import stats
 from summary import Arm, collect, gain, speed_up
@@ -115,29 +118,90 @@ def test_a_run_that_two_experiments_ask_for_is_one():
     assert short == [15, 10]
 
 
+def small_enough(experiment: Experiment) -> Experiment:
+    """Replaces ResNet-50, which takes longer than all other runs together, by ResNet-18."""
+    if "ResNet-50; 30 epochs" in experiment.few:
+        return dataclasses.replace(experiment, few=("ResNet-18; 30 epochs",))
+    return experiment
+
+
+SWEPT = [small_enough(experiment) for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]]]
+
+
+def run_here(what, todo, at_once, done, devices):
+    """Does what `jobs.run_all` does, without an interpreter for each run."""
+    for work in todo:
+        for _, script, *options in work.commands:
+            assert script == str(HERE / "train.py")
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(sys, "argv", [script, *options])
+                train.main()
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+        done(work)
+    return []
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Every experiment of the paper and each arm beyond it at the smoke scale, by the command itself."""
+    """Runs every experiment of the paper and each arm beyond it at the smoke scale."""
     folder = tmp_path_factory.mktemp("paper")
-    options = ["--scale", "smoke", "--jobs", "2", "--output-dir", str(folder)]
-    command = [sys.executable, str(HERE), "run", "all", "beyond_vit", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    jobs = [job for experiment in SWEPT for job in experiment.jobs("smoke")]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runner, "run_all", run_here)
+        runner.run(jobs, folder / "smoke.jsonl", folder / "smoke", {})
     return folder
 
 
-def test_every_arm_of_every_experiment_runs(smoke):
-    have = results.read(smoke / "smoke.jsonl")
-    wanted = {
-        job.key for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]] for job in experiment.jobs("smoke")
-    }
-    assert have.keys() == wanted
+def keys(experiments: Iterable[Experiment]) -> set[str]:
+    return {job.key for experiment in experiments for job in experiment.jobs("smoke")}
+
+
+def assert_whole(folder: Path) -> dict[str, Result]:
+    """Returns the results of a folder, after a look at each."""
+    have = results.read(folder / "smoke.jsonl")
     for result in have.values():
         assert len(result.top1) == len(result.top5) == len(result.seconds) == result.config["epochs"]
         assert all(np.isfinite(result.loss))
         assert result.versions["torch"] == torch.__version__.split("+")[0]
-        assert result.command.startswith("python benchmarks/paper run all beyond_vit --scale smoke")
-    assert not [path for path in (smoke / "smoke").iterdir() if path.is_dir()]
+    assert not [path for path in (folder / "smoke").iterdir() if path.is_dir()]
+    return have
+
+
+def test_every_arm_of_every_experiment_runs(smoke):
+    assert assert_whole(smoke).keys() == keys(SWEPT)
+
+
+def command_line():
+    """Returns the module of the command, whose folder is no package."""
+    spec = importlib.util.spec_from_file_location("paper_main", HERE / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_command(monkeypatch, folder: Path, *experiments: str) -> dict[str, Result]:
+    """Returns what the command leaves, which starts an interpreter for each run."""
+    arguments = ["run", *experiments, "--scale", "smoke", "--jobs", "2", "--output-dir", str(folder)]
+    monkeypatch.setattr(sys, "argv", [str(HERE.relative_to(ROOT)), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        command_line().app()
+    assert ended.value.code == 0
+    have = assert_whole(folder)
+    told = f"python benchmarks/paper run {' '.join(experiments)} --scale smoke"
+    assert all(result.command.startswith(told) for result in have.values())
+    return have
+
+
+def test_the_command_runs_an_experiment_in_a_process_of_its_own(tmp_path, monkeypatch):
+    have = run_command(monkeypatch, tmp_path, "learning_rate")
+    assert have.keys() == keys([EXPERIMENTS["learning_rate"]])
+
+
+@pytest.mark.slow
+def test_the_command_runs_every_arm_of_every_experiment(tmp_path, monkeypatch):
+    have = run_command(monkeypatch, tmp_path, "all", "beyond_vit")
+    assert have.keys() == keys([*EXPERIMENTS.values(), BEYOND["beyond_vit"]])
 
 
 def test_torch_tract_takes_the_same_steps(smoke):
@@ -232,9 +296,6 @@ def test_the_stored_results_are_what_the_stored_report_says(tmp_path):
     ],
 )
 def test_bad_arguments_are_told(arguments, message):
-    spec = importlib.util.spec_from_file_location("paper_main", HERE / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    shown = CliRunner().invoke(module.app, arguments)
+    shown = CliRunner().invoke(command_line().app, arguments)
     assert shown.exit_code == 2
     assert message in " ".join(shown.stderr.replace("│", " ").split())
