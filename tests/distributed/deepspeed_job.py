@@ -1,16 +1,20 @@
-"""Run by tests/distributed/test_deepspeed.py under torchrun: trains in every scenario and saves the weights."""
+"""Trains by DeepSpeed in the ranks of test_deepspeed.py, which alone import it."""
 
 import contextlib
-import sys
-import warnings
+import os
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
-from helpers.ranks import COLUMNS, STEPS, Net, images, leave, loss_sum
-from helpers.zero_scenarios import SCENARIOS, STAGES
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+import deepspeed
+import deepspeed.comm.torch
+
+from helpers.ranks import COLUMNS, STEPS, Net, images, loss_sum
 from hf_tract import apply_tract, whiten_first_layer
+
+deepspeed.comm.torch.build_shm_op = lambda: None  # else it compiles an operator that only inference uses
 
 
 def engine_of(model: torch.nn.Module, stage: int, micros: int = 1) -> deepspeed.DeepSpeedEngine:
@@ -68,14 +72,3 @@ def train(rank: int, stage: int, when: str, micros: int) -> tuple[torch.Tensor, 
             engine.step()
     dist.all_reduce = original
     return weights_of(model, stage), len(calls)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    done = {scenario: train(dist.get_rank(), *scenario) for scenario in SCENARIOS}
-    done |= {stage: whitened(dist.get_rank(), stage) for stage in STAGES}
-    if dist.get_rank() == 0:
-        torch.save(done, f"{sys.argv[1]}/results.pt")
-    leave()

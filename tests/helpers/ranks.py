@@ -1,6 +1,7 @@
 """Trains a model in two gloo processes on parts of the same images, and in one process to compare them with."""
 
 import faulthandler
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import nn
 
 from hf_tract import TrActHandle, apply_tract
 
+PRELOADED = ["hf_tract.integrations", "timm", "torch.distributed.fsdp", "transformers.models.vit.modeling_vit"]
 STEPS = 4
 COLUMNS = 3 * 4 * 4
 
@@ -135,6 +137,9 @@ def train(
 
 
 def _main(rank: int, folder: str, job: Callable[..., Any], names: list[str]) -> None:
+    # As torchrun sets them; the group is made here, so nothing listens at that address.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     faulthandler.enable()  # a rank that aborts says where
@@ -157,6 +162,11 @@ def leave() -> None:
 
 
 def on_two_ranks(folder: Path, job: Callable[[int, str], Any], names: list[str]) -> list[dict[str, Any]]:
-    """Runs `job(rank, name)` for each name in one pair of processes; returns its results, by rank and name."""
-    mp.spawn(_main, (str(folder), job, names), nprocs=2)
+    """Runs `job(rank, name)` for each name in one pair of processes; returns its results, by rank and name.
+
+    Each pair is forked from a server that has imported the large packages and has run nothing yet, so that they are
+    imported once for all pairs.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(_main, (str(folder), job, names), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
