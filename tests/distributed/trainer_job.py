@@ -1,8 +1,7 @@
-"""Trains each of `{name: settings}`, alone or by torchrun: `trainer_job.py FOLDER JSON`."""
+"""Trains each of `{name: settings}`; under torchrun: `trainer_job.py FOLDER JSON`."""
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -12,9 +11,8 @@ from helpers.ranks import leave
 from hf_tract import TrActCallback
 
 
-def main(folder: Path, jobs: dict[str, dict]) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def train(folder: Path, jobs: dict[str, dict]) -> dict[str, tuple[torch.Tensor, int]]:
+    """Returns the weights after each training, and how many steps that took."""
     results = {}
     for name, settings in jobs.items():
         lam, whiten_init = settings.pop("lam", 0.1), settings.pop("whiten_init", False)
@@ -22,10 +20,13 @@ def main(folder: Path, jobs: dict[str, dict]) -> None:
         run = trainer(folder / name, small_vit(), callbacks, num_train_epochs=5, **settings)
         run.train()
         results[name] = weights(run.model), run.state.global_step
-    if run.args.should_save:
-        torch.save(results, folder / "results.pt")
+    return results
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    torch.set_num_threads(1)
+    target = Path(sys.argv[1])
+    results = train(target, json.loads(sys.argv[2]))
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, target / "results.pt")
     leave()
