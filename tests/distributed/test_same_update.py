@@ -21,7 +21,7 @@ from helpers.oracle import assert_close
 from helpers.ranks import flat, fsdp2_no_sync, on_two_ranks
 from hf_tract import apply_tract
 
-STEPS, IMAGES = 20, 64
+STEPS, IMAGES = 8, 64
 
 
 def vit() -> nn.Module:
