@@ -12,6 +12,10 @@ from helpers.oracle import assert_close, expected
 from hf_tract import apply_tract
 from hf_tract.core.ops import precondition
 
+# What TrAct adds is in the graph before a backend sees it. Two tests compare inductor's own code in every run, and the
+# others do with `pytest -m slow`, since it takes g++ most of a minute for a ViT.
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
@@ -69,15 +73,16 @@ def test_changing_batch_sizes_accumulation_and_lam_need_no_new_graph():
     assert_close(model[0].weight.grad, expected(plain[0].weight.grad, x, plain[0], 0.3), 1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_vit_with_checkpointed_blocks_and_autocast_has_the_rule(autocast):
+def test_a_vit_with_checkpointed_blocks_and_autocast_has_the_rule(autocast, backend):
     plain, batch = small_vit().train(), Images().batch(0, 8)
     model = copy.deepcopy(plain)
     apply_tract(model)
     # transformers before 5.2x has the older name, which newer ones warn about
     enable = "activation_checkpointing_enable"
     getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend=backend)
     for net in (plain, compiled):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = net(**batch).loss
@@ -86,7 +91,8 @@ def test_a_vit_with_checkpointed_blocks_and_autocast_has_the_rule(autocast):
     assert_close(stem_of(model).weight.grad, wanted, 0.05 if autocast else 1e-4)
 
 
-def test_two_calls_in_one_graph_share_one_moment():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_calls_in_one_graph_share_one_moment(backend):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -98,7 +104,7 @@ def test_two_calls_in_one_graph_share_one_moment():
     plain, x, y = Twice(), torch.randn(5, 3, 9, 9), 3 * torch.randn(2, 3, 9, 9)
     model = copy.deepcopy(plain)
     apply_tract(model, layers="stem")
-    torch.compile(model, fullgraph=True)(x, y).backward()
+    torch.compile(model, fullgraph=True, backend=backend)(x, y).backward()
     plain(x, y).backward()
     assert_close(model.stem.weight.grad, expected(plain.stem.weight.grad, [x, y], plain.stem, 0.1), 1e-5)
 
@@ -119,11 +125,12 @@ class Checkpointed(nn.Module):
         return checkpoint(self.stem, x, use_reentrant=False).square().sum()
 
 
-def test_a_full_graph_with_a_checkpoint_over_the_layer_has_the_rule():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_graph_with_a_checkpoint_over_the_layer_has_the_rule(backend):
     plain = Checkpointed()
     model = copy.deepcopy(plain)
     apply_tract(model, layers="stem")
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     parts = torch.randn(3, 3, 9, 9), 3 * torch.randn(2, 3, 9, 9)
     for x in parts:  # two micro-steps
         compiled(x).backward()
