@@ -1,7 +1,6 @@
 """The accelerate example: any model from a recipe, resumed anywhere, on one process or two."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from transformers import AutoModelForImageClassification
 
 import pretrain_vit
 from helpers.oracle import assert_close
+from helpers.ranks import on_two_ranks
 from hf_tract.integrations import TrainingRecord
 from hf_tract.integrations.training_record import RECORD_FILE
 from hf_tract.metrics import TopK
@@ -28,15 +28,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}
 FAST = [
     *(["--cpu"] if torch.accelerator.is_available() else []),
-    "--epochs",
-    "2",
-    "--train_samples",
-    "256",
-    "--batch_size",
-    "32",
-    "--model_config",
-    json.dumps(TINY),
+    *("--epochs", "2", "--train_samples", "128", "--test_samples", "100", "--batch_size", "16"),
+    *("--model_config", json.dumps(TINY)),
 ]
+HALF_THE_BATCH = ["--batch_size", "8"]  # of each of two processes, which see the same images together
 
 
 def run(monkeypatch, folder, *arguments) -> Path:
@@ -239,43 +234,56 @@ def test_top_1_and_top_5_are_counted():
     assert TopK().compute(predictions=scores, references=[0, 7, 0, 0] + [7] * 4) == {"top1": 0.25, "top5": 0.5}
 
 
+def on_a_rank(rank: int, arguments: str) -> None:
+    """Runs the script as one of the processes that `torchrun` starts."""
+    folder, *options = json.loads(arguments)
+    sys.argv = ["pretrain_vit.py", *FAST, *HALF_THE_BATCH, "--output_dir", folder, *options]
+    pretrain_vit.main()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Makes the folders of a run on two processes, and of one that was begun on one of them."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_until_killed(monkeypatch, folder / "resumed", after=3)
+    runs = [[str(folder / "straight")], [str(folder / "resumed"), "--resume_from_checkpoint", "latest"]]
+    on_two_ranks(folder, on_a_rank, [json.dumps(each) for each in runs])
+    return folder
+
+
+def test_two_processes_end_where_one_does(whole, two):
+    assert_close(weights(two / "straight"), weights(whole), 1e-3)
+    assert history(two / "straight")[-1]["step"] == history(whole)[-1]["step"]
+
+
+def test_begun_on_one_process_and_resumed_on_two_it_ends_there_too(whole, two):
+    assert_close(weights(two / "resumed"), weights(whole), 1e-3)
+    assert [entry["step"] for entry in history(two / "resumed")] == [8, 16]
+
+
 def command(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launcher, str(EXAMPLES / "pretrain_vit.py"), *FAST, "--output_dir", str(folder), *options]
 
 
-def run_on_two(folder: Path, *options: str) -> None:
-    """Each process has half the batch: the same images together, augmented alike."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 90))
-    two = command(folder, "--batch_size", "16", *options, launcher=launcher)
-    done = subprocess.run(two, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_two_processes_end_where_one_does(whole, tmp_path):
-    run_on_two(tmp_path)
+@pytest.mark.slow
+def test_torchrun_ends_where_one_process_does(whole, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    subprocess.run(command(tmp_path, *HALF_THE_BATCH, launcher=launcher), check=True)
     assert_close(weights(tmp_path), weights(whole), 1e-3)
-    assert history(tmp_path)[-1]["step"] == history(whole)[-1]["step"]
-
-
-def test_begun_on_one_process_and_resumed_on_two_it_ends_there_too(whole, tmp_path, monkeypatch):
-    run_until_killed(monkeypatch, tmp_path, after=3)
-    run_on_two(tmp_path, "--resume_from_checkpoint", "latest")
-    assert_close(weights(tmp_path), weights(whole), 1e-3)
-    assert [entry["step"] for entry in history(tmp_path)] == [8, 16]
 
 
 @pytest.mark.slow
 def test_killed_within_an_epoch_and_resumed_it_ends_bit_identical(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    more = ("--epochs", "4", "--train_samples", "2048", "--checkpointing_steps", "5")
-    subprocess.run(command(tmp_path / "whole", *more), check=True, env=environment)
-    process = subprocess.Popen(command(tmp_path / "killed", *more), env=environment)
+    more = ("--epochs", "4", "--train_samples", "2048", "--batch_size", "32", "--checkpointing_steps", "5")
+    subprocess.run(command(tmp_path / "whole", *more), check=True)
+    process = subprocess.Popen(command(tmp_path / "killed", *more))
     while not (tmp_path / "killed/checkpoints/checkpoint_14").exists():  # in the second epoch of 64 steps
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(
-        command(tmp_path / "killed", *more, "--resume_from_checkpoint", "latest"), check=True, env=environment
-    )
+    subprocess.run(command(tmp_path / "killed", *more, "--resume_from_checkpoint", "latest"), check=True)
     assert torch.equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
