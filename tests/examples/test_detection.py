@@ -19,6 +19,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import detect_detr
 import detect_voc
+import detection_data
 from detection_data import VOC_NAMES, DetectionArguments, Objects
 from detection_metrics import mean_average_precision
 from digit_scenes import digit_scenes
@@ -128,7 +129,8 @@ def test_the_gradient_is_the_formula_s_over_padded_images_of_several_sizes(make)
     ],
 )
 def test_torchvision_s_detectors_are_seen_through(name, stem):
-    model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None)
+    sizes = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 96}  # else it is tried on large images
+    model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, **sizes)
     assert [layer.name for layer in find_first_layers(model)] == [stem]
 
 
@@ -144,7 +146,7 @@ def test_the_detr_family_is_seen_through(name):
 def frozen_resnet() -> nn.Module:
     """As torchvision makes them: the stem frozen behind a FrozenBatchNorm, by its own default of trainable layers."""
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3)
-    return torchvision.models.detection.FasterRCNN(backbone, 4)
+    return torchvision.models.detection.FasterRCNN(backbone, 4, min_size=64, max_size=96)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +262,15 @@ def test_a_data_set_without_boxes_is_refused(tmp_path):
         DetectionArguments(dataset=str(tmp_path)).load()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_scenes():
+    """Draws the scenes once and few of them, which are most of the time of a run."""
+    scenes = digit_scenes(train=8, test=4)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(detection_data, "digit_scenes", lambda: scenes)
+        yield
+
+
 @pytest.fixture
 def alone():
     """Each script sets up accelerate for itself."""
@@ -268,9 +279,8 @@ def alone():
     GradientState._reset_state()
 
 
-FEW = ["--train_samples", "16", "--test_samples", "6"]
-VOC_FAST = [*FEW, "--epochs", "2", "--batch_size", "4", "--width", "0.03", "--head_size", "16", "--warmup_steps", "2"]
-DETR_FAST = [*FEW, "--image_size", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
+VOC_FAST = ["--epochs", "2", "--batch_size", "4", "--width", "0.03", "--head_size", "16", "--warmup_steps", "2"]
+DETR_FAST = ["--image_size", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
 
 
 def run(script, monkeypatch, folder, *options) -> list[dict]:
