@@ -41,13 +41,19 @@ def python(tmp_path_factory) -> Path:
     return fresh_python(tmp_path_factory.mktemp("fresh") / "venv")
 
 
-def run(environment, *arguments, cwd, python=sys.executable) -> str:
+def run(environment, python, code, *arguments, cwd) -> str:
     done = subprocess.run(
-        [python, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [python, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout
+
+
+def run_scripts(environment, *commands: list[str], cwd) -> list[str]:
+    """Runs commands one after the other in one interpreter, and returns what each printed."""
+    out = run(environment, sys.executable, SCRIPTS, str(EXAMPLES), json.dumps(commands), cwd=cwd)
+    return out.split(NEXT)[1:]
 
 
 def flowers() -> bytes:
@@ -69,23 +75,24 @@ def test_a_model_goes_from_pre_training_to_a_pipeline(hub, environment, python, 
     part = flowers()
     data.commit("main", {f"data/{split}-00000-of-00001.parquet": part for split in ("train", "test")}, set(), "data")
     hub.repos[f"datasets/{FLOWERS}"] = data
-    cpu = ["--cpu"]
-    model = ["--model_config", json.dumps(TINY), "--epochs", "1", "--train_samples", "128", "--batch_size", "32"]
-    push = ["--push_to_hub", "--hub_model_id", "tester/vit-crops", "--license", "mit"]
-    run(environment, EXAMPLES / "pretrain_vit.py", *cpu, *model, *push, "--output_dir", "pretrain", cwd=tmp_path)
-    loaded = run(environment, "-c", LOAD, "tester/vit-crops", cwd=tmp_path, python=python)
-    assert loaded.split() == ["20", "True"]
-    inspected = run(environment, "-m", "hf_tract", "inspect", "tester/vit-crops", "--json", cwd=tmp_path)
+    few = ["--train_samples", "128", "--test_samples", "64", "--batch_size", "32", "--epochs", "1"]
+    crops = ["--hub_model_id", "tester/vit-crops", "--license", "mit"]
+    model = ["--model_config", json.dumps(TINY)]
+    pretrain = ["pretrain_vit.py", "--cpu", *model, *few, "--push_to_hub", *crops, "--output_dir", "pretrain"]
+    inspect = ["hf_tract", "inspect", "tester/vit-crops", "--json"]
+    tune = ["transfer.py", "--use_cpu", "--checkpoint", "tester/vit-crops", "--dataset", FLOWERS]
+    tune += ["--num_train_epochs", "1", "--save_strategy", "epoch", "--disable_tqdm", "True"]
+    flowers_model = ["--push_to_hub", "--hub_model_id", "tester/vit-flowers", "--hub_private_repo", "True"]
+    tune += [*flowers_model, "--output_dir", "flowers"]
+    _, inspected, tuned = run_scripts(environment, pretrain, inspect, tune, cwd=tmp_path)
     assert json.loads(inspected)["layers"][0]["name"] == "vit.embeddings.patch_embeddings.projection"
+    assert "The head is made anew: tester/vit-crops knows 20 classes, the data set has 102." in tuned
 
-    tune = ["--use_cpu", "--checkpoint", "tester/vit-crops", "--dataset", FLOWERS, "--num_train_epochs", "1"]
-    push = ["--push_to_hub", "--hub_model_id", "tester/vit-flowers", "--hub_private_repo", "True"]
-    quiet = ["--save_strategy", "epoch", "--disable_tqdm", "True", "--output_dir", "flowers"]
-    out = run(environment, EXAMPLES / "transfer.py", *tune, *push, *quiet, cwd=tmp_path)
-    assert "The head is made anew: tester/vit-crops knows 20 classes, the data set has 102." in out
     Image.new("RGB", (50, 40), "red").save(tmp_path / "image.png")
-    label = run(environment, "-c", CLASSIFY, "tester/vit-flowers", "image.png", cwd=tmp_path, python=python)
-    assert label.startswith("flower ")
+    code = LOADING + 'load("tester/vit-crops"); classify("tester/vit-flowers", "image.png")'
+    loaded, classified = run(environment, python, code, cwd=tmp_path).splitlines()
+    assert loaded == "20 True"
+    assert classified.startswith("flower ")
 
     pushed = hub.repos["tester/vit-flowers"]
     assert pushed.private
@@ -111,63 +118,67 @@ def test_a_model_goes_from_pre_training_to_a_pipeline(hub, environment, python, 
 
 
 def test_a_timm_model_loads_by_timm_and_is_fine_tuned(hub, environment, python, tmp_path):
-    model = [
-        "--model",
-        "test_vit",
-        "--model_config",
-        "{}",
-        "--epochs",
-        "1",
-        "--train_samples",
-        "64",
-        "--batch_size",
-        "32",
-    ]
-    model += ["--image_size", "160"]
-    run(environment, EXAMPLES / "pretrain_vit.py", "--cpu", *model, "--output_dir", "timm", cwd=tmp_path)
+    few = ["--train_samples", "64", "--test_samples", "32"]
+    model = ["--model", "test_vit", "--model_config", "{}", "--image_size", "160"]
+    once = ["--epochs", "1", "--batch_size", "32"]
+    pretrain = ["pretrain_vit.py", "--cpu", *model, *few, *once, "--output_dir", "timm"]
+    tune = ["transfer.py", "--use_cpu", "--checkpoint", "hf-hub:tester/timm-crops", *few, "--num_train_epochs", "1"]
+    run_scripts(
+        environment,
+        pretrain,
+        ["push_to_hub.py", "timm", "--repo_id", "tester/timm-crops"],
+        [*tune, "--output_dir", "tuned"],
+        ["push_to_hub.py", "tuned", "--repo_id", "tester/timm-digits", "--revision", "v1"],
+        cwd=tmp_path,
+    )
     saved = json.loads((tmp_path / "timm" / "model" / "config.json").read_text())
     assert saved["pretrained_cfg"]["mean"] != [0.5, 0.5, 0.5] != saved["pretrained_cfg"]["std"]  # the photographs' own
-    publish = EXAMPLES / "push_to_hub.py"
-    run(environment, publish, "timm", "--repo_id", "tester/timm-crops", cwd=tmp_path)
-    assert (
-        run(environment, "-c", LOAD + TIMM, "tester/timm-crops", cwd=tmp_path, python=python).split()
-        == ["20", "True"] * 2
-    )
-    tuned = [
-        "--use_cpu",
-        "--checkpoint",
-        "hf-hub:tester/timm-crops",
-        "--train_samples",
-        "64",
-        "--num_train_epochs",
-        "1",
-    ]
-    run(environment, EXAMPLES / "transfer.py", *tuned, "--output_dir", "tuned", cwd=tmp_path)
-    run(environment, publish, "tuned", "--repo_id", "tester/timm-digits", "--revision", "v1", cwd=tmp_path)
     card = ModelCard(hub.repos["tester/timm-digits"].files("v1")["README.md"].decode())
     assert (card.data.library_name, card.data.base_model) == ("timm", "tester/timm-crops")
-    loaded = run(environment, "-c", LOAD + TIMM, "tester/timm-digits", "v1", cwd=tmp_path, python=python)
-    assert loaded.split() == ["10", "True"] * 2
+    repositories = [["tester/timm-crops"], ["tester/timm-digits", "v1"]]
+    code = LOADING + f"for each in {repositories}: load(*each); load_by_timm(*each)"
+    loaded = run(environment, python, code, cwd=tmp_path).splitlines()
+    assert loaded == ["20 True"] * 2 + ["10 True"] * 2
 
 
-LOAD = """
-import sys, torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-name, revision = [*sys.argv[1:], "main"][:2]
-model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
-processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+NEXT = "--- the next script ---\n"
+SCRIPTS = f"""
+import json, runpy, sys
+from accelerate.state import AcceleratorState, GradientState
+_, folder, commands = sys.argv
+sys.path.insert(0, folder)
+for name, *arguments in json.loads(commands):
+    print(end={NEXT!r}, flush=True)
+    sys.argv = [name, *arguments]
+    try:
+        if name.endswith(".py"):
+            runpy.run_path(folder + "/" + name, run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+    sys.stdout.flush()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+"""
+LOADING = """
+import timm, torch
 from PIL import Image
-scores = model(**processor(Image.new("RGB", (50, 40)), return_tensors="pt")).logits
-print(scores.shape[-1], bool(scores.isfinite().all()))
-"""
-CLASSIFY = """
-import sys
-from transformers import pipeline
-print(pipeline("image-classification", model=sys.argv[1])(sys.argv[2])[0]["label"])
-"""
-TIMM = """
-import timm
-model = timm.create_model(f"hf-hub:{name}@{revision}", pretrained=True).eval()
-scores = model(torch.rand(1, *model.pretrained_cfg["input_size"]))
-print(scores.shape[-1], bool(scores.isfinite().all()))
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+def load(name, revision="main"):
+    model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
+    processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    show(model(**processor(Image.new("RGB", (50, 40)), return_tensors="pt")).logits)
+
+def load_by_timm(name, revision="main"):
+    model = timm.create_model(f"hf-hub:{name}@{revision}", pretrained=True).eval()
+    show(model(torch.rand(1, *model.pretrained_cfg["input_size"])))
+
+def show(scores):
+    print(scores.shape[-1], bool(scores.isfinite().all()))
+
+def classify(name, image):
+    print(pipeline("image-classification", model=name)(image)[0]["label"])
+
 """
