@@ -1,5 +1,7 @@
 """Images of any number of channels and any bit depth, for `hf-tract inspect --dataset`."""
 
+import sys
+
 import datasets
 import numpy as np
 import pytest
@@ -93,3 +95,9 @@ def test_a_split_that_is_not_there_is_an_error_in_a_line(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "0.png")
     with pytest.raises(TrActError, match=says("`dataset` (=", "cannot be read", "test", "train")):
         read(tmp_path, split="test")
+
+
+def test_without_datasets_the_error_names_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TrActError, match=says("needs the package datasets: pip install 'hf-tract[cli]'")):
+        read_images(str(tmp_path), "train", 2, (3, 8, 8))

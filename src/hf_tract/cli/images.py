@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,6 +72,10 @@ def _draw_rows(name: str, split: str, samples: int) -> list[Row]:
 
 
 def _open_dataset(name: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("it needs the package datasets: pip install 'hf-tract[cli]'") from error
     path = Path(name)
     if (path / "dataset_dict.json").exists():
         return datasets.load_from_disk(name)[split]
