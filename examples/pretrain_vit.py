@@ -59,8 +59,12 @@ def main() -> None:
         folder = Path(run.output_dir) / "model"
         save_model(trained.model, folder, trained.look, trained.splits.names)
         record(recipe, hub_id, run.license, trained).save(folder, run.hub_model_id)
+        print(f"The model is in {folder}, with its card.")
         if run.push_to_hub:
             print(push_folder(folder, hub_id, update=True))
+        else:
+            print(f"To fine-tune it: python examples/transfer.py --model {folder}")
+            print(f"To publish it: python examples/push_to_hub.py {run.output_dir} --repo_id OWNER/NAME")
 
 
 def ready_made(recipe: Recipe, splits: Splits, look: Preprocessing) -> nn.Module:
@@ -163,10 +167,8 @@ def train(
         began = clock() - progress.seconds
         progress.epoch = epoch
         images.set_epoch(epoch)
-        loader = skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
-        loader.set_epoch(epoch)
         model.train()
-        for pixels, labels in loader:
+        for pixels, labels in batches_left(train_loader, epoch, progress.batch):
             with accelerator.accumulate(model):
                 if mixup:
                     pixels, labels = mixup(pixels, labels)
@@ -188,9 +190,10 @@ def train(
                         {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}, step=progress.step
                     )
                 if run.checkpointing_steps.isdigit() and progress.step % int(run.checkpointing_steps) == 0:
-                    progress.seconds = clock() - began
+                    progress.seconds, progress.loss = clock() - began, loss.item()
                     accelerator.save_state()
-        figures = {"epoch": epoch + 1, "step": progress.step, "loss": loss.item()}
+            progress.loss = loss.detach()
+        figures = {"epoch": epoch + 1, "step": progress.step, "loss": float(progress.loss)}
         progress.epoch, progress.batch, progress.seconds = epoch + 1, 0, clock() - began
         figures |= {
             "seconds": round(progress.seconds, 3),
@@ -211,6 +214,16 @@ def train(
     if recipe.channels_last:
         best = best.to(memory_format=torch.contiguous_format)  # which is what safetensors saves
     return Trained(best, handle, look, splits, read_epochs(history))
+
+
+def batches_left(loader: Any, epoch: int, done: int) -> Any:
+    """The batches of an epoch after the first `done`; none where a checkpoint was made after the last one."""
+    if done >= len(loader):
+        return []
+    if done:
+        loader = skip_first_batches(loader, done)
+    loader.set_epoch(epoch)
+    return loader
 
 
 def make_loss(recipe: Recipe, classes: int) -> tuple[nn.Module, Mixup | None]:

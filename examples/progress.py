@@ -13,14 +13,17 @@ class Progress:
 
     epoch = batch = step = 0
     seconds = 0.0
+    loss: Any = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the epoch, the batch within it and the optimizer step that come next, from 0, and seconds so far."""
-        return {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds}
+        """Returns the epoch, the batch within it and the optimizer step that come next, from 0; seconds; loss."""
+        names = ("epoch", "batch", "step", "seconds")
+        return {**{name: getattr(self, name) for name in names}, "loss": float(self.loss)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes these over."""
         self.epoch, self.batch, self.step, self.seconds = (state[key] for key in ("epoch", "batch", "step", "seconds"))
+        self.loss = state.get("loss", 0.0)  # which checkpoints of earlier versions do not have
 
 
 def start(accelerator: Accelerator, resume_from: str | None, kept: int, history: Path, progress: Progress) -> None:

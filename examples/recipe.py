@@ -98,6 +98,12 @@ class Run:
     push_to_hub: bool = False
     hub_model_id: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses what is no time for a checkpoint, before anything runs."""
+        steps = self.checkpointing_steps
+        if steps not in ("epoch", "never") and not (steps.isdigit() and int(steps) > 0):
+            raise SystemExit(f"--checkpointing_steps {steps} must be epoch, never, or a number of optimizer steps.")
+
 
 def parse(*more: type) -> tuple[Any, ...]:
     """The recipe and the run, and more dataclasses of options."""
