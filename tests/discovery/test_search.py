@@ -3,6 +3,7 @@
 import copy
 import logging
 import random
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -199,6 +200,34 @@ def test_pixels_that_are_written_into_a_buffer_stay_pixels():
         return net.tail(net.stem(padded))
 
     assert names(Net(run, stem=nn.Conv2d(3, 8, 4, 4))) == ["stem"]
+
+
+def test_pixels_that_an_operation_writes_and_does_not_return_stay_pixels():
+    library = torch.library.Library("tract_test", "DEF")
+    library.define("center(Tensor x, Tensor(a!) out) -> ()")
+
+    def center(x, out):
+        out.copy_(x - 0.5)
+
+    library.impl("center", center, "CompositeExplicitAutograd")
+    torch.library.register_fake("tract_test::center", lambda x, out: None, lib=library)
+
+    def run(net, x):
+        centered = torch.empty(x.shape, device=x.device)
+        torch.ops.tract_test.center(x, centered)
+        return net.tail(net.stem(centered) + F.interpolate(net.side(x), scale_factor=2))
+
+    model = Net(run, stem=nn.Conv2d(3, 8, 4, 4), side=nn.Conv2d(3, 8, 8, 8))
+    assert names(model) == ["stem", "side"]
+
+
+@pytest.mark.parametrize("layers", ["auto", "stem"])
+def test_a_layer_whose_weight_the_parent_reads_is_found_again(layers):
+    model = Net(lambda net, x: net.tail(F.conv2d(x, net.stem.weight, stride=4)), stem=nn.Conv2d(3, 8, 4, 4))
+    apply_tract(model, layers=layers)
+    handle = apply_tract(model, lam=0.2, layers=layers)
+    model(torch.randn(3, 3, 16, 16)).sum().backward()
+    assert handle.stats().keys() == {"stem"}
 
 
 def test_a_layer_whose_weight_the_parent_reads_is_found_and_preconditioned():
@@ -515,6 +544,30 @@ def test_named_tuples_and_other_mappings_stay_what_they_are():
     x = torch.rand(2, 13, 32, 32)
     assert names(ByName(), example_batch=(Sample(x, 1),)) == ["stem"]
     assert names(ByName(), example_batch=(hf.BatchFeature({"pixels": x}),)) == ["stem"]
+
+
+def test_types_that_hold_nothing_but_tensors_are_examples():
+    class Tensors(dict):
+        def __setitem__(self, name, value):
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"{value!r} is no tensor")
+            super().__setitem__(name, value)
+
+    class ByName(Bands):
+        def forward(self, batch):
+            return super().forward(batch["pixels"])
+
+    example = (Tensors(pixels=torch.rand(2, 13, 32, 32)),)
+    assert names(ByName(), example_batch=example) == ["stem"]
+    packed = nn.utils.rnn.pack_sequence([torch.rand(4, 6), torch.rand(2, 6)])
+    rows = Net(lambda net, packed: net.stem(packed.data), stem=nn.Linear(6, 4))
+    assert names(rows, example_batch={"x": packed}) == ["stem"]
+
+
+def test_an_error_of_an_example_s_own_types_shows():
+    example = {"x": {"pixels": MappingProxyType({"x": torch.rand(2, 3, 8, 8)})}}
+    with pytest.raises(TypeError, match="mappingproxy"):
+        find_first_layers(Net(lambda net, x: net.tail(x["pixels"]["x"])), example_batch=example)
 
 
 def test_an_example_without_pixels_is_told():

@@ -86,17 +86,26 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def _map_mapping(batch: Mapping[str, Any], change: Callable[[Tensor], Any]) -> Any:
     # Forwards read attributes of types such as transformers' `BatchFeature`, so the type is kept.
+    changed = {name: map_tensors(value, change) for name, value in batch.items()}
+    if type(batch) is dict:
+        return changed
     mapped: Any = copy.copy(batch)
     try:
-        for name, value in batch.items():
-            mapped[name] = map_tensors(value, change)
+        for name, value in changed.items():
+            mapped[name] = value
     except TypeError:  # a mapping that cannot be changed
-        return map_tensors(dict(batch), change)
+        return changed
     return mapped
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
     """Return the tensors in the mappings, lists and tuples of `batch`."""
     found: list[Tensor] = []
-    map_tensors(batch, found.append)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        # Some types that hold tensors refuse anything else.
+        return tensor
+
+    map_tensors(batch, note)
     return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hf_tract.core.attach import detach
 from hf_tract.discovery.calling import run_forward, tensors_in
 from hf_tract.discovery.inputs import pixel_argument_name
 from hf_tract.discovery.tracing import LayerInput, LayerOps, Mark, Meeting, PixelTrace
@@ -62,6 +63,8 @@ def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn
         memo[id(tensor)] = copy_tensor(tensor)
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
+        # With TrAct an operation would read something other than the weight, by which its layer is known.
+        detach(module)
         if not isinstance(module, torch.jit.ScriptModule):
             # These hooks are the user's; hooks that compute weights are pre-hooks, and stay.
             module._forward_hooks.clear()

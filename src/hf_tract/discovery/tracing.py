@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -128,9 +129,26 @@ class PixelTrace(TorchDispatchMode):
             mark = Mark.FEATURES
         out = func(*args, **kwargs)
         if mark > Mark.NOTHING:
-            for result in filter(torch.is_tensor, tree_leaves(out)):
+            for result in filter(torch.is_tensor, tree_leaves((out, _written(func, args, kwargs)))):
                 self.mark(result, mark)
         return out
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments that an operation changes in place: a user's own may return nothing."""
+    written = []
+    for place, name in _changed_arguments(func):
+        written.append(args[place] if place < len(args) else kwargs.get(name))
+    return written
+
+
+@functools.cache
+def _changed_arguments(func: Any) -> list[tuple[int, str]]:
+    changed = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            changed.append((place, argument.name))
+    return changed
 
 
 def _storage(tensor: Any) -> StorageWeakRef | None:
