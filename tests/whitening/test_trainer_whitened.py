@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import multiprocessing
 import os
 import random
 import re
@@ -10,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 from transformers import ViTConfig
 
 from helpers.models import STEM, Images, Watch, small_convnext, small_vit, stem_of, trainer, weights
@@ -162,6 +163,18 @@ def test_data_that_only_this_process_can_read_is_read_here_and_told(caplog):
     assert len(first_batches(DataLoader(Here(), 16), 2)) == 2
     (message,) = [record.getMessage() for record in caplog.records]
     assert "no other process can read Here" in message
+    assert multiprocessing.active_children() == []
+
+
+def test_no_process_is_left_behind_an_error_that_is_kept():
+    class Broken(IterableDataset):
+        def __iter__(self):
+            raise RuntimeError("tied to its process")
+
+    with pytest.raises(TrActError, match="tied to its process") as kept:
+        first_batches(DataLoader(Broken(), 8))
+    assert multiprocessing.active_children() == []
+    assert kept.value.__cause__ is not None
 
 
 def test_a_sampler_that_cannot_be_copied_is_used_itself_and_told(caplog):
@@ -170,6 +183,18 @@ def test_a_sampler_that_cannot_be_copied_is_used_itself_and_told(caplog):
     assert len(first_batches(DataLoader(Images(), 8, sampler=order), 2)) == 2
     (message,) = [record.getMessage() for record in caplog.records]
     assert "BatchSampler cannot be copied" in message
+
+
+def test_the_generator_of_a_sampler_that_cannot_be_copied_stands_where_it_stood():
+    orders = []
+    for look in (True, False):
+        sampler = RandomSampler(Images(), generator=torch.Generator().manual_seed(3))
+        sampler.lock = threading.Lock()
+        loader = DataLoader(Images(), 8, sampler=sampler)
+        if look:
+            first_batches(loader, 2)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1]
 
 
 def test_it_is_whitened_once_also_when_training_begins_again(tmp_path, monkeypatch):

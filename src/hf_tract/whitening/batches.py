@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
     if not isinstance(loader, DataLoader) and iter(loader) is loader:
         name = type(loader).__name__
         raise TrActError(f"`batches` (={name}) reads once, {READS_ONCE}")
-    with preserved_random_state():
+    with preserved_random_state(), _preserved_generators(loader):
         if isinstance(loader, DataLoader):
             return _read_apart(loader, count)
         return list(itertools.islice(loader, count))
@@ -95,7 +96,7 @@ def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
     """Return the first batches, read in another process where that is possible."""
     name = type(loader.dataset).__name__
     try:
-        return list(itertools.islice(_new_loader(loader, num_workers=1), count))
+        return _first_of(_new_loader(loader, num_workers=1), count)
     # Data may be tied to its process in many ways.
     except Exception as error:
         if isinstance(loader.dataset, IterableDataset):
@@ -105,7 +106,17 @@ def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
         logger.warning(
             "TrAct: no other process can read %s (%s); it is read here, and what it counts moves on.", name, error
         )
-    return list(itertools.islice(_new_loader(loader, num_workers=0), count))
+    return _first_of(_new_loader(loader, num_workers=0), count)
+
+
+def _first_of(loader: DataLoader[Any], count: int) -> list[Any]:
+    batches: Any = iter(loader)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        # An error that somebody keeps would keep the iterator and its process alive.
+        if loader.num_workers > 0:
+            batches._shutdown_workers()
 
 
 def _new_loader(loader: DataLoader[Any], num_workers: int) -> DataLoader[Any]:
@@ -139,6 +150,28 @@ def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
         name = type(sampler).__name__
         logger.warning("TrAct: %s cannot be copied (%s); what it counts moves on.", name, error)
         return sampler
+
+
+@contextlib.contextmanager
+def _preserved_generators(loader: Any) -> Iterator[None]:
+    """Leave the generators of a loader and of its samplers, at any depth, as they were: not all can be copied."""
+    states: dict[torch.Generator, Tensor] = {}
+    waiting = [loader]
+    seen: set[int] = set()
+    while waiting:
+        part = waiting.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            states[generator] = generator.get_state()
+        waiting += [getattr(part, "sampler", None), getattr(part, "batch_sampler", None)]
+    try:
+        yield
+    finally:
+        for generator, state in states.items():
+            generator.set_state(state)
 
 
 def move_batch(batch: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
