@@ -89,8 +89,8 @@ def test_without_tract_another_model_comes_out(whole, tmp_path, monkeypatch):
     assert (weights(vanilla) - weights(whole)).norm() > 1e-3 * weights(whole).norm()
 
 
-def run_until_killed(monkeypatch, folder, after: int, *options: str) -> None:
-    """Dies after that many checkpoints, one every 3 steps, and in the middle of the next."""
+def run_until_killed(monkeypatch, folder, after: int, *options: str, every: int = 3) -> None:
+    """Dies after that many checkpoints, one in so many steps, and in the middle of the next."""
 
     class Killed(BaseException):
         pass
@@ -105,19 +105,25 @@ def run_until_killed(monkeypatch, folder, after: int, *options: str) -> None:
 
     monkeypatch.setattr(Accelerator, "save_state", save_and_die)
     with pytest.raises(Killed):
-        run(monkeypatch, folder, "--checkpointing_steps", "3", *options)
+        run(monkeypatch, folder, "--checkpointing_steps", str(every), *options)
     monkeypatch.setattr(Accelerator, "save_state", save_state)
 
 
-@pytest.mark.parametrize("after", [1, 3])
-def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_path, monkeypatch, after):
-    run_until_killed(monkeypatch, tmp_path, after)
-    run(monkeypatch, tmp_path, "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
+@pytest.mark.parametrize("after, every", [(1, 3), (3, 3), (2, 4)], ids=["epoch 1", "epoch 2", "an epoch's last step"])
+def test_stopped_within_an_epoch_and_resumed_it_ends_bit_identical(whole, tmp_path, monkeypatch, after, every):
+    run_until_killed(monkeypatch, tmp_path, after, every=every)
+    run(monkeypatch, tmp_path, "--checkpointing_steps", str(every), "--resume_from_checkpoint", "latest")
     assert torch.equal(weights(tmp_path), weights(whole))
     resumed, straight = ([{**entry, "seconds": None} for entry in history(folder)] for folder in (tmp_path, whole))
     assert resumed == straight  # but for how long it took
     times = [entry["seconds"] for entry in history(tmp_path)]
     assert 0 < times[0] < times[1]
+
+
+@pytest.mark.parametrize("steps", ["epochs", "0", "-3"])
+def test_what_is_no_time_for_a_checkpoint_is_refused(tmp_path, monkeypatch, steps):
+    with pytest.raises(SystemExit, match=f"--checkpointing_steps {steps} must be epoch, never, or a number"):
+        run(monkeypatch, tmp_path, f"--checkpointing_steps={steps}")
 
 
 def test_a_whitened_start_is_resumed_too(whole, tmp_path, monkeypatch):
