@@ -110,3 +110,12 @@ def test_files_and_functions_are_short(file):
         if isinstance(node, ast.FunctionDef):
             lines = set(range(node.lineno, node.end_lineno + 1)) - docstring_lines(node)
             assert len(lines) <= MAX_FUNCTION_LINES, node.name
+
+
+def test_no_test_imports_another():
+    for file in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            assert not [name for name in names if name.split(".")[-1].startswith("test_")], file
