@@ -1,5 +1,6 @@
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: `pytes
 import pytest
 import torch
 from hypothesis import settings
+
+from helpers.environments import reset_accelerate
 
 settings.register_profile("default", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("default")
@@ -20,5 +23,8 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
     torch.manual_seed(0)
+    yield
+    if "accelerate" in sys.modules:
+        reset_accelerate()

@@ -15,7 +15,6 @@ import runner
 import torch
 import train
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from arms import first_layer
 from beyond import ALL, BEYOND
 from cifar_models import cifar_model
@@ -25,6 +24,7 @@ from scipy import stats
 from summary import Arm, collect, gain, speed_up
 from typer.testing import CliRunner
 
+from helpers.environments import reset_accelerate
 from jobs import Work
 from recipe import Recipe
 
@@ -136,8 +136,7 @@ def run_here(what, todo, at_once, done, devices):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 monkeypatch.setattr(sys, "argv", [script, *options])
                 train.main()
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            reset_accelerate()
         done(work)
     return []
 

@@ -12,7 +12,6 @@ import torch
 import torchvision
 import transformers as hf
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch import nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -271,14 +270,6 @@ def _few_scenes():
         yield
 
 
-@pytest.fixture
-def alone():
-    """Each script sets up accelerate for itself."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 VOC_FAST = ["--epochs", "2", "--batch_size", "4", "--width", "0.03", "--head_size", "16", "--warmup_steps", "2"]
 DETR_FAST = ["--image_size", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
 
@@ -289,7 +280,7 @@ def run(script, monkeypatch, folder, *options) -> list[dict]:
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
-def test_faster_rcnn_trains_both_arms_goes_on_and_reports(tmp_path, monkeypatch, capsys, alone):
+def test_faster_rcnn_trains_both_arms_goes_on_and_reports(tmp_path, monkeypatch, capsys):
     records = run(detect_voc, monkeypatch, tmp_path, *VOC_FAST)
     assert [(record["arm"], len(record["scores"])) for record in records] == [("vanilla", 2), ("TrAct", 2)]
     assert set(records[0]["more"]) == {"mAP, COCO", "mAP, VOC 2007"}
@@ -300,7 +291,7 @@ def test_faster_rcnn_trains_both_arms_goes_on_and_reports(tmp_path, monkeypatch,
     assert run(detect_voc, monkeypatch, tmp_path, *VOC_FAST) == records
 
 
-def test_faster_rcnn_killed_after_an_epoch_ends_in_the_same_weights(tmp_path, monkeypatch, alone):
+def test_faster_rcnn_killed_after_an_epoch_ends_in_the_same_weights(tmp_path, monkeypatch):
     run(detect_voc, monkeypatch, tmp_path / "whole", *VOC_FAST, "--flip", "0.5")
 
     class Killed(BaseException):
@@ -324,7 +315,7 @@ def test_faster_rcnn_killed_after_an_epoch_ends_in_the_same_weights(tmp_path, mo
 
 
 @pytest.mark.parametrize("model, config", [("rt_detr", None), ("detr", TINY_DETR), ("yolos", TINY_YOLOS)])
-def test_the_detr_family_trains_both_arms_and_reports(model, config, tmp_path, monkeypatch, capsys, alone):
+def test_the_detr_family_trains_both_arms_and_reports(model, config, tmp_path, monkeypatch, capsys):
     options = [*DETR_FAST, "--model", model, *(["--model_config", json.dumps(config)] if config else [])]
     records = run(detect_detr, monkeypatch, tmp_path, *options)
     assert [(record["arm"], len(record["scores"])) for record in records] == [("vanilla", 2), ("TrAct", 2)]
@@ -334,7 +325,7 @@ def test_the_detr_family_trains_both_arms_and_reports(model, config, tmp_path, m
     assert any("tract/condition" in entry for entry in state["log_history"])
 
 
-def test_rt_detr_killed_within_an_epoch_ends_in_the_same_weights(tmp_path, monkeypatch, alone):
+def test_rt_detr_killed_within_an_epoch_ends_in_the_same_weights(tmp_path, monkeypatch):
     run(detect_detr, monkeypatch, tmp_path / "whole", *DETR_FAST)
 
     class Killed(BaseException):

@@ -12,11 +12,11 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
 import pretrain_vit
+from helpers.environments import reset_accelerate
 from helpers.oracle import assert_close
 from helpers.ranks import on_two_ranks
 from hf_tract.integrations import TrainingRecord
@@ -39,8 +39,7 @@ def run(monkeypatch, folder, *arguments) -> Path:
     try:
         pretrain_vit.main()
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
     return folder
 
 
@@ -245,8 +244,7 @@ def on_a_rank(rank: int, arguments: str) -> None:
     folder, *options = json.loads(arguments)
     sys.argv = ["pretrain_vit.py", *FAST, *HALF_THE_BATCH, "--output_dir", folder, *options]
     pretrain_vit.main()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Makes a Python environment beside this one, with its packages and without hf-tract."""
+"""Makes a Python environment without hf-tract, and this process as new for accelerate."""
 
 import site
 import subprocess
@@ -19,3 +19,11 @@ def fresh_python(folder: Path) -> Path:
     check = "from importlib.util import find_spec as f; assert f('transformers') and not f('hf_tract')"
     subprocess.run([python, "-c", check], check=True)
     return python
+
+
+def reset_accelerate() -> None:
+    """Forgets what accelerate keeps for a process, so that the next script or Trainer sets it up anew."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
