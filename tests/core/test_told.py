@@ -55,7 +55,7 @@ def test_a_layer_that_did_not_run_in_the_first_step_is_told_once(told):
     for _ in range(3):
         step(model, without=True)
     (message,) = told()
-    assert "stem has handed on no preconditioned gradient (its weight has no gradient)" in message
+    assert "stem has returned no preconditioned gradient (its weight has no gradient)" in message
     assert "a batch without images" in message
 
 
@@ -155,7 +155,7 @@ def test_trainer_looks_after_its_first_step_whatever_the_optimizer(tmp_path, tol
     run.optimizer = Hidden(model.parameters(), lr=0.1)
     run.train()
     assert len(told()) == 1
-    assert "has handed on no preconditioned gradient" in told()[0]
+    assert "has returned no preconditioned gradient" in told()[0]
 
 
 def test_a_trainable_layer_beside_a_frozen_one_is_watched_too(told):
@@ -175,7 +175,7 @@ def test_a_trainable_layer_beside_a_frozen_one_is_watched_too(told):
     assert [layer.name for layer in apply_tract(model).layers] == ["lora"]
     step(model, without=True)
     (message,) = told()
-    assert "lora has handed on no preconditioned gradient" in message
+    assert "lora has returned no preconditioned gradient" in message
 
 
 def test_a_step_of_another_optimizer_is_not_the_layers_first(told):
@@ -188,7 +188,7 @@ def test_a_step_of_another_optimizer_is_not_the_layers_first(told):
     assert told() == []
     stem.step()
     (message,) = told()
-    assert "stem has handed on no preconditioned gradient" in message
+    assert "stem has returned no preconditioned gradient" in message
 
 
 def test_find_unused_parameters_is_told(told, tmp_path):

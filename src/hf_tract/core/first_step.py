@@ -97,7 +97,7 @@ def _check(name: str, layer: nn.Module) -> None:
     step = preconditioner.last_step
     if step is None:
         logger.warning(
-            "TrAct: the first optimizer step has ended, and %s has handed on no preconditioned gradient (%s). "
+            "TrAct: the first optimizer step has ended, and %s has returned no preconditioned gradient (%s). "
             "Usually the forward did not run the layer with gradients on (a batch without images, a frozen part), "
             "another library replaced its forward after TrAct was applied (apply TrAct after it), or its weight is "
             "used outside of the layer. This is shown once.",

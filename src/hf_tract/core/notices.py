@@ -59,18 +59,18 @@ def warn_if_unsolved(warned: set[str], inverse: DampedInverse, lam: float) -> No
 def warn_of_other_uses(
     warned: set[str],
     parameter: nn.Parameter,
-    handed_on: Callable[[], Tensor | None],
+    returned: Callable[[], Tensor | None],
 ) -> None:
     """Warn at the end of the running backward pass if a weight also got a gradient from outside its layer.
 
     Args:
         warned: the messages that were logged before.
         parameter: the weight, whose `.grad` was empty before this pass.
-        handed_on: returns the gradient that the weight has got from its layer in the pass.
+        returned: computes the gradient that the weight has got from its layer in the pass.
     """
 
     def compare() -> None:
-        expected = handed_on()
+        expected = returned()
         if parameter.grad is None or expected is None:
             return
         difference = parameter.grad.to(expected) - expected

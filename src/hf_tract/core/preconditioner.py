@@ -1,4 +1,4 @@
-"""Preconditions the gradient of one layer's weight: see "Hand on what is missing" in README.md beside this file."""
+"""Preconditions the gradient of one layer's weight: see "Return what is missing" in README.md beside this file."""
 
 from __future__ import annotations
 
@@ -87,15 +87,15 @@ class LayerPreconditioner:
                 step.backward_pass = backward_pass
                 # `zero_grad(set_to_none=False)` begins a step too; only the device knows, and masks the old totals.
                 keep = accumulation.holds_gradient(parameters)
-            handed_on = step.handed_on(keep)
+            returned = step.returned(keep)
             sums = self._uncounted_sums(step, call, x, spec, keep)
             dtype = torch.promote_types(grad.dtype, torch.float32)
             step.add(grad.detach().to(dtype), sums, keep)
             if not (self.open_no_syncs or accumulation.engine_accumulates()):
                 step.closed = True
             if step.inverse is None and self.steps == 1 and self._is_sole_source(call, parameters):
-                warn_of_other_uses(self.warned, parameters[0], step.handed_on)
-            return self._missing(step, grad, handed_on)
+                warn_of_other_uses(self.warned, parameters[0], step.returned)
+            return self._missing(step, grad, returned)
 
     def stats(self) -> dict[str, float]:
         """Return the figures of `TrActHandle.stats` as of the last backward."""
@@ -173,12 +173,12 @@ class LayerPreconditioner:
             return False
         return parameters[0] is call.leaf and call.leaf.grad is None
 
-    def _missing(self, step: Step, grad: Tensor, handed_on: Tensor | None) -> Tensor:
+    def _missing(self, step: Step, grad: Tensor, returned: Tensor | None) -> Tensor:
         missing, inverse = step.precondition(self.config.lam)
         if on_host(grad):
             warn_if_unsolved(self.warned, inverse, self.config.lam)
-        if handed_on is not None:
-            missing = missing - handed_on.to(missing.device)
+        if returned is not None:
+            missing = missing - returned.to(missing.device)
         out = missing.to(grad.dtype).contiguous()
         # An unsolved step returns its own gradient, which the caller may modify, so the caller gets a copy.
         return out.clone() if out is step.grad else out

@@ -64,7 +64,7 @@ class Step:
         self.grad: Tensor | None = None
         self.inverse: DampedInverse | None = None
 
-    def handed_on(self, keep: Tensor | None = None) -> Tensor | None:
+    def returned(self, keep: Tensor | None = None) -> Tensor | None:
         """Return the gradient that the weight has got in this step so far, masked by `keep`; None if there is none."""
         if self.inverse is None or self.grad is None:
             return None
