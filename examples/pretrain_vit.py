@@ -186,9 +186,11 @@ def train(
                     ema.update(accelerator.unwrap_model(model), step=progress.step)
                 bar.update()
                 if progress.step % 10 == 0:
-                    accelerator.log(
-                        {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}, step=progress.step
-                    )
+                    logged = {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}
+                    if handle:
+                        for stats in handle.stats().values():
+                            logged |= {f"train/tract/{name}": value for name, value in stats.items()}
+                    accelerator.log(logged, step=progress.step)
                 if run.checkpointing_steps.isdigit() and progress.step % int(run.checkpointing_steps) == 0:
                     progress.seconds, progress.loss = clock() - began, loss.item()
                     accelerator.save_state()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 
 from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import LayerSelection
+from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint
 from hf_tract.integrations.model_card import TAGS
+from hf_tract.integrations.trackers import Trackers
 from hf_tract.integrations.training_record import CONFIG_FILE, record_of_run
 from hf_tract.whitening.batches import first_batches
 from hf_tract.whitening.fresh import mark_as_whitened, were_whitened
@@ -30,8 +32,8 @@ class TrActCallback(TrainerCallback):
 
     TrAct is on from the start of `train()` to its end, so that what is saved, evaluated and pushed is the ordinary
     model. `max_grad_norm` (1.0 by default) clips the preconditioned gradient, as in the paper's code. Trainer's logs
-    get the figures of `TrActHandle.stats` as `tract/grad_norm_raw` and so on. There is no training state to restore.
-    One callback may serve several Trainers, also one that runs inside another.
+    and trackers get the figures of `TrActHandle.stats` as `tract/grad_norm_raw` and so on. There is no training state
+    to restore. One callback may serve several Trainers, also one that runs inside another.
 
     Each checkpoint folder gets the settings as `tract_config.json`. What Trainer saves and pushes is tagged `tract`
     and has the settings and a card beside it. Trainer may write its own card last; `use_model_card` replaces that one.
@@ -63,6 +65,7 @@ class TrActCallback(TrainerCallback):
         self.layers = layers  # Not in the config, which is written to files: these may be modules.
         self.config = TrActConfig(lam=lam, scope=scope)
         self._handles: list[TrActHandle] = []  # one for each model, also after its training
+        self._trackers: WeakKeyDictionary[TrActHandle, Trackers] = WeakKeyDictionary()
 
     def handle_of(self, model: nn.Module | None) -> TrActHandle | None:
         """Return the handle on `model`, in training or after it; None if TrAct had nothing to act on."""
@@ -100,10 +103,11 @@ class TrActCallback(TrainerCallback):
             logger.warning(UNUSED_PARAMETERS)
         if not state.is_world_process_zero:
             return
+        self._trackers[handle] = Trackers(args)
         if args.get_process_log_level() <= logging.WARNING:
             tqdm.write(handle.summary())  # beside the progress bar, where Trainer's own logs are
         if state.global_step:
-            _compare_with_checkpoint(args, state, handle.config)
+            compare_with_checkpoint(args, state, handle.config)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -122,23 +126,22 @@ class TrActCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures of the last step to a training log and to the log history."""
+        """Add the figures of the last step to a training log, to the log history and to the trackers."""
         handle = self.handle_of(model)
         if handle is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
-        stats = handle.stats()
-        for layer, figures in stats.items():
-            prefix = "tract" if len(stats) == 1 else f"tract/{layer}"
-            for name, value in figures.items():
-                logs[f"{prefix}/{name}"] = value
-                state.log_history[-1][f"{prefix}/{name}"] = value
+        figures = named_figures(handle)
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+        if handle in self._trackers:
+            self._trackers[handle].write(figures, state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Write the settings into the checkpoint folder."""
         handle = self.handle_of(model)
-        folder = _checkpoint_folder(args, state)
+        folder = checkpoint_folder(args, state)
         if handle is not None and folder is not None and args.should_save:
             handle.config.to_json_file(folder / CONFIG_FILE)
 
@@ -198,6 +201,8 @@ class TrActCallback(TrainerCallback):
         handle = self.handle_of(model)
         if handle is not None:
             handle.remove()
+            if handle in self._trackers:
+                self._trackers.pop(handle).close()
         else:
             remove_tract(model)  # A frozen first layer has TrAct and no handle here.
 
@@ -207,38 +212,15 @@ class TrActCallback(TrainerCallback):
         self._handles = [handle for handle in self._handles if handle.model not in (None, model)]
 
 
-def _compare_with_checkpoint(args: TrainingArguments, state: TrainerState, config: TrActConfig) -> None:
-    """Warn if a run resumes with other settings than those of its checkpoint."""
-    folder = _checkpoint_folder(args, state)
-    if folder is None:
-        return
-    then: Any = "no TrAct"
-    if (folder / CONFIG_FILE).exists():
-        then = TrActConfig.from_json_file(folder / CONFIG_FILE).to_dict()
-    now = config.to_dict()
-    if then != now:
-        logger.warning(
-            "TrAct: this run resumes from %s, which was trained with other settings: %s then, %s now.",
-            folder,
-            then,
-            now,
-        )
-
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """Return the folder of this step's checkpoint, which Trainer writes or resumes from; None if there is none."""
-    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    output = Path(args.output_dir or ".")
-    folders = [output / name]
-    if state.is_hyper_param_search:
-        # Each trial of a search has a folder of its own, and callbacks do not know its name: the newest is this one's.
-        folders = sorted(output.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    elif isinstance(args.resume_from_checkpoint, str):
-        folders.append(Path(args.resume_from_checkpoint))
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    return None
+def named_figures(handle: TrActHandle) -> dict[str, float]:
+    """Return the figures of `TrActHandle.stats` as `tract/...`, with the layer's name between if there are several."""
+    stats = handle.stats()
+    named = {}
+    for layer, figures in stats.items():
+        prefix = "tract" if len(stats) == 1 else f"tract/{layer}"
+        for name, value in figures.items():
+            named[f"{prefix}/{name}"] = value
+    return named
 
 
 # One class by two names: scripts may import either.
