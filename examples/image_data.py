@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -22,6 +23,9 @@ BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {
     "digits": digits,
 }  # which need no download
 DATASET_HELP = "photo_crops, digits, a Hub id, or a folder of parquet or images"
+EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+HELD_OUT = 0.2  # of a data set that has one split
 # What the columns and the names of the splits do not tell.
 KNOWN: dict[str, dict[str, str]] = {
     "ILSVRC/imagenet-1k": {"eval_split": "validation"},  # the labels of its test split are not public
@@ -83,22 +87,26 @@ def load_splits(
         name: "photo_crops", "digits", a Hub id, or a local folder with parquet files or images by class.
         config: the Hub's name for a variant.
         train_split: to train on.
-        eval_split: to test on; by default "test", else "validation".
+        eval_split: to test on; by default "test", else "validation", else a share of the training rows, held out.
         image_column: by default the first column of images.
-        label_column: by default the first column of class labels.
+        label_column: by default the first column of class labels, else one of words that is named like a label.
         train_samples: take that many training rows, the same each time; 0 for all.
         test_samples: the same for the test rows.
     """
     data = BUILT_IN[name]() if name in BUILT_IN else datasets.load_dataset(name, config)
     known = KNOWN.get(name, {})
-    eval_split = eval_split or known.get("eval_split") or ("test" if "test" in data else "validation")
+    if not eval_split and set(data) == {train_split}:
+        data = hold_out(data[train_split], train_split, name)
+    eval_split = eval_split or known.get("eval_split") or next((each for each in EVAL_SPLITS if each in data), "test")
     if missing := [split for split in (train_split, eval_split) if split not in data]:
         raise ValueError(
             f"{name!r} has no split {missing[0]!r}, it has {list(data)}: name one by --train_split or --eval_split."
         )
     train, test = data[train_split], data[eval_split]
     image = image_column or known.get("image_column") or _column(train, datasets.Image, "image", name)
-    label = label_column or known.get("label_column") or _column(train, datasets.ClassLabel, "label", name)
+    label = label_column or known.get("label_column") or _label_column(train, name)
+    if _is_words(train, label):
+        train, test = _with_classes(train, test, label, name)
     for split, rows in {train_split: train, eval_split: test}.items():
         if not len(rows) or any(value is None or value == -1 for value in rows[label]):
             raise ValueError(
@@ -126,9 +134,63 @@ def _column(rows: datasets.Dataset, kind: type, what: str, name: str) -> str:
     return found
 
 
+def _label_column(rows: datasets.Dataset, name: str) -> str:
+    """The column of class labels, or of words, as in a metadata.csv beside images."""
+    for column in LABEL_COLUMNS:
+        if column in rows.features and _is_words(rows, column):
+            return column
+    return _column(rows, datasets.ClassLabel, "label", name)
+
+
+def _is_words(rows: datasets.Dataset, column: str) -> bool:
+    return rows.features[column] in (datasets.Value("string"), datasets.Value("large_string"))
+
+
+def _with_classes(
+    train: datasets.Dataset, test: datasets.Dataset, label: str, name: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Both with numbers in place of words; the classes are those of the training rows."""
+    words = {word for word in train[label] if word is not None}
+    if unknown := set(test[label]) - words - {None}:
+        raise ValueError(
+            f"{name!r} has labels to test on that are not among those to train on: {sorted(unknown)[:5]}."
+        )
+    classes = datasets.ClassLabel(names=sorted(words))
+    return train.cast_column(label, classes), test.cast_column(label, classes)
+
+
+def hold_out(rows: datasets.Dataset, split: str, name: str) -> datasets.DatasetDict:
+    """Splits off a share to test on, the same each time, and says so."""
+    parts = rows.train_test_split(HELD_OUT, seed=0)
+    print(
+        f"{name} has images in one split ({split}) alone: {len(parts['test'])} of {len(rows)}, drawn with seed 0, are "
+        f"held out to test on. To choose them yourself, make folders train and test, or name --eval_split."
+    )
+    return datasets.DatasetDict({split: parts["train"], "test": parts["test"]})
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB; PIL's own way cuts off what is above 255 of 16-bit and of float images.
+
+    Raises:
+        ValueError: for numbers whose scale nobody can tell.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    top = 1.0 if image.mode == "F" else 65535.0
+    if low < 0 or high > top or not np.isfinite(values).all():
+        raise ValueError(
+            f"an image of mode {image.mode} has values from {low:g} to {high:g}: integers from 0 to 65535 and floats "
+            f"from 0 to 1 can be read; scale others before."
+        )
+    return Image.fromarray((values * 255 / top).round().astype(np.uint8)).convert("RGB")
+
+
 def to_tensor(size: int) -> list[Any]:
     """Transforms that make an image of any mode and shape uint8 (3, size, size)."""
-    return [lambda image: image.convert("RGB"), v2.ToImage(), v2.Resize(size), v2.CenterCrop(size)]
+    return [to_rgb, v2.ToImage(), v2.Resize(size), v2.CenterCrop(size)]
 
 
 def normalization(splits: Splits, size: int, sample: int = 1000) -> tuple[list[float], list[float]]:
@@ -160,7 +222,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         except (OSError, SyntaxError) as error:  # what pillow says of a broken file
             raise ValueError(f"image {_file(self.rows, index, self.splits.image)} cannot be read: {error}") from error
         with drawn_from(self.seed, self.epoch, index, copy):
-            return self.transform(row[self.splits.image].convert("RGB")), row[self.splits.label]
+            return self.transform(to_rgb(row[self.splits.image])), row[self.splits.label]
 
     def set_epoch(self, epoch: int) -> None:
         """What the random transforms depend on beside the image; accelerate's loaders, and so Trainer's, call it."""
