@@ -104,6 +104,15 @@ def test_code_is_not_dense():
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_docstrings_of_modules_and_classes_start_with_a_verb(file):
+    """Those of functions are ruff's D401."""
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            first = (ast.get_docstring(node) or "").split()[:1]
+            assert not first or first[0].rstrip(",").endswith("s"), first
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_files_and_functions_are_short(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
     for node in ast.walk(TREES[file]):

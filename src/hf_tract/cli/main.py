@@ -31,7 +31,7 @@ def _print_version(requested: bool) -> None:
 def main(
     _: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print versions and leave.")] = False,
 ) -> None:
-    """TrAct: the first layer learns like an embedding."""
+    """Look at what TrAct, by which the first layer learns like an embedding, would take of a model."""
 
 
 # Options may be written with underscores too, as in the scripts of transformers.
