@@ -4,6 +4,7 @@ import inspect
 
 import hf_tract
 import hf_tract.integrations
+import hf_tract.metrics
 
 PUBLIC = {
     "FirstLayer": "(name, module, source)",
@@ -84,3 +85,12 @@ def test_public_names_have_these_signatures():
 
 def test_public_names_of_the_integrations_have_these_signatures():
     assert signatures(hf_tract.integrations) == INTEGRATIONS
+
+
+def test_the_metrics_have_these_signatures():
+    assert arguments(hf_tract.metrics.compute_top_k) == "(prediction)"
+    predictions, references = [[0.1, 0.9]], [1]
+    assert hf_tract.metrics.TopK().compute(predictions=predictions, references=references) == {
+        "top1": 1.0,
+        "top5": 1.0,
+    }
