@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_tract.config import TrActError
+from hf_tract.core.accumulation import ranks_of, sum_over_ranks
 from hf_tract.core.moments import patch_moments
 from hf_tract.core.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.core.sharding import is_sharded
@@ -72,14 +73,13 @@ def _problem_with(sums: Tensor, name: str) -> str:
 
 def _all_reduced(sums: Tensor, group: Any) -> Tensor:
     """Return the sum over ranks, if there are several."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if ranks_of(group) == 1:
         return sums
-    total = sums
+    mine = sums
     # NCCL takes no CPU tensors, and the model may not have been moved to its device yet.
     if dist.get_backend(group) == "nccl":
-        total = sums.cuda()
-    dist.all_reduce(total, group=group)
-    return total.to(sums.device)
+        mine = sums.cuda()
+    return sum_over_ranks(mine, group).to(sums.device)
 
 
 class _MomentCollector(PatchOpMode):
