@@ -179,9 +179,7 @@ class LayerPreconditioner:
             warn_if_unsolved(self.warned, inverse, self.config.lam)
         if returned is not None:
             missing = missing - returned.to(missing.device)
-        out = missing.to(grad.dtype).contiguous()
-        # An unsolved step returns its own gradient, which the caller may modify, so the caller gets a copy.
-        return out.clone() if out is step.grad else out
+        return missing.to(grad.dtype).contiguous()
 
 
 def _backward_pass_of(call: ForwardCall | None) -> int:
