@@ -115,9 +115,7 @@ def _read_inputs(model: nn.Module, names: list[str]) -> tuple[InputsByLayer, int
     best: InputsByLayer = {}
     counted = failures = 0
     with FlopCounterMode(display=False) as counter:
-        for device, probe in trial_runs(model):
-            if device != "meta":
-                break
+        for _, probe in trial_runs(model, with_values=False):
             operations = counter.get_total_flops() - counted
             counted += operations
             inputs = _by_layer(probe.inputs, names)

@@ -27,13 +27,14 @@ MAX_NUMBERS = 4 * 10**6
 logger = logging.getLogger(__name__)
 
 
-def trial_runs(model: nn.Module, example_batch: Any = None) -> Iterator[tuple[str, Probe]]:
+def trial_runs(model: nn.Module, example_batch: Any = None, with_values: bool = True) -> Iterator[tuple[str, Probe]]:
     """Run forward calls on copies of `model`, and yield the device and the record of each.
 
     They run on the meta device first, where they cost next to nothing, and then with values, on which some forwards
-    depend. Without `example_batch`, the batches are guessed. A model that cannot be copied yields nothing.
+    depend, unless `with_values` is false. Without `example_batch`, the batches are guessed. A model that cannot be
+    copied yields nothing.
     """
-    for device, copied in _copies(model):
+    for device, copied in _copies(model, with_values):
         tries_left = MAX_GUESSES
         if device != "meta":
             tries_left = MAX_TRIES_WITH_VALUES
@@ -46,11 +47,11 @@ def trial_runs(model: nn.Module, example_batch: Any = None) -> Iterator[tuple[st
                 break
 
 
-def _copies(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _copies(model: nn.Module, with_values: bool) -> Iterator[tuple[str, nn.Module]]:
     try:
         yield "meta", meta_copy(model)
         device = _device_for_values(model)
-        if device is not None:
+        if with_values and device is not None:
             yield device, copy_with_values(model)
     except Exception:  # whatever a model's own copying raises
         return
