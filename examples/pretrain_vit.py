@@ -30,6 +30,7 @@ from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract, whiten_first_layer
 from hf_tract.integrations import TrainingRecord
+from hf_tract.integrations.trainer_callback import named_figures
 from hf_tract.metrics import TopK
 from image_data import Splits, normalization
 from loaders import make_loaders
@@ -178,7 +179,7 @@ def train(
                     accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            progress.batch += 1
+            progress.batch, progress.loss = progress.batch + 1, loss.detach()
             if accelerator.sync_gradients:
                 progress.step += 1
                 schedule.step_update(progress.step)
@@ -187,14 +188,12 @@ def train(
                 bar.update()
                 if progress.step % 10 == 0:
                     logged = {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}
-                    if handle:
-                        for stats in handle.stats().values():
-                            logged |= {f"train/tract/{name}": value for name, value in stats.items()}
+                    if handle and run.report_to:  # without a tracker they would be computed for nobody
+                        logged |= {f"train/{name}": value for name, value in named_figures(handle).items()}
                     accelerator.log(logged, step=progress.step)
                 if run.checkpointing_steps.isdigit() and progress.step % int(run.checkpointing_steps) == 0:
-                    progress.seconds, progress.loss = clock() - began, loss.item()
+                    progress.seconds = clock() - began
                     accelerator.save_state()
-            progress.loss = loss.detach()
         figures = {"epoch": epoch + 1, "step": progress.step, "loss": float(progress.loss)}
         progress.epoch, progress.batch, progress.seconds = epoch + 1, 0, clock() - began
         figures |= {
