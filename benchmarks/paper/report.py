@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import plots
-import results
-from beyond import ALL
-from experiments import Experiment
-from results import Result
-from summary import Arm, collect, gain, speed_up
+from benchmarks.paper import plots
+from benchmarks.common import records as results
+from benchmarks.paper.beyond import ALL
+from benchmarks.paper.experiments import Experiment
+from benchmarks.common.records import Result
+from benchmarks.paper.summary import Arm, collect, gain, speed_up
 
-from comparison import spread
+from benchmarks.common.statistics import spread
 
 HOW = """Top-1 on the test set after the last epoch, per cent, mean ± standard deviation over seeds. *Gain* is the mean
 difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired
@@ -36,7 +36,7 @@ def write(scale: str, file: Path, folder: Path, seeds: int = 100) -> Path:
     lines = [
         f"# Results at the {scale} scale",
         "",
-        f"{source}; what they mean is told in [results.md](../results.md).",
+        f"{source}; what they mean is told in [the summary](index.md).",
         "",
         HOW,
     ]

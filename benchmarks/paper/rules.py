@@ -8,7 +8,7 @@ Each multiplies the weight's gradient g, flattened to (m, n), by a power of a da
                 dW = (g - g_b mu^T) (S + lam I)^-1 and db = g_b - dW mu; without a bias g_b = 0
     schedule    g (C + lam_t I)^-1, lam_t from lam at the first step to lam_end at the last, by equal factors
 
-What is measured in docs/beyond.md; one process, no accumulation.
+What is measured in docs/results/beyond.md; one process, no accumulation.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The paper's experiments: the full recipes are docs/paper.md's, every arm runs, the report tells what came out."""
+"""The paper's experiments: recipes as in docs/results/paper.md, every arm runs, the report tells what came out."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ from jobs import Work
 from recipe import Recipe
 
 ROOT = HERE.parents[1]
-PAPER = (ROOT / "docs" / "paper.md").read_text()
+PAPER = (ROOT / "docs" / "results" / "paper.md").read_text()
 SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", PAPER, re.S | re.M))
 
 
