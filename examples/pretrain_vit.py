@@ -9,17 +9,24 @@ A recipe sets defaults; what the command line says wins. A run that was killed a
 """
 
 import dataclasses
+import io
 import json
+import os
 import re
+import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import datasets
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, PartialState, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed, tqdm
+from PIL import Image, ImageOps
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -35,9 +42,264 @@ from hf_tract.metrics import TopK
 from image_data import Splits, normalization
 from loaders import make_loaders
 from modeling import Preprocessing, logits_of, make_model, save_model
+from photo_crops import photo_crops
 from progress import Progress, add_epoch, read_epochs, start
 from recipe import Recipe, Run, parse
 from upload import check_token, push_folder
+
+
+BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"photo_crops": photo_crops}
+
+
+@dataclass
+class DataOptions:
+    """Names the images, as options of the script."""
+
+    dataset: str = field(
+        default="photo_crops",
+        metadata={"help": "photo_crops (needs no download), a folder of images or of parquet files, or a Hub id"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "the Hub's name for a variant of the data set"})
+    train_split: str = "train"
+    eval_split: str | None = field(default=None, metadata={"help": "by default test, validation, or a share held out"})
+    image_column: str | None = field(default=None, metadata={"help": "by default the first column of images"})
+    label_column: str | None = field(default=None, metadata={"help": "by default the first column of classes"})
+    train_samples: int = field(default=0, metadata={"help": "use that many training images; 0 for all"})
+    test_samples: int = field(default=0, metadata={"help": "use that many test images; 0 for all"})
+    corrupt_images: str = field(
+        default="refuse", metadata={"help": "refuse or skip images that cannot be read", "choices": ["refuse", "skip"]}
+    )
+
+
+EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
+HELD_OUT = 0.2  # of a data set that has no split to test on
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+
+
+class ImageError(ValueError):
+    """Names an image that cannot be used, and says what to do."""
+
+
+class ImageData(NamedTuple):
+    """Holds rows with the columns `image` (still encoded) and `label` (a number), and the names of the classes."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    names: list[str]
+    eval_split: str
+
+
+def say(message: str) -> None:
+    """Print a line, in the main process only."""
+    if IS_MAIN_PROCESS:
+        print(message, flush=True)
+
+
+def stop(message: str) -> NoReturn:
+    """End the script with one line, which only the main process prints."""
+    raise SystemExit(message if IS_MAIN_PROCESS else 1)
+
+
+def load_images(options: DataOptions) -> ImageData:
+    """Load the images that `options` name, and find their columns, their classes and the split to test on."""
+    splits = read_splits(options)
+    for option in ("train_split", "eval_split"):
+        split = getattr(options, option)
+        if split and split not in splits:
+            stop(f"--{option} {split}: {options.dataset} has the splits {', '.join(splits)}.")
+    train = pick_columns(splits[options.train_split], options)
+    names = class_names(train, options)
+    train = number_labels(train, names, options)
+    report_empty_classes(train, names, options)
+    eval_split = options.eval_split or find_eval_split(splits, options)
+    if eval_split:
+        test = number_labels(pick_columns(splits[eval_split], options), names, options)
+    else:
+        train, test = hold_out(train, options)
+    train = sample(train, options.train_samples)
+    test = sample(test, options.test_samples)
+    if options.corrupt_images == "skip":
+        train, test = drop_corrupt(train), drop_corrupt(test)
+    return ImageData(train, test, names, eval_split or "test")
+
+
+def read_splits(options: DataOptions) -> datasets.DatasetDict:
+    """Read a built-in data set, a folder that `save_to_disk` wrote, or what `datasets.load_dataset` reads."""
+    name = options.dataset
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    folder = Path(name)
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~"))):
+        stop(f"--dataset {name}: there is no such folder.")
+    if folder.is_file():
+        stop(f"--dataset {name} is a file: name its folder.")
+    try:
+        if (folder / "dataset_dict.json").exists():
+            return datasets.DatasetDict.load_from_disk(name)
+        if (folder / "state.json").exists():
+            return datasets.DatasetDict(train=datasets.Dataset.load_from_disk(name))
+        return datasets.load_dataset(name, options.dataset_config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
+        expected = "a folder of images by class or of parquet files, or the id of a data set on the Hub"
+        stop(f"--dataset {name} cannot be read; it must be {expected}. The reason: {reason}")
+
+
+def pick_columns(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
+    """Return the two columns that are used as `image` and `label`; images are decoded later, one by one."""
+    image, label = options.image_column, options.label_column
+    for option, column in {"image_column": image, "label_column": label}.items():
+        if column and column not in rows.column_names:
+            stop(f"--{option} {column}: {options.dataset} has the columns {', '.join(rows.column_names)}.")
+    for column, feature in rows.features.items():
+        if not image and isinstance(feature, datasets.Image):
+            image = column
+        if not label and (isinstance(feature, datasets.ClassLabel) or column in LABEL_COLUMNS):
+            label = column
+    for option, column in {"image_column": image, "label_column": label}.items():
+        if not column:
+            found = ", ".join(rows.column_names)
+            advice = f"name one by --{option}, or sort the images into a folder for each class"
+            stop(f"--dataset {options.dataset} has no column that is known for its {option}, only {found}: {advice}.")
+    if not isinstance(rows.features[image], datasets.Image):
+        stop(f"--image_column {image}: it holds {rows.features[image]}, and no images.")
+    rows = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def is_labelled(rows: datasets.Dataset) -> bool:
+    """Return whether each row has a label; the Hub's test splits often have None or -1 in place of labels."""
+    labels = rows["label"]
+    return len(rows) > 0 and all(label not in (None, -1) for label in labels)
+
+
+def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
+    """Return the names of the classes; labels without names are named by themselves."""
+    if not is_labelled(train):
+        stop(f"--train_split {options.train_split}: some of the {len(train)} rows in {options.dataset} have no label.")
+    feature = train.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    if not isinstance(feature, datasets.Value):
+        stop(f"--dataset {options.dataset}: the labels must be words or numbers, and are {feature}.")
+    return [str(label) for label in sorted(set(train["label"]))]
+
+
+def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:
+    """Return the rows with the positions of their labels among `names`."""
+    if not is_labelled(rows):
+        stop(f"--eval_split {options.eval_split}: some of the {len(rows)} rows in {options.dataset} have no label.")
+    if isinstance(rows.features["label"], datasets.ClassLabel):
+        return rows
+    words = [str(label) for label in rows["label"]]
+    unknown = sorted(set(words) - set(names))
+    if unknown:
+        stop(f"--dataset {options.dataset} has labels to test on that no training image has: {unknown[:5]}.")
+    feature = datasets.ClassLabel(names=names)
+    numbers = feature.str2int(words)
+    return rows.remove_columns("label").add_column("label", numbers, feature=feature)
+
+
+def find_eval_split(splits: datasets.DatasetDict, options: DataOptions) -> str | None:
+    """Return the first split to test on that has labels; None if there is none."""
+    for split in EVAL_SPLITS:
+        if split in splits and is_labelled(pick_columns(splits[split], options)):
+            return split
+    return None
+
+
+def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split off a share of the rows to test on, the same at each call, and say so."""
+    if len(rows) < 2:
+        stop(f"--dataset {options.dataset} has {len(rows)} image: at least 2 are needed, to train and to test on.")
+    share = "the same share of each class"
+    try:
+        parts = rows.train_test_split(HELD_OUT, seed=0, stratify_by_column="label")
+    except ValueError:  # A class has fewer images than that takes.
+        share = "whatever their class"
+        parts = rows.train_test_split(HELD_OUT, seed=0)
+    say(
+        f"{options.dataset} has no split to test on: {len(parts['test'])} of its {len(rows)} images are held out for "
+        f"that ({share}, drawn with seed 0). To choose them yourself, make folders train and test."
+    )
+    return parts["train"], parts["test"]
+
+
+def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
+    """Say which classes have no image to learn from, and which class folders are empty."""
+    used = set(train["label"])
+    empty = {name for number, name in enumerate(names) if number not in used}
+    if Path(options.dataset).is_dir():
+        for folder, folders, files in os.walk(options.dataset):
+            if not folders and not files:
+                empty.add(Path(folder).name)
+    if empty:
+        say(f"{options.dataset} has no training image of {', '.join(sorted(empty))}: such a class is not learned.")
+
+
+def sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """Return `count` rows drawn with seed 0, or all for 0."""
+    if not count:
+        return rows
+    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
+def drop_corrupt(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows whose images can be read, and name the others."""
+    readable = []
+    corrupt = []
+    for index in tqdm(range(len(rows)), "looking for corrupt images", leave=False, disable=not IS_MAIN_PROCESS):
+        try:
+            read_image(rows, index)
+        except ImageError as error:
+            corrupt.append(f"Left out: {error}")
+        else:
+            readable.append(index)
+    if corrupt:
+        say("\n".join(corrupt))
+    return rows.select(readable)
+
+
+def read_image(rows: datasets.Dataset, index: int) -> Image.Image:
+    """Decode an image as 8-bit RGB, turned as its EXIF data say.
+
+    Transparency is dropped, as in transformers' pipelines, which later classify such images.
+
+    Raises:
+        ImageError: if the image is corrupt, or has numbers on a scale that cannot be known.
+    """
+    encoded = rows[index]["image"]
+    name = encoded["path"] or f"image {index}"
+    source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+    try:
+        with Image.open(source) as image:
+            turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith(("I", "F")):
+            return scale_to_8_bits(turned, name)
+        if turned.mode == "P":
+            turned = turned.convert("RGBA")  # which knows each way to store a palette's transparency
+        return turned.convert("RGB")
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        advice = "mend it, or leave such images out by --corrupt_images skip"
+        raise ImageError(f"{name} cannot be read ({error}): {advice}.") from error
+
+
+def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Return a 16-bit or float image as 8-bit RGB; Pillow itself cuts off all values above 255."""
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0
+    if image.mode == "F":
+        top = 1.0
+    low, high = values.min(), values.max()
+    if not (0 <= low and high <= top):
+        raise ImageError(
+            f"{name} has values from {low:g} to {high:g} (Pillow's mode {image.mode}): integers must be from 0 to "
+            f"65535 and floats from 0 to 1; scale it before."
+        )
+    return Image.fromarray((values * 255 / top).round().astype(np.uint8)).convert("RGB")
 
 
 class Trained(NamedTuple):
