@@ -294,7 +294,7 @@ def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         top = 1.0
     low, high = values.min(), values.max()
-    if not (0 <= low and high <= top):
+    if not (low >= 0 and high <= top):
         raise ImageError(
             f"{name} has values from {low:g} to {high:g} (Pillow's mode {image.mode}): integers must be from 0 to "
             f"65535 and floats from 0 to 1; scale it before."
