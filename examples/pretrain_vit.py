@@ -36,8 +36,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hf_tract import TrActHandle, apply_tract, whiten_first_layer
-from hf_tract.integrations import TrainingRecord
-from hf_tract.integrations.trainer_callback import named_figures
+from hf_tract.integrations import TrainingRecord, stats_to_log
 from hf_tract.metrics import TopK
 from image_data import Splits, normalization
 from loaders import make_loaders
@@ -46,7 +45,6 @@ from photo_crops import photo_crops
 from progress import Progress, add_epoch, read_epochs, start
 from recipe import Recipe, Run, parse
 from upload import check_token, push_folder
-
 
 BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"photo_crops": photo_crops}
 
@@ -451,7 +449,7 @@ def train(
                 if progress.step % 10 == 0:
                     logged = {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}
                     if handle and run.report_to:  # without a tracker they would be computed for nobody
-                        logged |= {f"train/{name}": value for name, value in named_figures(handle).items()}
+                        logged |= {f"train/{name}": value for name, value in stats_to_log(handle).items()}
                     accelerator.log(logged, step=progress.step)
                 if run.checkpointing_steps.isdigit() and progress.step % int(run.checkpointing_steps) == 0:
                     progress.seconds = clock() - began

@@ -50,6 +50,7 @@ INTEGRATIONS = {
     "TrainingRecord.from_json_file": "(path)",
     "TrainingRecord.to_json_file": "(self, path)",
     "TrainingRecord.save": "(self, folder, model_id=None, tags=())",
+    "stats_to_log": "(handle)",
     "use_model_card": "(trainer, *, dataset, license=None, base_model=None, split='test')",
 }
 

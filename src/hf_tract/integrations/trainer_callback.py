@@ -130,7 +130,7 @@ class TrActCallback(TrainerCallback):
         handle = self.handle_of(model)
         if handle is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
-        figures = named_figures(handle)
+        figures = stats_to_log(handle)
         logs.update(figures)
         state.log_history[-1].update(figures)
         if handle in self._trackers:
@@ -212,7 +212,7 @@ class TrActCallback(TrainerCallback):
         self._handles = [handle for handle in self._handles if handle.model not in (None, model)]
 
 
-def named_figures(handle: TrActHandle) -> dict[str, float]:
+def stats_to_log(handle: TrActHandle) -> dict[str, float]:
     """Return the figures of `TrActHandle.stats` as `tract/...`, with the layer's name between if there are several."""
     stats = handle.stats()
     named = {}
