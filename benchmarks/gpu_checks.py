@@ -1,6 +1,6 @@
 """Checks what only an accelerator tells: equality in each precision, waits for the device, NCCL, kernels, peak memory.
 
-    uv run --group bench benchmarks/gpu_checks.py --device cuda
+    uv run --group bench python -m benchmarks.gpu_checks --device cuda
 
 prints a table, writes gpu_checks.json to --output and exits with 1 if a check fails. Each error is that of the first
 layer's gradient against the rule in float64 on the CPU, relative in the norm, beside the error of the ordinary
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import environment, peak_bytes
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common.timing import environment, peak_bytes
 from hf_tract import apply_tract
 
 LAM = 0.1

@@ -1,6 +1,6 @@
 """What TrAct costs: time of a training step and peak memory of vanilla, hf-tract and torch_tract, in one run.
 
-    uv run --group bench benchmarks/overhead.py --check
+    uv run --group bench python -m benchmarks.overhead --check
 
 prints a table and writes overhead.json and overhead.png to --output; each result is written as it comes, and a
 measurement that is in the file already is not made again (--fresh forgets them).
@@ -20,13 +20,13 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case
-from measure import Arms, environment, interleaved, peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch_tract import TrAct
 
+from benchmarks.cases import CASES, Case
+from benchmarks.common.timing import Arms, environment, interleaved, peak_bytes
 from hf_tract import apply_tract
 
 mpl.use("Agg")

@@ -1,6 +1,6 @@
 """How the cost of a second moment grows with the work, beside what the machine could do at best.
 
-    uv run --group bench benchmarks/scaling.py
+    uv run --group bench python -m benchmarks.scaling
 
 measures over image size, batch, kernel and channels, and the all-reduce of two gloo processes over n; prints tables
 and writes scaling.json and scaling.png to --output. The least time stands beside each figure: operations over the
@@ -21,12 +21,12 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torch.distributed as dist
-from measure import environment, interleaved
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.common.timing import environment, interleaved
 from hf_tract.cli.cost import moment_cost
 from hf_tract.core.moments import patch_moments
 from hf_tract.core.patches import PatchSpec

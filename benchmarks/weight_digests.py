@@ -2,8 +2,8 @@
 
 A digest depends on the machine and on the version of torch, so it is compared on one machine:
 
-    python benchmarks/weight_digests.py --output before.json     # on the old commit
-    python benchmarks/weight_digests.py --compare before.json    # on the new one
+    python -m benchmarks.weight_digests --output before.json     # on the old commit
+    python -m benchmarks.weight_digests --compare before.json    # on the new one
 """
 
 from __future__ import annotations

@@ -1,20 +1,17 @@
 """Runs the paper's experiments and those beyond it: `python benchmarks/paper run cifar10_vit --scale small`."""
 
-import sys
+import shlex
 from pathlib import Path
 from typing import Annotated
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-
-import shlex
-
-import report as reporting
-import runner
 import typer
-from beyond import ALL, BEYOND
-from experiments import EXPERIMENTS, HERE, SCALES
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.paper import report as reporting
+from benchmarks.paper import runner
+from benchmarks.paper.beyond import ALL, BEYOND
+from benchmarks.paper.experiments import EXPERIMENTS, HERE, SCALES
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 RESULTS = HERE.parents[1] / "docs" / "results"

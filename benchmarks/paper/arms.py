@@ -8,17 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_tract
-from cifar_models import PREFIX, cifar_model
-from rules import Rule, ruled
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import hf_tract.core.step
+from benchmarks.paper.cifar_models import PREFIX, cifar_model
+from benchmarks.paper.rules import Rule, ruled
+from benchmarks.training.image_data import Splits, to_tensor
+from benchmarks.training.loop import ready_made, usual_optimizer
+from benchmarks.training.models import Preprocessing
+from benchmarks.training.recipe import Recipe
 from hf_tract import apply_tract
-from image_data import Splits, to_tensor
-from modeling import Preprocessing
-from pretrain_vit import ready_made, usual_optimizer
-from recipe import Recipe
 
 RULES: dict[str, dict[str, Any]] = {
     "power": {"power": 0.5},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments import (
+from benchmarks.paper.experiments import (
     EXPERIMENTS,
     NO_TRACT,
     NORMS,

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from recipe import Recipe
+from benchmarks.training.recipe import Recipe
 
 HERE = Path(__file__).parent
-RECIPES = (HERE / "recipes", HERE.parents[1] / "examples" / "recipes")
+RECIPES = HERE.parent / "training" / "recipes"
 SCALES = ("full", "small", "smoke")
 Changes = dict[str, Any]
 
@@ -131,8 +131,7 @@ class Job:
 @functools.cache
 def load(recipe: str) -> Changes:
     """The values of a recipe, by the name of its file."""
-    path = next(folder / recipe for folder in RECIPES if (folder / recipe).exists())
-    values: Changes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values: Changes = yaml.safe_load((RECIPES / recipe).read_text(encoding="utf-8"))
     return values
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from summary import Arm
+
+from benchmarks.paper.summary import Arm
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

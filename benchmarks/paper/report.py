@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from benchmarks.paper import plots
+
 from benchmarks.common import records as results
+from benchmarks.common.records import Result
+from benchmarks.common.statistics import spread
+from benchmarks.paper import plots
 from benchmarks.paper.beyond import ALL
 from benchmarks.paper.experiments import Experiment
-from benchmarks.common.records import Result
 from benchmarks.paper.summary import Arm, collect, gain, speed_up
-
-from benchmarks.common.statistics import spread
 
 HOW = """Top-1 on the test set after the last epoch, per cent, mean ± standard deviation over seeds. *Gain* is the mean
 difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import results
 import torch
 import yaml
-from experiments import HERE, Job
-from results import RAN_ON, Result
 
+from benchmarks.common import records as results
+from benchmarks.common.processes import Work, run_all
+from benchmarks.common.records import RAN_ON, Result
+from benchmarks.paper.experiments import Job
 from hf_tract.integrations.training_record import without_local_path
-from jobs import Work, run_all
 
 
 def run(
@@ -73,7 +73,7 @@ def _work(
         dataset = {"dataset": datasets.get(name, name)}
         previous = {"model": str(folder / job.key / str(stage - 1) / "model"), "model_config": {}} if stage else {}
         (place / "recipe.yaml").write_text(yaml.safe_dump({**values, **dataset, **previous}), encoding="utf-8")
-        script = [str(HERE / "train.py"), "--recipe", str(place / "recipe.yaml"), "--output_dir", str(place)]
+        script = ["-m", "benchmarks.paper.train", "--recipe", str(place / "recipe.yaml"), "--output_dir", str(place)]
         cpu = [] if torch.accelerator.is_available() else ["--cpu"]
         launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), *cpu, *launch_options]
         launched = launch if processes > 1 or launch_options else []

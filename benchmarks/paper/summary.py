@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from experiments import Experiment
-from results import Result
 from scipy import stats
 
-from comparison import epochs_to_reach
+from benchmarks.common.records import Result
+from benchmarks.common.statistics import epochs_to_reach
+from benchmarks.paper.experiments import Experiment
 
 
 @dataclass

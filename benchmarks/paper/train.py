@@ -7,21 +7,18 @@ The options are those of pretrain_vit.py and two more. `python benchmarks/paper 
 
 import contextlib
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-
 from accelerate import PartialState
-from arms import VARIANTS, maker, optimizer_maker
-from emulated_bf16 import EmulatedBF16
-from results import PACKAGES, RAN_ON
 
+from benchmarks.common.records import PACKAGES, RAN_ON
+from benchmarks.paper.arms import VARIANTS, maker, optimizer_maker
+from benchmarks.paper.emulated_bf16 import EmulatedBF16
+from benchmarks.training.loop import train
+from benchmarks.training.models import save_model
+from benchmarks.training.recipe import parse
 from hf_tract.integrations import provenance
-from modeling import save_model
-from pretrain_vit import train
-from recipe import parse
 
 
 @dataclass

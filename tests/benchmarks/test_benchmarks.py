@@ -4,12 +4,12 @@ import json
 import math
 import sys
 
-import overhead
 import pytest
 import torch
-from measure import interleaved, peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import overhead
+from benchmarks.common.timing import interleaved, peak_bytes
 from hf_tract.cli.cost import moment_cost
 from hf_tract.core.moments import patch_moments
 from hf_tract.core.patches import PatchSpec

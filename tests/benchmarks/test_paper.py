@@ -1,7 +1,6 @@
 """The paper's experiments: recipes as in docs/results/paper.md, every arm runs, the report tells what came out."""
 
 import dataclasses
-import importlib.util
 import re
 import sys
 from collections.abc import Iterable
@@ -9,24 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
-import results
-import runner
 import torch
-import train
 import yaml
-from arms import first_layer
-from beyond import ALL, BEYOND
-from cifar_models import cifar_model
-from experiments import CIFAR100, EXPERIMENTS, HERE, Experiment, Job
-from results import Result
 from scipy import stats
-from summary import Arm, collect, gain, speed_up
 from typer.testing import CliRunner
 
+from benchmarks.common import records as results
+from benchmarks.common.processes import Work
+from benchmarks.common.records import Result
+from benchmarks.paper import __main__ as command
+from benchmarks.paper import report, runner, train
+from benchmarks.paper.arms import first_layer
+from benchmarks.paper.beyond import ALL, BEYOND
+from benchmarks.paper.cifar_models import cifar_model
+from benchmarks.paper.experiments import CIFAR100, EXPERIMENTS, HERE, Experiment, Job
+from benchmarks.paper.summary import Arm, collect, gain, speed_up
+from benchmarks.training.recipe import Recipe
 from helpers.environments import reset_accelerate
-from jobs import Work
-from recipe import Recipe
 
 ROOT = HERE.parents[1]
 PAPER = (ROOT / "docs" / "results" / "paper.md").read_text()
@@ -131,10 +129,10 @@ SWEPT = [small_enough(experiment) for experiment in [*EXPERIMENTS.values(), BEYO
 def run_here(what, todo, at_once, done, devices):
     """Does what `jobs.run_all` does, without an interpreter for each run."""
     for work in todo:
-        for _, script, *options in work.commands:
-            assert script == str(HERE / "train.py")
+        for _, _, module, *options in work.commands:
+            assert module == "benchmarks.paper.train"
             with pytest.MonkeyPatch.context() as monkeypatch:
-                monkeypatch.setattr(sys, "argv", [script, *options])
+                monkeypatch.setattr(sys, "argv", [module, *options])
                 train.main()
             reset_accelerate()
         done(work)
@@ -171,23 +169,15 @@ def test_every_arm_of_every_experiment_runs(smoke):
     assert assert_whole(smoke).keys() == keys(SWEPT)
 
 
-def command_line():
-    """Returns the module of the command, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location("paper_main", HERE / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_command(monkeypatch, folder: Path, *experiments: str) -> dict[str, Result]:
     """Returns what the command leaves, which starts an interpreter for each run."""
     arguments = ["run", *experiments, "--scale", "smoke", "--jobs", "2", "--output-dir", str(folder)]
-    monkeypatch.setattr(sys, "argv", [str(HERE.relative_to(ROOT)), *arguments])
+    monkeypatch.setattr(sys, "argv", [command.__file__, *arguments])
     with pytest.raises(SystemExit) as ended:
-        command_line().app()
+        command.app()
     assert ended.value.code == 0
     have = assert_whole(folder)
-    told = f"python benchmarks/paper run {' '.join(experiments)} --scale smoke"
+    told = f"python -m benchmarks.paper run {' '.join(experiments)} --scale smoke"
     assert all(result.command.startswith(told) for result in have.values())
     return have
 
@@ -295,6 +285,6 @@ def test_the_stored_results_are_what_the_stored_report_says(tmp_path):
     ],
 )
 def test_bad_arguments_are_told(arguments, message):
-    shown = CliRunner().invoke(command_line().app, arguments)
+    shown = CliRunner().invoke(command.app, arguments)
     assert shown.exit_code == 2
     assert message in " ".join(shown.stderr.replace("│", " ").split())

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from arms import Around, Both, ChannelNorm, OnPatches, Whitening, first_layer, maker, optimizer_maker
 from torch import nn
 
-from image_data import load_splits
-from modeling import Preprocessing
-from recipe import Recipe
+from benchmarks.paper.arms import Around, Both, ChannelNorm, OnPatches, Whitening, first_layer, maker, optimizer_maker
+from benchmarks.training.image_data import load_splits
+from benchmarks.training.models import Preprocessing
+from benchmarks.training.recipe import Recipe
 
 PATCH, CHANNELS = 4, 8
 VIT = '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4}'

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from rules import Rule, ruled
 from torch import nn
 
+from benchmarks.paper.rules import Rule, ruled
 from helpers.oracle import assert_close, moment, says
 from hf_tract import find_first_layers
 

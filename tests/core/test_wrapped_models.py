@@ -5,10 +5,10 @@ import pytest
 import torch
 import torchvision
 import transformers as hf
-from survey_check import differences, reference
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from benchmarks.survey.check import differences, reference
 from helpers.oracle import assert_close, expected
 from hf_tract import apply_tract
 

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
-import survey
 import torch
-from survey_check import differences, met_first, reference
-from survey_models import subjects
 from torch import nn
 
+from benchmarks.survey import __main__ as survey
+from benchmarks.survey.check import differences, met_first, reference
+from benchmarks.survey.models import subjects
 from hf_tract import apply_tract
 
 TABLE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")

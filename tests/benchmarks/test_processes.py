@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from jobs import Work, run_all
+from benchmarks.common.processes import Work, run_all
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
 
 
 def python(code):
@@ -43,9 +43,9 @@ def test_the_runs_take_the_devices_and_share_the_cores(tmp_path):
 
 def test_a_killed_runner_leaves_no_process_behind(tmp_path):
     code = f"""
-import sys; sys.path.append({str(EXAMPLES)!r})
+import sys; sys.path.append({str(ROOT)!r})
 from pathlib import Path
-from jobs import Work, run_all
+from benchmarks.common.processes import Work, run_all
 sleep = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 run_all("runs", [Work([[sys.executable, "-c", sleep]] * 2, Path({str(tmp_path)!r}) / "log")], 1)
 """

@@ -11,15 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import survey_families
 import timm
 import torch
 import transformers
-from survey_families import FAMILIES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from benchmarks.survey import families as survey_families
+from benchmarks.survey.families import FAMILIES
 from hf_tract.discovery.inputs import PIXELS
 from hf_tract.discovery.shapes import FEW_FRAMES, FRAMES, SIZES, side_lengths
 

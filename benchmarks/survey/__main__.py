@@ -1,6 +1,6 @@
 """Lists the layer that TrAct takes of every vision architecture of the installed transformers and timm, and checks it.
 
-    uv run --group bench benchmarks/survey.py --table docs/models.md
+    uv run --group bench python -m benchmarks.survey --table docs/models.md
 
 makes each model small, with random weights, and asks of it: is the layer that TrAct finds the one that the pixels meet
 first; are its outputs the same bit by bit; is its gradient the dense float64 formula's, and every other one untouched;
@@ -27,16 +27,16 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import survey_families
 import torch
 import transformers
 from rich.progress import track
-from survey_check import differences, met_first, objective, reference, run
-from survey_families import FAMILIES
-from survey_models import Subject, special_batch, subjects
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.survey import families as survey_families
+from benchmarks.survey.check import differences, met_first, objective, reference, run
+from benchmarks.survey.families import FAMILIES
+from benchmarks.survey.models import Subject, special_batch, subjects
 from hf_tract import TrActError, apply_tract, find_first_layers
 from hf_tract.cli.report import inspect_model
 from hf_tract.discovery.inputs import guess_inputs, pixel_argument_name
@@ -210,7 +210,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("transformers", "timm", "torch")}
 
 
-COMMAND = "uv run --group bench benchmarks/survey.py --table docs/models.md"
+COMMAND = "uv run --group bench python -m benchmarks.survey --table docs/models.md"
 HEAD = """# Which layer TrAct takes of which model
 
 Every architecture that classifies images in transformers, one class of every other model type of its vision tasks, the

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_transform
 
-from cached_images import CachedImages
-from image_data import Images, load_splits
-from modeling import Preprocessing
+from benchmarks.training.cached_images import CachedImages
+from benchmarks.training.image_data import Images, load_splits
+from benchmarks.training.models import Preprocessing
 
 LOOK = Preprocessing(32, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
 

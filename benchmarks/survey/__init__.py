@@ -1,0 +1,1 @@
+"""Looks at the first layer of every vision architecture of the installed libraries."""

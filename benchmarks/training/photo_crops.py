@@ -1,0 +1,77 @@
+"""Photo crops: a small real-image data set that needs no download.
+
+"Which photograph is this 32x32 crop from?", over the real photographs that scikit-image and scikit-learn ship inside
+their wheels. Each photograph is cut into cells of 48 pixels; a quarter of its cells is held out for testing.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import skimage.data
+import sklearn.datasets
+from PIL import Image
+
+PHOTOGRAPHS = [
+    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel"),
+    *("hubble_deep_field", "ihc", "moon", "motorcycle_left", "page", "retina", "rocket", "text"),  # scikit-image
+    *("china", "flower"),  # scikit-learn
+]
+CELL, CROP = 48, 32
+VERSION = 1
+
+
+def photo_crops(train_per_photo: int = 300, test_per_photo: int = 100, seed: int = 0) -> datasets.DatasetDict:
+    """The data set, made at the first call and read from the datasets cache after that.
+
+    Args:
+        train_per_photo: training crops of each of the 20 photographs.
+        test_per_photo: test crops of each.
+        seed: of the choice of cells and crops.
+
+    Returns:
+        Splits "train" and "test" with the columns `image` (32x32 RGB) and `label`.
+    """
+    name = f"photo_crops-{VERSION}-{train_per_photo}-{test_per_photo}-{seed}"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_tract" / name
+    if not folder.exists():
+        splits = {"train": train_per_photo, "test": test_per_photo}
+        made = {split: _split(split, count, seed) for split, count in splits.items()}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.mkdtemp(dir=folder.parent)
+        datasets.DatasetDict(made).save_to_disk(partial)
+        try:
+            os.rename(partial, folder)  # all or nothing: another process may be making it too
+        except OSError:
+            shutil.rmtree(partial)
+    return datasets.DatasetDict.load_from_disk(folder)
+
+
+def _split(split: str, count: int, seed: int) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=PHOTOGRAPHS)})
+    rows = [row for label in range(len(PHOTOGRAPHS)) for row in _crops(label, split, count, seed)]
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def _crops(label: int, split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    photo = _photograph(PHOTOGRAPHS[label])
+    down, across = photo.shape[0] // CELL, photo.shape[1] // CELL
+    cells = np.random.default_rng([seed, label]).permutation(down * across)
+    held_out = -(-len(cells) // 4)
+    cells = cells[:held_out] if split == "test" else cells[held_out:]
+    random = np.random.default_rng([seed, label, split == "test"])
+    for _ in range(count):
+        y, x = np.divmod(random.choice(cells), across) * np.array(CELL) + random.integers(0, CELL - CROP + 1, size=2)
+        yield {"image": Image.fromarray(photo[y : y + CROP, x : x + CROP]), "label": label}
+
+
+def _photograph(name: str) -> np.ndarray:
+    root = Path(skimage.data.__file__).parent
+    files = [*root.glob(f"{name}.*"), *(Path(sklearn.datasets.__file__).parent / "images").glob(f"{name}.*")]
+    with Image.open(files[0]) as image:
+        return np.asarray(image.convert("RGB"))
