@@ -8,7 +8,8 @@ import pytest
 import torch
 
 USAGE = (Path(__file__).parents[1] / "docs" / "usage.md").read_text(encoding="utf-8")
-RECIPES = {part.split("\n")[0]: part for part in USAGE.split("\n### ")[1:]}
+GUIDE, OTHER_PIXELS = USAGE.split("## Other pixels")
+RECIPES = {part.split("\n")[0]: part for part in OTHER_PIXELS.split("\n### ")[1:]}
 LAYERS = {
     "Satellite images, 13 bands": {"0": 832},
     "Two sensors with a stem each": {"optical": 832, "radar": 128},
@@ -51,6 +52,11 @@ def test_a_recipe_runs_as_written(title, caplog):
     assert not [record.getMessage() for record in caplog.records if record.name.startswith("hf_tract")]
 
 
+def test_the_layer_is_shown_as_written(capsys):
+    run(GUIDE.split("## What lam is measured against")[0])
+    assert "0: Conv2d, n=48 (reached first by the pixels)" in capsys.readouterr().out
+
+
 def test_lam_is_measured_as_written(capsys):
-    run(USAGE.split("## Other pixels")[0])
+    run(GUIDE.split("## What lam is measured against")[1])
     assert "Spectrum(mean=0.3" in capsys.readouterr().out

@@ -147,7 +147,7 @@ def apply_tract(
     Source:
         Petersen, Borgelt, Ermon: TrAct, NeurIPS 2024, arXiv 2410.23970, section 3.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10))
         >>> with apply_tract(model, lam=0.1) as handle:
         ...     print(handle)

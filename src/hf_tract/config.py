@@ -31,7 +31,7 @@ class TrActConfig:
     Raises:
         TrActError: for any other value.
 
-    Example:
+    Examples:
         >>> TrActConfig(lam=0.2).to_dict()
         {'lam': 0.2, 'layers': 'auto', 'scope': 'global'}
     """

@@ -65,7 +65,7 @@ def find_first_layers(
         TrActError: if no layer is found; if a request is no convolution or linear layer; if the pixels reach another
             kind of weight first; if the forward fails on `example_batch`, with that error as the cause.
 
-    Example:
+    Examples:
         >>> find_first_layers(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10)))[0].name
         '0'
     """

@@ -21,7 +21,7 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         scope: as in `TrActConfig`.
         options: `example_batch` and `process_group` of `apply_tract`.
 
-    Example:
+    Examples:
         >>> from accelerate.hooks import add_hook_to_module, remove_hook_from_module
         >>> model = add_hook_to_module(nn.Linear(8, 2), TrActHook(lam=0.1))
         >>> model = remove_hook_from_module(model)

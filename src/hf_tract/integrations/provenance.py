@@ -24,7 +24,7 @@ def command(arguments: Sequence[str] | None = None) -> str:
     Args:
         arguments: the script and its arguments, by default those of this process.
 
-    Example:
+    Examples:
         >>> command(["/mnt/me/train.py", "--dataset", "/data/cifar10", "--hub_token=hf_AbCdEfGh1234"])
         'python train.py --dataset PATH_TO/cifar10 --hub_token=TOKEN'
     """

@@ -45,7 +45,7 @@ def first_layer_spectrum(
     Raises:
         TrActError: as `find_first_layers`; for a `lam` that is not positive, and batches that do not reach the layer.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(128, 10))
         >>> first_layer_spectrum(model, torch.ones(2, 3, 16, 16))["0"].largest
         48.0

@@ -61,7 +61,7 @@ def whiten_first_layer(  # noqa: PLR0913
     Source:
         docs/whitening.md, equation 2.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.Flatten(), nn.Linear(1024, 10))
         >>> whiten_first_layer(model, torch.randn(8, 3, 16, 16).cumsum(-1))[0].name
         '0'
