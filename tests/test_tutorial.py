@@ -31,7 +31,7 @@ def test_it_runs_and_shows_what_trained(executed):
     text = text_of(executed)
     assert "vit.embeddings.patch_embeddings.projection: Conv2d, n=192" in text
     assert all(figure in text for figure in FIGURES)
-    assert "ViTForImageClassification" in text.splitlines()[-1]
+    assert "ViTForImageClassification" in text.strip().splitlines()[-1]
 
 
 def test_its_last_plot_has_both_curves(executed):
