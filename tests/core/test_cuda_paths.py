@@ -6,6 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from hf_tract import TrActConfig
+from hf_tract.core.delayed import DelayedValue
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.preconditioner import LayerPreconditioner
 
@@ -24,13 +25,16 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_no_step_after_the_first_waits_for_the_device(name, dtype):
+def test_no_step_after_the_first_waits_for_the_device(name, dtype, monkeypatch):
     spec, shape = SPECS[name]
     n = spec.patch_size(shape)
+    # It reads pinned memory of the host, which a fake tensor cannot tell from the device's.
+    monkeypatch.setattr(DelayedValue, "read", lambda self: 0.0)
     with FakeTensorMode():
         layer = nn.Linear(n, 8, device="cuda")
         preconditioner = LayerPreconditioner(layer, TrActConfig())
-        preconditioner.sums_dtype = torch.float32  # chosen by a look in the very first backward
+        # Both are chosen by a look in the very first backward.
+        preconditioner.sums_dtype = preconditioner.factor_dtype = torch.float32
         for task in range(3):
             x = torch.empty(shape, dtype=dtype, device="cuda")
             grad = torch.empty(8, n, dtype=dtype, device="cuda")

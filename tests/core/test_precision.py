@@ -9,6 +9,7 @@ from torch import nn
 
 import hf_tract.core.preconditioner
 import hf_tract.core.solve
+from helpers import oracle
 from helpers.oracle import assert_close, expected
 from hf_tract import apply_tract
 from hf_tract.core.moments import patch_sums
@@ -57,7 +58,7 @@ def test_a_float32_model_is_right_on_pixels_of_any_unit(layer, pixels, caplog):
 @pytest.mark.parametrize("pixels, dtype", [("normalised", torch.float32), ("0 to 255", torch.float64)])
 def test_sums_are_float64_only_where_float32_would_lose_lam(pixels, dtype):
     x = PIXELS[pixels](photos(4))
-    assert patch_sums(x, PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1).dtype == dtype
+    assert patch_sums(x, PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), lam=0.1).sums.dtype == dtype
 
 
 @pytest.mark.parametrize("spec", [PatchSpec(), PatchSpec((1, 1), (1, 1), (0,) * 4, (1, 1))], ids=["linear", "1x1"])
@@ -66,24 +67,58 @@ def test_millions_of_patches_are_summed_in_pieces(spec):
     rows = torch.randn(2**24, 3) + 0.2
     x = rows if not spec.kernel else rows.T.reshape(1, 3, 4096, 4096)
     exact = sum(part.double().T @ part.double() for part in rows.split(2**18))
-    sums = patch_sums(x, spec, lam=0.1)
-    assert_close(sums[:-1].view(3, 3), exact, 5e-5)
-    assert sums[-1] == 2**24
+    sums, count = patch_sums(x, spec, lam=0.1)
+    assert_close(sums[0], exact, 5e-5)
+    assert count == 2**24
 
 
-def test_what_an_accelerator_could_not_factorise_is_told_at_logging_steps(caplog, monkeypatch):
-    """There a step does not look at the outcome, since that would wait; the figures for a log do."""
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """Has the host not look at a value, as if it had to wait for that."""
     monkeypatch.setattr(hf_tract.core.solve, "on_host", lambda _: False)
     monkeypatch.setattr(hf_tract.core.preconditioner, "on_host", lambda _: False)
+
+
+def test_what_an_accelerator_cannot_factorise_is_told_in_the_first_step(caplog, as_on_an_accelerator):
     layer = nn.Conv2d(3, 4, 4, 4)
     plain, x = copy.deepcopy(layer), torch.randn(5, 3, 8, 8)
     handle = apply_tract(layer)
     object.__setattr__(layer._tract_step.config, "lam", -1e6)  # what no user can ask for
-    layer(x).square().sum().backward()
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        handle.stats()
     plain(x).square().sum().backward()
     assert_close(layer.weight.grad, plain.weight.grad, 1e-6)
-    assert caplog.records == []
-    for _ in range(2):
-        handle.stats()
+    assert "could not be factorised, in float64 neither" in caplog.records[0].getMessage()
+
+
+def test_an_accelerator_turns_to_float64_in_the_step_after_one_that_failed(caplog, as_on_an_accelerator):
+    layer = nn.Linear(2, 3, bias=False)
+    plain = copy.deepcopy(layer)
+    apply_tract(layer, 0.1)
+    # The first step chooses float32 by its pixels; those of later steps are of another scale.
+    small, huge = torch.randn(4, 2), torch.full((4, 2), 2.0**12)
+    grads = []
+    for x in (small, huge, huge, small):
+        layer.zero_grad()
+        layer(x).sum().backward()
+        grads.append(layer.weight.grad.clone())
+    plain(huge).sum().backward()
+    assert torch.equal(grads[1], plain.weight.grad)
+    moment = oracle.moment(huge, plain)
+    assert_close(grads[2], oracle.precondition(plain.weight.grad, moment, 0.1), 1e-3)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "could not be factorised" in message
+    assert "could not be factorised in torch.float32" in message
+    assert "From now on it is factorised in torch.float64" in message
+
+
+def test_a_step_with_a_nan_does_not_change_the_precision_of_later_ones(caplog, as_on_an_accelerator):
+    layer = nn.Linear(2, 3, bias=False)
+    handle = apply_tract(layer, 0.1)
+    x = torch.randn(4, 2)
+    for pixels in (x, x * torch.nan, x):
+        layer.zero_grad()
+        layer(pixels).sum().backward()
+    assert handle.layers[0].module._tract_step.factor_dtype == torch.float32
+    assert caplog.records == []

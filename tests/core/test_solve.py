@@ -17,6 +17,11 @@ def where(request, monkeypatch):
     return request.param
 
 
+def damped_inverse(moment, lam, dtype=None):
+    """Returns the inverse for 4 patches with this second moment."""
+    return DampedInverse(4 * moment, 4, lam, dtype)
+
+
 @st.composite
 def problems(draw):
     torch.manual_seed(draw(st.integers(0, 2**16)))
@@ -30,28 +35,42 @@ def problems(draw):
 def test_equals_the_explicit_inverse(host, problem, lam):
     moment, grad = problem
     with mock.patch.object(hf_tract.core.solve, "on_host", return_value=host):
-        got = DampedInverse(moment.clone(), lam)(grad)
+        got = damped_inverse(moment, lam)(grad)
     oracle.assert_close(got, oracle.precondition(grad, moment, lam), 1e-10)
 
 
 @given(problems(), st.floats(1e-3, 10))
 def test_no_direction_gains_more_than_one_over_lam(problem, lam):
     moment, grad = problem
-    assert DampedInverse(moment.clone(), lam)(grad).norm() <= grad.norm() / lam * (1 + 1e-9)
+    assert damped_inverse(moment, lam)(grad).norm() <= grad.norm() / lam * (1 + 1e-9)
 
 
-def test_float64_takes_over_where_float32_cannot_factorise(where):
-    moment = torch.full((1, 2, 2), 2.0**24)  # in float32 lam is lost beside it, and the second pivot is 0
-    assert torch.linalg.cholesky_ex(moment + 0.1 * torch.eye(2))[1].any()
-    inverse, grad = DampedInverse(moment.clone(), 0.1), torch.randn(5, 2)
-    assert inverse.solved
-    oracle.assert_close(inverse(grad), oracle.precondition(grad, moment.double(), 0.1), 1e-6)
+HUGE = torch.full((1, 2, 2), 2.0**24)  # in float32 lam is lost beside it, and the second pivot is 0
+
+
+def test_float64_takes_over_where_float32_cannot_factorise():
+    assert torch.linalg.cholesky_ex(HUGE + 0.1 * torch.eye(2))[1].any()
+    inverse, grad = damped_inverse(HUGE, 0.1), torch.randn(5, 2)
+    assert not inverse.failed
+    oracle.assert_close(inverse(grad), oracle.precondition(grad, HUGE.double(), 0.1), 1e-6)
+
+
+def test_an_accelerator_keeps_the_gradient_then_and_factorises_in_the_precision_that_it_is_told(monkeypatch):
+    monkeypatch.setattr(hf_tract.core.solve, "on_host", lambda _: False)
+    grad = torch.randn(5, 2)
+    inverse = damped_inverse(HUGE, 0.1)
+    assert inverse.failed
+    assert inverse.failure() == 4 * 2 * 2.0**24
+    assert torch.equal(inverse(grad), grad)
+    inverse = damped_inverse(HUGE, 0.1, torch.float64)
+    assert inverse.failure() == 0
+    oracle.assert_close(inverse(grad), oracle.precondition(grad, HUGE.double(), 0.1), 1e-6)
 
 
 def test_a_matrix_that_cannot_be_factorised_leaves_the_gradient(where):
-    inverse = DampedInverse(-torch.eye(4)[None], 0.1)
+    inverse = damped_inverse(-torch.eye(4)[None], 0.1)
     grad = torch.randn(3, 4)
-    assert not inverse.solved
+    assert inverse.failed
     assert torch.equal(inverse(grad), grad)
     assert inverse.condition() == float("inf")
 
@@ -60,13 +79,13 @@ def test_a_matrix_that_cannot_be_factorised_leaves_the_gradient(where):
 def test_a_non_finite_moment_gives_a_non_finite_gradient(where, value):
     moment = torch.eye(4)[None].clone()
     moment[0, 1, 1] = value
-    assert DampedInverse(moment.clone(), 0.1)(torch.randn(3, 4)).isnan().all()
+    assert damped_inverse(moment, 0.1)(torch.randn(3, 4)).isnan().all()
 
 
 @pytest.mark.parametrize("n", [1, 3, 48, 192])
 def test_the_condition_number_is_that_of_the_eigenvalues(n):
     p = torch.randn(4 * n, n) * torch.linspace(0.1, 3, n) + 1
     moment = (p.mT @ p / len(p))[None]
-    inverse = DampedInverse(moment.clone(), 0.1)
+    inverse = damped_inverse(moment, 0.1)
     eigenvalues = torch.linalg.eigvalsh(moment[0].double()) + 0.1
     assert inverse.condition() == pytest.approx(float(eigenvalues[-1] / eigenvalues[0]), rel=0.05)

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_tract.core.solve import on_host
+from hf_tract.core.moments import PatchSums
+from hf_tract.core.solve import on_host, widest_dtype
 
 # Attributes of a DTensor, and of parameters under FSDP1, ZeRO-3 and the other stages of ZeRO.
 ENGINE_ATTRIBUTES = ("full_tensor", "_fsdp_flattened", "ds_id", "_hp_mapping")
@@ -77,10 +78,18 @@ def ranks_of(group: Any) -> int:
     return 1
 
 
-def sum_over_ranks(sums: Tensor, group: Any) -> Tensor:
-    """Return the sums added up over all ranks, in float64, since each rank chooses a precision by its own patches."""
+def sum_over_ranks(mine: PatchSums, group: Any) -> PatchSums:
+    """Return the sums and counts added up over all ranks, by one all-reduce.
+
+    It is in float64 if the device has that, since each rank chooses a precision by its own patches.
+    """
     if ranks_of(group) == 1:
-        return sums
-    sums = sums.double()
-    dist.all_reduce(sums, group=group)
-    return sums
+        return mine
+    sums, count = mine
+    assert isinstance(count, int)
+    dtype = widest_dtype(sums.device)
+    total = torch.cat([sums.flatten().to(dtype), sums.new_full((1,), count, dtype=dtype)])
+    dist.all_reduce(total, group=group)
+    if on_host(total):
+        return PatchSums(total[:-1].view_as(sums), int(total[-1]))
+    return PatchSums(total[:-1].view_as(sums), total[-1])

@@ -7,23 +7,46 @@ mirrors it at the end.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_tract.core.overlap import best_overlap, overlapping_sums
 from hf_tract.core.patches import PatchSpec
-from hf_tract.core.pieces import add_product, as_images, chunk_sizes, covered_input, factor_dtype, mirror, windows
+from hf_tract.core.pieces import (
+    MAX_PRODUCT_LENGTH,
+    add_long_product,
+    add_product,
+    as_images,
+    chunk_sizes,
+    factor_dtype,
+    mirror,
+    patch_rows,
+)
+from hf_tract.core.solve import widest_dtype
 
-MEMORY_LIMIT = 128 * 2**20  # bytes
+# Bytes. The first layer's backward is the last, when the activations of all others have been freed.
+MEMORY_LIMIT = 512 * 2**20
 # On a CPU, pieces of this many bytes stay in the cache, and below the size that malloc maps and unmaps each time.
 CPU_MEMORY_LIMIT = 8 * 2**20
+# Up to this many numbers in all patches, an accelerator computes their products faster than the host could launch the
+# steps by which overlapping patches share work.
+FEW_NUMBERS = 2**25
 # Columns of the triangle that one product fills on a CPU.
 PANEL = 128
 # Rounding of C's trace in float32, in units of lam, above which the sums are float64.
 MAX_ROUNDING = 1e-2
-# Largest number of patches in one product: with more, float32 would lose the last ones.
-MAX_PRODUCT_LENGTH = 2**16
+
+
+class PatchSums(NamedTuple):
+    """Holds the sum of p p^T over b patches, (g, n, n) in float32 or float64, and b.
+
+    The count is a scalar tensor where the host could not know it without waiting for an accelerator.
+    """
+
+    sums: Tensor
+    patch_count: int | Tensor
 
 
 def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = MEMORY_LIMIT) -> int:
@@ -45,7 +68,7 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
     memory_limit //= 2
     if x.is_cpu:
         memory_limit = min(memory_limit, CPU_MEMORY_LIMIT)
-    max_numbers = max(1, memory_limit // out.itemsize)
+    max_numbers = max(1, memory_limit // factor_dtype(x, out).itemsize)
     if not spec.kernel:
         return _linear_sums(x, out, max_numbers)
     x = as_images(x, spec)
@@ -54,7 +77,7 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
     if count == 0 or x.shape[1] == 0:
         return count
     dim = best_overlap(spec, positions)
-    if dim is not None:
+    if dim is not None and (x.is_cpu or count * len(out) * out.shape[-1] > FEW_NUMBERS):
         block = out.numel() * spec.stride[dim] // spec.kernel[dim]
         if 4 * block <= max_numbers:
             overlapping_sums(x, spec, dim, out, max_numbers)
@@ -63,8 +86,8 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
     return count
 
 
-def patch_sums(x: Tensor, spec: PatchSpec, lam: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the sums of p p^T over all patches of `x` and, as their last entry, the number of patches.
+def patch_sums(x: Tensor, spec: PatchSpec, lam: float, dtype: torch.dtype | None = None) -> PatchSums:
+    """Return the sums of p p^T over all patches of `x`, and their number.
 
     The sums are float32 where that is precise enough to add `lam` to C's diagonal: its rounding error grows with C's
     largest eigenvalue, which the trace bounds. Elsewhere, as for pixels of 0 to 10 000, they are float64.
@@ -74,33 +97,27 @@ def patch_sums(x: Tensor, spec: PatchSpec, lam: float, dtype: torch.dtype | None
         spec: the patches to take.
         lam: the damping that is to be added to C.
         dtype: the precision of the sums; None to choose it by their values, which waits for the device.
-
-    Returns:
-        (g * n * n + 1,), float32 or float64.
     """
+    widest = widest_dtype(x.device)
     if torch.float64 in (x.dtype, dtype):
-        return _flat_sums(x, spec, torch.float64)
-    sums = _flat_sums(x, spec, torch.float32)
-    has_float64 = x.device.type != "mps"
-    if dtype is None and has_float64 and _loses(lam, sums, spec):
-        return _flat_sums(x, spec, torch.float64)
-    return sums
+        return _new_sums(x, spec, torch.float64)
+    new = _new_sums(x, spec, torch.float32)
+    if dtype is None and widest == torch.float64 and _loses(lam, new):
+        return _new_sums(x, spec, widest)
+    return new
 
 
-def _flat_sums(x: Tensor, spec: PatchSpec, dtype: torch.dtype) -> Tensor:
+def _new_sums(x: Tensor, spec: PatchSpec, dtype: torch.dtype) -> PatchSums:
     n = spec.patch_size(x.shape)
-    sums = x.new_zeros((spec.groups * n * n + 1,), dtype=dtype)
-    count = patch_moments(x, spec, sums[:-1].view(spec.groups, n, n))
-    sums[-1:].fill_(count)
-    return sums
+    sums = x.new_zeros((spec.groups, n, n), dtype=dtype)
+    count = patch_moments(x, spec, sums)
+    return PatchSums(sums, count)
 
 
-def _loses(lam: float, sums: Tensor, spec: PatchSpec) -> bool:
-    """Return whether the rounding error of the float32 `sums` is too large for `lam`."""
-    n = math.isqrt((len(sums) - 1) // spec.groups)
-    squares = sums[:-1].view(spec.groups, n, n).diagonal(dim1=1, dim2=2)
-    count = max(1.0, float(sums[-1]))
-    trace = float(squares.sum(1).max()) / count
+def _loses(lam: float, new: PatchSums) -> bool:
+    """Return whether the rounding error of these float32 sums is too large for `lam`."""
+    squares = new.sums.diagonal(dim1=1, dim2=2)
+    trace = float(squares.sum(1).max()) / max(1, int(new.patch_count))
     if not math.isfinite(trace):
         return False
     return torch.finfo(torch.float32).eps * trace > MAX_ROUNDING * lam
@@ -108,10 +125,12 @@ def _loses(lam: float, sums: Tensor, spec: PatchSpec) -> bool:
 
 def _linear_sums(x: Tensor, out: Tensor, max_numbers: int) -> int:
     rows = x.reshape(-1, x.shape[-1])
-    step = min(max_numbers // max(1, rows.shape[1]), MAX_PRODUCT_LENGTH)
+    step = max_numbers // max(1, rows.shape[1])
+    if x.is_cpu:
+        step = min(step, MAX_PRODUCT_LENGTH)
     for chunk in rows.split(max(1, step)):
         factor = chunk.to(factor_dtype(chunk, out))
-        _add_lower_triangle(out, factor.mT.unsqueeze(0))
+        _add_gram(out, factor.unsqueeze(0))
     mirror(out, _panel_width(out))
     return len(rows)
 
@@ -120,32 +139,17 @@ def _patch_products(x: Tensor, spec: PatchSpec, out: Tensor, max_numbers: int) -
     """Multiply the patch matrix with its own transpose, piece by piece."""
     positions = spec.output_size(x.shape[2:])
     numbers_each = x.shape[1] * math.prod(spec.kernel) * math.prod(positions[1:])
-    max_numbers = min(max_numbers, out.shape[-1] * len(out) * MAX_PRODUCT_LENGTH)
+    if x.is_cpu:
+        max_numbers = min(max_numbers, out.shape[-1] * len(out) * MAX_PRODUCT_LENGTH)
     lines, images = chunk_sizes(positions[0], len(x), max_numbers, numbers_each)
     for start in range(0, positions[0], lines):
         outputs = range(start, min(start + lines, positions[0]))
         for chunk in x.split(images):
-            matrix = _patch_matrix(chunk, spec, outputs, factor_dtype(x, out))
-            _add_lower_triangle(out, matrix)
+            rows = patch_rows(chunk, spec, outputs, factor_dtype(x, out))
+            _add_gram(out, rows)
             # Two matrices at a time would exceed the limit.
-            del matrix
+            del rows
     mirror(out, _panel_width(out))
-
-
-def _patch_matrix(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype) -> Tensor:
-    """Return the patches of (N, c, *size) at `outputs` along its first dimension, as (g, n, b)."""
-    dims = len(spec.kernel)
-    covered = covered_input(x, spec, 0, outputs, dtype)
-    # (N, g, c / g, *o, *k)
-    views = windows(covered, spec, 2).unflatten(1, (spec.groups, -1))
-    positions, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-    matrix: Tensor
-    # The longer of the last output and kernel dimensions goes innermost, so that the copy reads and writes long runs.
-    if views.shape[2 + dims] >= views.shape[-1]:
-        matrix = views.permute(1, 2, *kernel, 0, *positions)
-        return matrix.flatten(2 + dims).flatten(1, 1 + dims)
-    matrix = views.permute(1, 0, *positions, 2, *kernel)
-    return matrix.flatten(2 + dims).flatten(1, 1 + dims).mT
 
 
 def _panel_width(out: Tensor) -> int:
@@ -160,8 +164,11 @@ def _panel_width(out: Tensor) -> int:
     return max(1, n)
 
 
-def _add_lower_triangle(out: Tensor, matrix: Tensor) -> None:
-    """Add the lower triangle of `matrix` `matrix`^T, (g, n, b), to (g, n, n)."""
+def _add_gram(out: Tensor, rows: Tensor) -> None:
+    """Add `rows`^T `rows`, of (g, b, n), to (g, n, n); on a CPU only the lower triangle."""
+    if not out.is_cpu:
+        add_long_product(out, rows, rows)
+        return
     panel = _panel_width(out)
     for j in range(0, out.shape[-1], panel):
-        add_product(out[:, j:, j : j + panel], matrix[:, j:], matrix[:, j : j + panel].mT)
+        add_product(out[:, j:, j : j + panel], rows[:, :, j:].mT, rows[:, :, j : j + panel])

@@ -47,13 +47,34 @@ def advice_on_lam(mean: float, lam: float) -> str:
 
 def warn_if_unsolved(warned: set[str], inverse: DampedInverse, lam: float) -> None:
     """Warn about a step whose C + lam I could not be factorised; this waits for the device."""
-    if bool(inverse.finite) and not bool(inverse.solved):
+    if inverse.failed and inverse.finite:
         warn_once(
             warned,
             "TrAct: C + lam I (lam=%g) could not be factorised, in float64 neither: the first layer keeps its "
             "ordinary gradient in such steps. Normalise the pixels or raise lam.",
             lam,
         )
+
+
+def warn_of_failure(warned: set[str], lam: float, tried: torch.dtype, widest: torch.dtype) -> None:
+    """Warn about an earlier step on an accelerator whose C + lam I could not be factorised in precision `tried`."""
+    if tried == widest:
+        warn_once(
+            warned,
+            "TrAct: C + lam I (lam=%g) could not be factorised in %s, the widest precision of this device: the first "
+            "layer keeps its ordinary gradient in such steps. Normalise the pixels or raise lam.",
+            lam,
+            widest,
+        )
+        return
+    warn_once(
+        warned,
+        "TrAct: C + lam I (lam=%g) could not be factorised in %s: the first layer kept its ordinary gradient in a step "
+        "or two. From now on it is factorised in %s, which is slower; normalised pixels or a larger lam avoid that.",
+        lam,
+        tried,
+        widest,
+    )
 
 
 def warn_of_other_uses(

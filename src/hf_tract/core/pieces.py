@@ -14,6 +14,10 @@ from torch import Tensor
 
 from hf_tract.core.patches import PatchSpec
 
+# Largest number of patches in one product: with more, float32 would lose the last ones.
+MAX_PRODUCT_LENGTH = 2**16
+# Patches in each part of a longer product on an accelerator: with few parts, few of its cores would work.
+PART_LENGTH = 2**12
 # For a product of up to this many entries on a CPU, torch's `baddbmm_` is slow: it adds one patch at a time.
 FEW_ENTRIES = 256
 
@@ -90,6 +94,23 @@ def factor_dtype(x: Tensor, out: Tensor) -> torch.dtype:
     return out.dtype
 
 
+def patch_rows(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype) -> Tensor:
+    """Return the patches of (N, c, *size) at `outputs` along its first dimension, as (g, b, n)."""
+    dims = len(spec.kernel)
+    covered = covered_input(x, spec, 0, outputs, dtype)
+    # (N, g, c / g, *o, *k)
+    views = windows(covered, spec, 2).unflatten(1, (spec.groups, -1))
+    positions, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    rows: Tensor
+    # The longer of the last output and kernel dimensions goes innermost, so that the copy reads and writes long runs.
+    if x.is_cpu and views.shape[2 + dims] >= views.shape[-1]:
+        columns = views.permute(1, 2, *kernel, 0, *positions)
+        rows = columns.flatten(2 + dims).flatten(1, 1 + dims).mT
+    else:
+        rows = views.permute(1, 0, *positions, 2, *kernel).flatten(2 + dims).flatten(1, 1 + dims)
+    return rows
+
+
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left` @ `right` to `out`, each a batch of matrices."""
     if left.dtype != out.dtype:
@@ -98,6 +119,22 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out += torch.bmm(left, right)
     else:
         out.baddbmm_(left, right)
+
+
+def add_long_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the sum over b patches of `left`^T `right`, of (g, b, m) and (g, b, n), to (g, m, n), on an accelerator."""
+    groups, b, m = left.shape
+    if b <= MAX_PRODUCT_LENGTH:
+        add_product(out, left.mT, right)
+        return
+    parts, rest = divmod(b, PART_LENGTH)
+    left_parts = left[:, : b - rest].reshape(groups * parts, PART_LENGTH, m)
+    right_parts = right[:, : b - rest].reshape(groups * parts, PART_LENGTH, -1)
+    products = out.new_zeros((groups * parts, *out.shape[1:]))
+    add_product(products, left_parts.mT, right_parts)
+    out += products.view(groups, parts, *out.shape[1:]).sum(1)
+    if rest:
+        add_product(out, left[:, b - rest :].mT, right[:, b - rest :])
 
 
 def mirror(out: Tensor, panel: int) -> None:

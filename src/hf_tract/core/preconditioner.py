@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig
 from hf_tract.core import accumulation
-from hf_tract.core.moments import patch_sums
-from hf_tract.core.notices import warn_if_unsolved, warn_of_other_uses
+from hf_tract.core.delayed import DelayedValue
+from hf_tract.core.moments import PatchSums, patch_sums
+from hf_tract.core.notices import warn_if_unsolved, warn_of_failure, warn_of_other_uses
 from hf_tract.core.patches import PatchSpec
-from hf_tract.core.solve import on_host
-from hf_tract.core.step import ForwardCall, Step, keep_where
+from hf_tract.core.solve import on_host, widest_dtype
+from hf_tract.core.step import ForwardCall, Step, masked
 from hf_tract.core.weights import weight_parameters
 
 _keys = itertools.count()
@@ -52,8 +54,11 @@ class LayerPreconditioner:
         self.open_no_syncs = 0
         self.warned: set[str] = set()
         self.last_step: Step | None = None
-        # On an accelerator the first backward chooses the precision of the sums by their values; later ones reuse it.
+        # On an accelerator the first backward chooses the precision of the sums by their values, and that of the
+        # factor by its outcome; later ones reuse them, so that the host need not wait.
         self.sums_dtype: torch.dtype | None = None
+        self.factor_dtype: torch.dtype | None = None
+        self._failure = DelayedValue()
         self._layer = ref(layer)
         self._step: Step | None = None
         # The step of `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`.
@@ -88,9 +93,9 @@ class LayerPreconditioner:
                 # `zero_grad(set_to_none=False)` begins a step too; only the device knows, and masks the old totals.
                 keep = accumulation.holds_gradient(parameters)
             returned = step.returned(keep)
-            sums = self._uncounted_sums(step, call, x, spec, keep)
+            new = self._uncounted_sums(step, call, x, spec, keep)
             dtype = torch.promote_types(grad.dtype, torch.float32)
-            step.add(grad.detach().to(dtype), sums, keep)
+            step.add(grad.detach().to(dtype), new, keep)
             if not (self.open_no_syncs or accumulation.engine_accumulates()):
                 step.closed = True
             if step.inverse is None and self.steps == 1 and self._is_sole_source(call, parameters):
@@ -148,22 +153,22 @@ class LayerPreconditioner:
 
     def _uncounted_sums(
         self, step: Step, call: ForwardCall | None, x: Tensor, spec: PatchSpec, keep: Tensor | None
-    ) -> Tensor | None:
+    ) -> PatchSums | None:
         """Return the sums over the patches of this backward on all ranks; None if the step has them already."""
         is_counted = call is not None and call.number in step.counted_calls
         if is_counted and keep is None:
             return None
-        sums = patch_sums(x, spec, self.config.lam, self.sums_dtype)
-        if not on_host(sums):
-            self.sums_dtype = sums.dtype
+        new = patch_sums(x, spec, self.config.lam, self.sums_dtype)
+        if not on_host(new.sums):
+            self.sums_dtype = new.sums.dtype
         if self.config.scope == "global":
-            sums = accumulation.sum_over_ranks(sums, self.process_group)
+            new = accumulation.sum_over_ranks(new, self.process_group)
         if call is not None:
             step.counted_calls.add(call.number)
         if is_counted and keep is not None:
             # If the device keeps the old totals, these sums are already among them.
-            return keep_where(~keep, sums)
-        return sums
+            return masked(new, ~keep)
+        return new
 
     def _is_sole_source(self, call: ForwardCall | None, parameters: list[nn.Parameter]) -> bool:
         """Return whether `.grad` will come from this layer alone, in this process."""
@@ -174,12 +179,40 @@ class LayerPreconditioner:
         return parameters[0] is call.leaf and call.leaf.grad is None
 
     def _missing(self, step: Step, grad: Tensor, returned: Tensor | None) -> Tensor:
-        missing, inverse = step.precondition(self.config.lam)
-        if on_host(grad):
+        assert step.total is not None
+        if on_host(step.total.sums):
+            missing, inverse = step.precondition(self.config.lam)
             warn_if_unsolved(self.warned, inverse, self.config.lam)
+        else:
+            missing = self._on_accelerator(step)
         if returned is not None:
             missing = missing - returned.to(missing.device)
         return missing.to(grad.dtype).contiguous()
+
+    def _on_accelerator(self, step: Step) -> Tensor:
+        """Return the step's preconditioned gradient; after the first time, without waiting for the device.
+
+        Then a factorisation that fails in float32 leaves that step its ordinary gradient. Once the host has heard of
+        it, usually in the next step, it chooses float64.
+        """
+        assert step.total is not None
+        lam = self.config.lam
+        if self.factor_dtype is None:
+            missing, inverse = step.precondition(lam, self.sums_dtype)
+            self.factor_dtype = self.sums_dtype
+            if inverse.failed and inverse.finite:
+                self.factor_dtype = widest_dtype(missing.device)
+                missing, inverse = step.precondition(lam, self.factor_dtype)
+                warn_if_unsolved(self.warned, inverse, lam)
+            return missing
+        failure = self._failure.read()
+        if failure != 0 and math.isfinite(failure):
+            widest = widest_dtype(step.total.sums.device)
+            warn_of_failure(self.warned, lam, self.factor_dtype, widest)
+            self.factor_dtype = widest
+        missing, inverse = step.precondition(lam, self.factor_dtype)
+        self._failure.send(inverse.failure())
+        return missing
 
 
 def _backward_pass_of(call: ForwardCall | None) -> int:

@@ -13,74 +13,79 @@ CONDITION_VECTORS = 4
 
 
 class DampedInverse:
-    """Multiplies gradients by inv(C + lam I), with a Cholesky factor; no inverse is formed.
+    """Multiplies gradients by inv(C + lam I) = b inv(S + lam b I), where S is the sum of p p^T over b patches.
 
-    On the host the factorisation runs in the moment's precision and, if it fails, again in float64. An accelerator
-    with float64 uses that at once: with a matrix of this size, launches take longer than arithmetic, and since nothing
-    has to be chosen, the host never waits for the device. If float64 fails too, the gradient stays as it is. A
-    non-finite moment gives a non-finite gradient, so that a GradScaler and the user see it.
+    It factorises by Cholesky in the precision of the sums, and forms no inverse. If that fails on the host, it is done
+    again in float64. For an accelerator the host would have to wait, so there the caller chooses the precision, by the
+    outcome of earlier steps. If the factorisation fails, the gradient stays as it is. Sums that are not finite give a
+    gradient that is not finite, so that a GradScaler and the user see it.
 
     Source: the closed form of TrAct (arXiv 2410.23970, section 3), dW = -eta grad_W (x x^T / b + lam I)^-1.
     """
 
-    def __init__(self, moment: Tensor, lam: float) -> None:
-        """Factorise `moment` + `lam` I.
+    def __init__(self, sums: Tensor, count: int | Tensor, lam: float, dtype: torch.dtype | None = None) -> None:
+        """Factorise S + lam b I.
 
         Args:
-            moment: C, (g, n, n), symmetric, float32 or float64; it is overwritten.
+            sums: S, (g, n, n), symmetric, float32 or float64; it is not modified.
+            count: b, the number of patches.
             lam: the damping, in the units of C's eigenvalues.
+            dtype: the precision of the factor; by default that of `sums`.
         """
-        self.dtype = moment.dtype
-        diagonal = moment.diagonal(dim1=-2, dim2=-1)
-        trace = diagonal.sum()
-        self._mean = trace / max(1, diagonal.numel())
+        self._sums = sums
+        # A rank whose batches are all empty has zeros, and lam I is to be left of them.
+        self._count = max(1, count) if isinstance(count, int) else count.clamp(min=1)
+        self._lam = lam
         # The trace contains the square of every pixel, so it shows whether one is not finite.
-        self.finite = trace.isfinite()
-        if not on_host(moment) and moment.device.type != "mps":
-            moment = moment.double()
-        undamped = diagonal.clone()
-        moment.diagonal(dim1=-2, dim2=-1).add_(lam)
-        self._factorise(moment)
-        if not on_host(moment) or moment.dtype == torch.float64:
-            return
-        if self.finite and not self.solved:
-            moment = moment.double()
-            moment.diagonal(dim1=-2, dim2=-1).copy_(undamped.double() + lam)
-            self._factorise(moment)
+        self._trace = sums.diagonal(dim1=-2, dim2=-1).sum()
+        self._factorise(dtype or sums.dtype)
+        if on_host(sums) and self.failed and self.finite:
+            self._factorise(torch.float64)
 
-    def _factorise(self, damped: Tensor) -> None:
+    def _factorise(self, dtype: torch.dtype) -> None:
+        damped = self._sums.to(dtype, copy=True)
+        damped.diagonal(dim1=-2, dim2=-1).add_(self._lam * self._count)
         self._factor, info = torch.linalg.cholesky_ex(damped)
-        self.solved = (info == 0).all()
+        # One value for all groups, which an accelerator keeps to itself.
+        self.failed = info.any()
+
+    @property
+    def finite(self) -> bool:
+        """Return whether all patches were finite; this waits for the device."""
+        return bool(self._trace.isfinite())
 
     def __call__(self, grad: Tensor) -> Tensor:
         """Return `grad` inv(C + lam I), (m, ...) like `grad`, whose m rows are split evenly over the g groups."""
         groups, _, n = self._factor.shape
-        rows = grad.reshape(groups, -1, n).to(self.dtype)
-        out = self._solve(rows)
-        if not (on_host(out) and self.finite and self.solved):
+        rows = grad.reshape(groups, -1, n)
+        # With columns for right-hand sides, the result lies in memory as the gradient does.
+        rows = rows.to(self._factor.dtype)
+        out = torch.cholesky_solve(rows.mT, self._factor).mT * self._count
+        if not on_host(out):
             # An accelerator makes this choice itself, so that the host does not wait for the values.
-            out = torch.where(self.solved, out, rows)
-            out = torch.where(self.finite, out, torch.nan)
+            out = torch.where(self.failed, rows, out)
+        elif self.failed:
+            out = rows
+        # Adds NaN if the trace is not finite, and nothing if it is.
+        out = torch.add(out, self._trace, alpha=0)
         return out.reshape(grad.shape).to(grad.dtype)
 
-    def _solve(self, rows: Tensor) -> Tensor:
-        """Return `rows` inv(L L^T), laid out in memory as the gradient is, by substitution from the right."""
-        factor = self._factor
-        half = torch.linalg.solve_triangular(factor.mT, rows.to(factor.dtype), upper=True, left=False)
-        whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-        return whole.to(self.dtype)
+    def failure(self) -> Tensor:
+        """Return, as a scalar tensor, 0 if the factorisation succeeded, else the trace, which may not be finite."""
+        return torch.where(self.failed, self._trace, 0.0)
 
     @property
     def mean_eigenvalue(self) -> float:
         """Return tr(C) / n, the mean square of what the layer reads; this waits for the device."""
-        return self._mean.item()
+        groups, n, _ = self._sums.shape
+        return float(self._trace / (groups * n * self._count))
 
     def condition(self) -> float:
         """Return a lower bound on the condition number of C + lam I, the largest over groups.
 
-        It comes from power and inverse iteration with the factor L, where C + lam I = L L^T.
+        It comes from power and inverse iteration with the factor L, where S + lam b I = L L^T.
         """
-        if not (self.finite and self.solved):
+        if self.failed or not self.finite:
             return float("inf")
         factor = self._factor
         groups, n, _ = factor.shape
@@ -101,3 +106,12 @@ class DampedInverse:
 def on_host(tensor: Tensor) -> bool:
     """Return whether the host can read a value of `tensor` without waiting for a device."""
     return tensor.is_cpu
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has no float64."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_capability(device).get("has_fp64", True):
+        return torch.float32
+    return torch.float64

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from hf_tract.core.moments import PatchSums
 from hf_tract.core.solve import DampedInverse
 
 _numbers = itertools.count()
@@ -54,12 +54,11 @@ class Step:
     def __init__(self, backward_pass: int) -> None:
         # The last backward pass that belongs to the step.
         self.backward_pass = backward_pass
-        # The numbers of the forward calls whose patches are in `sums`.
+        # The numbers of the forward calls whose patches are in `total`.
         self.counted_calls: set[int] = set()
         # Set by the last micro-step; used only where an engine keeps gradients outside of `.grad`.
         self.closed = False
-        # (g * n * n + 1,): the sums of p p^T, then the number of patches.
-        self.sums: Tensor | None = None
+        self.total: PatchSums | None = None
         # (m, ...): the ordinary gradient.
         self.grad: Tensor | None = None
         self.inverse: DampedInverse | None = None
@@ -70,26 +69,36 @@ class Step:
             return None
         return keep_where(keep, self.inverse(self.grad))
 
-    def add(self, grad: Tensor, sums: Tensor | None, keep: Tensor | None) -> None:
+    def add(self, grad: Tensor, new: PatchSums | None, keep: Tensor | None) -> None:
         """Add the gradient of one backward, and the sums over its patches, or None if these are counted already."""
         if self.grad is not None:
             grad = grad + keep_where(keep, self.grad).to(grad.device)
         self.grad = grad
-        if sums is None:
+        if new is None:
             return
-        if self.sums is not None:
-            sums = sums + keep_where(keep, self.sums).to(sums.device)
-        self.sums = sums
+        if self.total is not None:
+            sums, count = masked(self.total, keep)
+            new = PatchSums(new.sums + sums.to(new.sums.device), new.patch_count + count)
+        self.total = new
 
-    def precondition(self, lam: float) -> tuple[Tensor, DampedInverse]:
-        """Return the step's gradient times inv(C + lam I), C being over all patches so far, and that inverse."""
-        assert self.sums is not None
+    def precondition(self, lam: float, dtype: torch.dtype | None = None) -> tuple[Tensor, DampedInverse]:
+        """Return the step's gradient times inv(C + lam I), C being over all patches so far, and that inverse.
+
+        Args:
+            lam: the damping.
+            dtype: the precision of the factor; by default that of the sums.
+        """
+        assert self.total is not None
         assert self.grad is not None
-        n = math.prod(self.grad.shape[1:])
-        count = self.sums[-1].clamp(min=1)
-        moment = (self.sums[:-1] / count).view(-1, n, n)
-        self.inverse = DampedInverse(moment, lam)
+        self.inverse = DampedInverse(*self.total, lam, dtype)
         return self.inverse(self.grad), self.inverse
+
+
+def masked(total: PatchSums, keep: Tensor | None) -> PatchSums:
+    """Return `total`, or sums over no patches if the scalar tensor `keep` is false."""
+    if keep is None:
+        return total
+    return PatchSums(keep_where(keep, total.sums), keep.to(total.sums) * total.patch_count)
 
 
 def keep_where(keep: Tensor | None, value: Tensor) -> Tensor:

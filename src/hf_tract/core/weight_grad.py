@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_tract.core.moments import MEMORY_LIMIT
 from hf_tract.core.patches import PatchSpec
-from hf_tract.core.pieces import as_images, factor_dtype, pad_argument, windows
+from hf_tract.core.pieces import add_long_product, as_images, factor_dtype, pad_argument, patch_rows
 
 
 def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:
@@ -41,10 +41,11 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
     step = max(1, MEMORY_LIMIT // bytes_each)
     for part, part_grad in zip(x.split(step), output_grad.split(step), strict=True):
         if not spec.kernel:
-            _add_product(total, part_grad.mT, part)
+            _add_rows(total, part_grad, part)
         elif _is_side_by_side(spec):
-            rows = part_grad.transpose(0, 1).flatten(1)
-            _add_product(total.flatten(1), rows, _patch_rows(part, spec))
+            outputs = range(spec.output_size(part.shape[2:])[0])
+            grad_rows = part_grad.flatten(2).mT.flatten(0, 1)
+            _add_rows(total, grad_rows, patch_rows(part, spec, outputs, factor_dtype(part, total))[0])
         else:
             total += _convolution_grad(part.float(), part_grad.float(), spec, total)
     return total
@@ -57,21 +58,11 @@ def _is_side_by_side(spec: PatchSpec) -> bool:
     return spec.kernel == spec.stride and set(spec.dilation) == {1}
 
 
-def _patch_rows(x: Tensor, spec: PatchSpec) -> Tensor:
-    """Return the patches of (N, c, *size) as rows, (b, n), for a `spec` without padding and groups."""
-    dims = len(spec.kernel)
-    positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
-    patches: Tensor = windows(x, spec, 2).permute(0, *positions, 1, *kernel)
-    return patches.flatten(0, dims).flatten(1)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left` @ `right` to the float32 `total`, in place."""
+def _add_rows(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the sum over patches of `left`^T `right`, of (b, m) and (b, n), to the float32 `total`, in place."""
     dtype = factor_dtype(left, total)
-    if dtype == total.dtype:
-        total.addmm_(left.to(dtype), right.to(dtype))
-    else:
-        total += torch.mm(left, right, out_dtype=total.dtype)
+    out = total.flatten(1).unsqueeze(0)
+    add_long_product(out, left.to(dtype).unsqueeze(0), right.to(dtype).unsqueeze(0))
 
 
 def _convolution_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, weight: Tensor) -> Tensor:

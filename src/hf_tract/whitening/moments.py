@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_tract.config import TrActError
-from hf_tract.core.accumulation import ranks_of, sum_over_ranks
+from hf_tract.core.accumulation import ranks_of
 from hf_tract.core.moments import patch_moments
 from hf_tract.core.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.core.sharding import is_sharded
+from hf_tract.core.solve import widest_dtype
 from hf_tract.core.weights import weight_like
 from hf_tract.discovery.calling import run_forward
 from hf_tract.discovery.first_layer import FirstLayer
@@ -75,11 +76,12 @@ def _all_reduced(sums: Tensor, group: Any) -> Tensor:
     """Return the sum over ranks, if there are several."""
     if ranks_of(group) == 1:
         return sums
-    mine = sums
+    total = sums.clone()
     # NCCL takes no CPU tensors, and the model may not have been moved to its device yet.
     if dist.get_backend(group) == "nccl":
-        mine = sums.cuda()
-    return sum_over_ranks(mine, group).to(sums.device)
+        total = total.cuda()
+    dist.all_reduce(total, group=group)
+    return total.to(sums.device)
 
 
 class _MomentCollector(PatchOpMode):
@@ -92,10 +94,7 @@ class _MomentCollector(PatchOpMode):
         n = patch_size(layer)
         self.shape = (g, n, n)
         device = weight_like(layer).device
-        dtype = torch.float64
-        # Apple's GPUs have no float64.
-        if device.type == "mps":
-            dtype = torch.float32
+        dtype = widest_dtype(device)
         # The last entry counts the patches.
         self.sums = torch.zeros(g * n * n + 1, dtype=dtype, device=device)
         self.has_read = False
