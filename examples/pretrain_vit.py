@@ -1,78 +1,126 @@
-"""Pre-trains any transformers or timm vision model from a recipe, with TrAct, by accelerate.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf-tract",
+#     "accelerate>=1.10",
+#     "datasets>=4.0",
+#     "huggingface_hub>=1.0",
+#     "matplotlib>=3.9",
+#     "numpy",
+#     "pillow>=10",
+#     "pyyaml>=6",
+#     "scikit-image>=0.24",
+#     "scikit-learn>=1.5",
+#     "timm>=1.0.20",
+#     "torch>=2.8",
+#     "torchvision>=0.23",
+#     "tqdm>=4.66",
+#     "transformers>=5.0",
+# ]
+# ///
+"""Pre-trains a vision model of transformers or timm by accelerate, with TrAct or without it.
 
-    accelerate launch examples/pretrain_vit.py                      # photo crops, minutes on two cores
-    accelerate launch examples/pretrain_vit.py --recipe examples/recipes/cifar10_vit.yaml --report_to tensorboard
-    torchrun --nproc-per-node 2 examples/pretrain_vit.py            # two processes, on CPU too
-    accelerate launch examples/pretrain_vit.py --resume_from_checkpoint latest
+    accelerate launch pretrain_vit.py     # crops of photographs: no download, minutes on two cores
+    accelerate launch pretrain_vit.py --dataset PATH_TO_IMAGES --image_size 64 --crop_scale 0.5
+    accelerate launch pretrain_vit.py --recipe cifar10_vit.yaml --report_to tensorboard
+    torchrun --nproc-per-node 2 pretrain_vit.py     # two processes, on a CPU too
+    accelerate launch pretrain_vit.py --resume_from_checkpoint latest
 
-A recipe sets defaults; what the command line says wins. A run that was killed and resumed ends in the same weights.
+A recipe is a YAML file with the values of options; the command line wins over it. A run that was killed and resumed
+ends in the same weights.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
+import random
 import re
+import shlex
+import shutil
 import struct
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import datasets
 import numpy as np
+import skimage.data
+import sklearn.datasets
 import timm
 import torch
-from accelerate import Accelerator, PartialState, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed, tqdm
+import yaml
+from accelerate import Accelerator, skip_first_batches
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
-from timm.data import Mixup
-from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.data import Mixup, create_transform
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import nn
-from transformers import CONFIG_MAPPING
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    ViTImageProcessor,
+)
 
-from hf_tract import TrActHandle, apply_tract, whiten_first_layer
+from hf_tract import TrActError, apply_tract, whiten_first_layer
 from hf_tract.integrations import TrainingRecord, stats_to_log
-from hf_tract.metrics import TopK
-from image_data import Splits, normalization
-from loaders import make_loaders
-from modeling import Preprocessing, logits_of, make_model, save_model
-from photo_crops import photo_crops
-from progress import Progress, add_epoch, read_epochs, start
-from recipe import Recipe, Run, parse
-from upload import check_token, push_folder
+from hf_tract.metrics import compute_top_k
 
-BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"photo_crops": photo_crops}
+SMALL_VIT = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 384,
+    "patch_size": 8,
+}
+MAX_BYTES = 2 * 2**30  # of decoded images that a process keeps in memory; more are decoded when they are used
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
 class DataOptions:
-    """Names the images, as options of the script."""
+    """Names the images.
 
-    dataset: str = field(
-        default="photo_crops",
-        metadata={"help": "photo_crops (needs no download), a folder of images or of parquet files, or a Hub id"},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "the Hub's name for a variant of the data set"})
+    Args:
+        dataset: photo_crops (needs no download), a folder of images or of parquet files, or a Hub id.
+        dataset_config: the Hub's name for a variant of the data set.
+        train_split: its part to train on.
+        eval_split: its part to test on; by default test, validation, or a share that is held out.
+        image_column: by default the first column of images.
+        label_column: by default the first column of classes.
+        train_samples: use that many training images; 0 for all.
+        test_samples: use that many test images; 0 for all.
+        corrupt_images: refuse images that cannot be read, or skip them.
+    """
+
+    dataset: str = "photo_crops"
+    dataset_config: str | None = None
     train_split: str = "train"
-    eval_split: str | None = field(default=None, metadata={"help": "by default test, validation, or a share held out"})
-    image_column: str | None = field(default=None, metadata={"help": "by default the first column of images"})
-    label_column: str | None = field(default=None, metadata={"help": "by default the first column of classes"})
-    train_samples: int = field(default=0, metadata={"help": "use that many training images; 0 for all"})
-    test_samples: int = field(default=0, metadata={"help": "use that many test images; 0 for all"})
-    corrupt_images: str = field(
-        default="refuse", metadata={"help": "refuse or skip images that cannot be read", "choices": ["refuse", "skip"]}
-    )
-
-
-EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
-HELD_OUT = 0.2  # of a data set that has no split to test on
-IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_samples: int = 0
+    test_samples: int = 0
+    corrupt_images: Literal["refuse", "skip"] = "refuse"
 
 
 class ImageError(ValueError):
@@ -86,6 +134,854 @@ class ImageData(NamedTuple):
     test: datasets.Dataset
     names: list[str]
     eval_split: str
+
+
+@dataclass
+class Recipe(DataOptions):
+    """Says what is trained and how; a recipe file may set each of these.
+
+    Args:
+        model: a model type of transformers, a name of timm, or a checkpoint (Hub id or folder).
+        model_config: JSON with settings for random weights; a vit without settings is a small one.
+        image_size: height and width of the images.
+        epochs: passes over the training images.
+        batch_size: images of each process and micro-step.
+        gradient_accumulation_steps: micro-steps in an optimizer step.
+        mixed_precision: no, bf16 or fp16.
+        optimizer: a name that timm.optim.create_optimizer_v2 knows.
+        learning_rate: its highest value.
+        weight_decay: not of biases and norms.
+        schedule: of the learning rate, by timm.
+        warmup_epochs: epochs in which the learning rate rises from 0.
+        clip_grad_norm: largest norm of the gradient, in which TrAct is included; 0 for none.
+        label_smoothing: share of a label that goes to all classes.
+        mixup: alpha of timm's mixup; 0 for none.
+        cutmix: alpha of timm's cutmix; 0 for none.
+        crop_scale: least share of an image's area in a random crop; 1 for no such crops.
+        crop_padding: zeros around an image before a random crop of its size, as for CIFAR.
+        flip: probability of a mirrored image.
+        color_jitter: strength of timm's color jitter.
+        auto_augment: in timm's notation, such as rand-m9-mstd0.5-inc1 or 3a; or cifar10.
+        random_erasing: probability of an erased rectangle.
+        ema_decay: decay of averaged weights, which are then tested and saved; 0 for none.
+        lam: TrAct's damping.
+        whiten_init: start with a whitened first layer, see hf_tract.whiten_first_layer.
+        seed: of the weights, the order of the images and their augmentation.
+    """
+
+    model: str = "vit"
+    model_config: str = "{}"
+    image_size: int = 32
+    epochs: int = 8
+    batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "tanh", "poly"] = "cosine"
+    warmup_epochs: int = 0
+    clip_grad_norm: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    crop_scale: float = 1.0
+    crop_padding: int = 0
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    ema_decay: float = 0.0
+    lam: float = 0.1
+    whiten_init: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Run:
+    """Says where a run goes and how it is watched.
+
+    Args:
+        recipe: a YAML file with values of the options above.
+        no_tract: train without TrAct.
+        output_dir: folder of the model, its history and the checkpoints.
+        checkpointing_steps: optimizer steps between checkpoints, or epoch, or never.
+        resume_from_checkpoint: a checkpoint's folder, or latest.
+        report_to: tensorboard, wandb, trackio, ..., or all.
+        num_workers: processes that read images which do not fit in memory, or need timm's augmentations.
+        cpu: leave the accelerator alone.
+        license: of the model, for its card.
+        push_to_hub: publish the model at the end.
+        hub_model_id: OWNER/NAME on the Hub; by default the name of output_dir.
+    """
+
+    recipe: str | None = None
+    no_tract: bool = False
+    output_dir: str = "outputs/pretrain_vit"
+    checkpointing_steps: str = "epoch"
+    resume_from_checkpoint: str | None = None
+    report_to: str | None = None
+    num_workers: int = 2
+    cpu: bool = False
+    license: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+
+
+def main() -> None:
+    """Train, and leave a model with its card."""
+    recipe, run = parse_arguments()
+    hub_id = run.hub_model_id or Path(run.output_dir).absolute().name
+    if run.push_to_hub:
+        check_token(hub_id)
+    try:
+        training = Training(recipe, run)
+        training.run_epochs()
+    except ImageError as error:
+        # A worker process adds its traceback before the message, which stands in the last line.
+        raise SystemExit(str(error).strip().splitlines()[-1]) from error
+    except TrActError as error:
+        stop(str(error))
+    if not IS_MAIN_PROCESS:
+        return
+    folder = Path(run.output_dir) / "model"
+    save_model(training.best_model(), folder, training.look, training.data.names)
+    training.record(hub_id).save(folder, run.hub_model_id)
+    print(f"The model is in {folder}, with its card.")
+    if run.push_to_hub:
+        with uploading(folder, hub_id):
+            repo = HfApi().create_repo(hub_id, exist_ok=True)
+            HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Add model")
+            print(f"It is published: {repo}")
+    print(f"To fine-tune it: python transfer.py --checkpoint {folder}")
+    print(f"To publish it: python push_to_hub.py {run.output_dir} --repo_id OWNER/NAME")
+
+
+# Options
+
+
+def parse_arguments() -> tuple[Recipe, Run]:
+    """Read the recipe file and the command line, which wins; each wrong value ends the script with one line."""
+    usage = "pretrain_vit.py [options]; --help lists them"
+    first = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    file = first.parse_known_args()[0].recipe
+    arguments = sys.argv[1:]
+    if file:
+        arguments = [*recipe_arguments(file), *arguments]
+    parser = HfArgumentParser([Recipe, Run], usage=usage)  # type: ignore[list-item]
+    add_help(parser, [DataOptions, Recipe, Run])
+    recipe, run, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}")
+    check_recipe(recipe)
+    check_run(run)
+    return recipe, run
+
+
+def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
+    """Tell --help what the docstrings of dataclasses say of their fields."""
+    texts = {}
+    for group in groups:
+        for line in str(group.__doc__).splitlines():
+            name, _, text = line.strip().partition(": ")
+            texts[name] = text
+    for action in parser._actions:
+        if action.dest in texts:
+            action.help = texts[action.dest]
+
+
+def recipe_arguments(file: str) -> list[str]:
+    """Return the values of a recipe file as command-line arguments, which are parsed alike."""
+    try:
+        values = dict(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        stop(f"--recipe {file} cannot be read, or has no lines such as `epochs: 8`: {one_line(error)}")
+    known = [each.name for each in dataclasses.fields(Recipe)]
+    arguments = []
+    for name, value in values.items():
+        if name not in known:
+            stop(f"--recipe {file}: {name} is none of a recipe's options: {', '.join(known)}.")
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        elif name == "mixed_precision" and value is False:
+            value = "no"  # which YAML reads as False
+        if value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse numbers that cannot be meant, before anything is loaded."""
+    for name in ("image_size", "epochs", "batch_size", "gradient_accumulation_steps", "lam", "learning_rate"):
+        value = getattr(recipe, name)
+        if not 0 < value < math.inf:
+            stop(f"--{name} {value}: give a number above 0.")
+    for name in ("label_smoothing", "flip", "crop_scale", "random_erasing", "ema_decay"):
+        value = getattr(recipe, name)
+        if not 0 <= value <= 1:
+            stop(f"--{name} {value}: give a number from 0 to 1.")
+    others = ("weight_decay", "clip_grad_norm", "mixup", "cutmix", "color_jitter")
+    for name in ("train_samples", "test_samples", "seed", "warmup_epochs", "crop_padding", *others):
+        value = getattr(recipe, name)
+        if not value >= 0:
+            stop(f"--{name} {value}: give 0 or more.")
+    if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
+        stop(f"--batch_size {recipe.batch_size}: --mixup and --cutmix take pairs, so it must be even.")
+
+
+def check_run(run: Run) -> None:
+    """Refuse what cannot be meant of checkpoints, trackers and folders."""
+    steps = run.checkpointing_steps
+    is_number = steps.isdigit() and int(steps) > 0
+    if steps not in ("epoch", "never") and not is_number:
+        stop(f"--checkpointing_steps {steps} must be epoch, never, or a number of optimizer steps.")
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if run.report_to not in (None, "all", *trackers):
+        stop(f"--report_to {run.report_to}: give one of {', '.join(trackers)}, all, or install it.")
+    if run.num_workers < 0:
+        stop(f"--num_workers {run.num_workers}: give 0 or more.")
+    if Path(run.output_dir).is_file():
+        stop(f"--output_dir {run.output_dir} is a file: name a folder.")
+
+
+# Training
+
+
+@dataclass
+class Progress:
+    """Counts what is done, and keeps the figures of each epoch; accelerate saves and restores it."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch
+    step: int = 0
+    loss: Any = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return {**vars(self), "loss": float(self.loss)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint holds."""
+        vars(self).update(state)
+
+
+class Training:
+    """Trains a model as a recipe says, and goes on where a checkpoint was made."""
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        self.recipe, self.run = recipe, run
+        self.accelerator = make_accelerator(recipe, run)
+        set_seed(recipe.seed)
+        with self.accelerator.main_process_first():
+            self.data = load_images(recipe)
+        images = recipe.batch_size * self.accelerator.num_processes
+        if images > len(self.data.train):
+            stop(f"--batch_size {recipe.batch_size}: all processes need {images} images, of {len(self.data.train)}.")
+        self.look = measure_look(self.data.train, recipe.image_size)
+        train_loader, test_loader = make_loaders(recipe, run, self.data, self.look)
+        model = make_model(recipe, self.data.names)
+        if recipe.whiten_init:
+            whiten_first_layer(model, train_loader, recipe.lam)
+        set_seed(recipe.seed, device_specific=True)  # so that dropout and mixup differ between processes
+        optimizer = make_optimizer(recipe, model)
+        self.handle = None
+        if not run.no_tract:
+            self.handle = apply_tract(model, recipe.lam)
+            say(self.handle.summary())
+        prepared = self.accelerator.prepare(model, optimizer, train_loader, test_loader)
+        self.model, self.optimizer, self.train_loader, self.test_loader = prepared
+        self.steps_per_epoch = math.ceil(len(self.train_loader) / recipe.gradient_accumulation_steps)
+        self.schedule = make_schedule(recipe, self.optimizer, self.steps_per_epoch)
+        self.criterion, self.mixup = make_loss(recipe, len(self.data.names))
+        self.progress = Progress()
+        self.ema = None
+        if recipe.ema_decay:
+            self.ema = ModelEmaV3(self.accelerator.unwrap_model(self.model), decay=recipe.ema_decay)
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.accelerator.register_for_checkpointing(self.progress)
+        self.resume()
+        if run.report_to:
+            settings = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
+            self.accelerator.init_trackers("pretrain_vit", settings)
+
+    def run_epochs(self) -> None:
+        """Train what is left of the epochs, and test after each of them."""
+        progress = self.progress
+        steps = self.recipe.epochs * self.steps_per_epoch
+        self.schedule.step_update(progress.step)
+        with tqdm(total=steps, initial=progress.step, desc="training", disable=not IS_MAIN_PROCESS) as bar:
+            while progress.epoch < self.recipe.epochs:
+                self.train_epoch(bar)
+                self.finish_epoch(bar)
+        last = progress.history[-1]
+        say(f"Test accuracy: top-1 {100 * last['top1']:.1f} %, top-5 {100 * last['top5']:.1f} %.")
+        self.accelerator.end_training()
+
+    def train_epoch(self, bar: Any) -> None:
+        """Train on the batches of an epoch that have not been seen yet."""
+        done = self.progress.batch
+        loader = self.train_loader
+        if done >= len(loader):
+            return  # The checkpoint is of the epoch's last step.
+        if done:
+            loader = skip_first_batches(loader, done)
+        loader.set_epoch(self.progress.epoch)
+        self.model.train()
+        for pixels, labels in loader:
+            self.train_batch(pixels, labels)
+            if self.accelerator.sync_gradients:
+                self.finish_step()
+                bar.update()
+
+    def train_batch(self, pixels: Tensor, labels: Tensor) -> None:
+        """Accumulate the gradient of a batch; the optimizer steps when there are enough of them."""
+        with self.accelerator.accumulate(self.model):
+            if self.mixup:
+                pixels, labels = self.mixup(pixels, labels)
+            loss = self.criterion(logits_of(self.model(pixels)), labels)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients and self.recipe.clip_grad_norm:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.progress.batch += 1
+        self.progress.loss = loss.detach()
+
+    def finish_step(self) -> None:
+        """Set the learning rate, average the weights, log and save after an optimizer step."""
+        progress = self.progress
+        progress.step += 1
+        self.schedule.step_update(progress.step)
+        if self.ema:
+            self.ema.update(self.accelerator.unwrap_model(self.model), step=progress.step)
+        if self.run.report_to and progress.step % 10 == 0:
+            figures = {"train/loss": float(progress.loss), "train/lr": self.optimizer.param_groups[0]["lr"]}
+            if self.handle:
+                for name, value in stats_to_log(self.handle).items():
+                    figures[f"train/{name}"] = value
+            self.accelerator.log(figures, step=progress.step)
+        every = self.run.checkpointing_steps
+        if every.isdigit() and progress.step % int(every) == 0:
+            self.accelerator.save_state()
+
+    def finish_epoch(self, bar: Any) -> None:
+        """Test the model, and write the figures of all epochs so far."""
+        progress = self.progress
+        progress.epoch += 1
+        progress.batch = 0
+        scores = {"loss": float(progress.loss), **self.evaluate()}
+        progress.history.append({"epoch": progress.epoch, "step": progress.step, **scores})
+        self.accelerator.log({f"test/{name}": value for name, value in scores.items()}, step=progress.step)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in scores.items()})
+        if IS_MAIN_PROCESS:
+            lines = [json.dumps(row) + "\n" for row in progress.history]
+            Path(self.run.output_dir, "history.jsonl").write_text("".join(lines))
+        if self.run.checkpointing_steps == "epoch":
+            self.accelerator.save_state()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return top-1 and top-5 on the test images of all processes."""
+        model = self.model
+        if self.ema:
+            model = self.ema.module
+        model.eval()
+        scores, labels = [], []
+        for pixels, numbers in self.test_loader:
+            gathered = self.accelerator.gather_for_metrics((logits_of(model(pixels)).float(), numbers))
+            scores.append(gathered[0].cpu().numpy())
+            labels.append(gathered[1].cpu().numpy())
+        return compute_top_k(EvalPrediction(np.concatenate(scores), np.concatenate(labels)))
+
+    def resume(self) -> None:
+        """Restore the checkpoint that is asked for, and remove those that a killed run made after it."""
+        folder = Path(self.run.output_dir) / "checkpoints"
+        found = sorted(folder.glob("checkpoint_*"), key=checkpoint_number)
+        chosen = self.find_checkpoint(found)
+        if chosen:
+            try:
+                self.accelerator.load_state(str(chosen))
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                stop(f"--resume_from_checkpoint {chosen} does not belong to these options: {one_line(error)}")
+            self.accelerator.project_configuration.iteration = checkpoint_number(chosen) + 1
+            say(f"Resumed from {chosen}: epoch {self.progress.epoch + 1}, step {self.progress.step}.")
+        self.accelerator.wait_for_everyone()
+        if IS_MAIN_PROCESS:
+            Path(self.run.output_dir).mkdir(parents=True, exist_ok=True)
+            for path in found:
+                if checkpoint_number(path) >= self.accelerator.project_configuration.iteration:
+                    shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+
+    def find_checkpoint(self, found: list[Path]) -> Path | None:
+        """Return the checkpoint that --resume_from_checkpoint means; None without that option."""
+        wanted = self.run.resume_from_checkpoint
+        if not wanted:
+            if found:
+                folder = found[0].parent
+                stop(f"{folder} is not empty: add --resume_from_checkpoint latest, or name another --output_dir.")
+            return None
+        if wanted == "latest":
+            written_last = f"custom_checkpoint_{len(self.accelerator._custom_objects) - 1}.pkl"
+            complete = [path for path in found if (path / written_last).exists()]
+            if complete:
+                return complete[-1]
+            say(f"There is no checkpoint in {self.run.output_dir}: training begins anew.")
+            return None
+        if not re.fullmatch(r"checkpoint_\d+", Path(wanted).name) or not Path(wanted).is_dir():
+            stop(f"--resume_from_checkpoint {wanted} must be latest, or a folder that is named like checkpoint_3.")
+        return Path(wanted)
+
+    def best_model(self) -> nn.Module:
+        """Return the model that was tested: the averaged weights where there are any."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        if self.ema:
+            model = self.ema.module
+        return model
+
+    def record(self, hub_id: str) -> TrainingRecord:
+        """Return what the model's card tells."""
+        recipe, history = self.recipe, self.progress.history
+        rows = []
+        for row in history:
+            rows.append({"epoch": row["epoch"], "loss": row["loss"], "accuracy": row["top1"], "top5": row["top5"]})
+        settings = {name: value for name, value in dataclasses.asdict(recipe).items() if value and name != "lam"}
+        record = TrainingRecord(
+            name=hub_id.split("/")[-1],
+            library="transformers",
+            dataset=recipe.dataset,
+            license=self.run.license,
+            metrics={"accuracy": rows[-1]["accuracy"], "top5": rows[-1]["top5"]},
+            history=rows,
+            split=self.data.eval_split,
+            seed=recipe.seed,
+        )
+        changes: dict[str, Any] = {"hyperparameters": {**settings, "dataset": record.dataset}}
+        # It makes no difference to the result that a run was resumed.
+        changes["command"] = re.sub(r" --resume_from_checkpoint[ =]\S+", "", record.command)
+        if self.handle:
+            changes["tract"] = self.handle.config
+            changes["layers"] = [layer.name for layer in self.handle.layers]
+        if is_timm(recipe.model):
+            changes["library"] = "timm"
+        elif recipe.model not in CONFIG_MAPPING:
+            changes["base_model"] = recipe.model
+        return dataclasses.replace(record, **changes)
+
+
+def checkpoint_number(folder: Path) -> int:
+    """Return the number in the name of a checkpoint's folder."""
+    return int(folder.name.rpartition("_")[2])
+
+
+def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
+    """Make what runs the model on all devices and processes."""
+    try:
+        return Accelerator(
+            # torchrun's processes on a CPU do not find each other without this.
+            cpu=run.cpu or not torch.accelerator.is_available(),
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            log_with=run.report_to,
+            project_config=ProjectConfiguration(run.output_dir, automatic_checkpoint_naming=True, total_limit=2),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+            step_scheduler_with_optimizer=False,
+        )
+    except (ValueError, ImportError) as error:
+        stop(f"--mixed_precision {recipe.mixed_precision} or --report_to {run.report_to}: {one_line(error)}")
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Make an optimizer by its name in timm."""
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay
+        )
+    except (ValueError, AssertionError, TypeError, RuntimeError, ImportError) as error:
+        stop(f"--optimizer {recipe.optimizer}: timm.optim.create_optimizer_v2 cannot make it: {one_line(error)}")
+    return optimizer
+
+
+def make_schedule(recipe: Recipe, optimizer: Any, steps_per_epoch: int) -> Any:
+    """Make a learning rate's schedule by its name in timm; it counts optimizer steps."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        recipe.schedule,
+        recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return schedule
+
+
+def make_loss(recipe: Recipe, classes: int) -> tuple[nn.Module, Mixup | None]:
+    """Return the loss, and what mixes images and labels, if anything does."""
+    if not recipe.mixup and not recipe.cutmix:
+        return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing), None
+    mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+    return SoftTargetCrossEntropy(), mixup
+
+
+# Models
+
+
+class Look(NamedTuple):
+    """Holds how a model sees images: their side, and each channel's mean and deviation on the scale 0 to 1."""
+
+    size: int
+    mean: list[float]
+    std: list[float]
+
+
+def make_model(recipe: Recipe, names: list[str]) -> nn.Module:
+    """Make the classifier that a recipe names, and try it on an image of its size."""
+    name = recipe.model
+    settings = model_settings(recipe)
+    model: nn.Module
+    try:
+        if name in CONFIG_MAPPING:
+            config = AutoConfig.for_model(name, **settings, **label_settings(names))
+            model = AutoModelForImageClassification.from_config(config)
+        elif is_timm(name):
+            model = timm.create_model(name, num_classes=len(names), **settings)
+        else:
+            model = load_checkpoint(name, names)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, recipe.image_size, recipe.image_size))
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        kinds = "a model type of transformers (vit, ...), a name of timm or a checkpoint"
+        size = f"for images of --image_size {recipe.image_size}"
+        stop(f"--model {name} must be {kinds}, and cannot be made {size}: {one_line(error)}")
+    return model
+
+
+def is_timm(model: str) -> bool:
+    """Return whether timm makes the model; a type of transformers comes first."""
+    return model not in CONFIG_MAPPING and bool(timm.is_model(model))
+
+
+def model_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings in `--model_config`; transformers itself would ignore a misspelt one."""
+    try:
+        settings = dict(json.loads(recipe.model_config))
+    except (ValueError, TypeError):
+        stop(f"--model_config {recipe.model_config}: give JSON, such as '{json.dumps(SMALL_VIT)}'.")
+    if recipe.model not in CONFIG_MAPPING:
+        if settings and not is_timm(recipe.model):
+            stop(f"--model_config is for random weights, and {recipe.model} is a checkpoint: leave it out.")
+        return settings
+    known = AutoConfig.for_model(recipe.model)
+    for name in settings:
+        if not hasattr(known, name):
+            stop(f"--model_config: {recipe.model} has no setting {name!r}.")
+    if recipe.model == "vit" and not settings:
+        settings = SMALL_VIT
+    return {"image_size": recipe.image_size, **settings}
+
+
+def label_settings(names: list[str]) -> dict[str, Any]:
+    """Return what a configuration of transformers holds about the classes."""
+    numbers = {name: number for number, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
+
+
+def load_checkpoint(name: str, names: list[str]) -> PreTrainedModel:
+    """Load a checkpoint of transformers or timm, with a new head where it has other classes."""
+    model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(
+        without_prefix(name), ignore_mismatched_sizes=True, **label_settings(names)
+    )
+    if model.config.model_type == "timm_wrapper":
+        model.config.label_names = names  # Without this it saves the names that it had.
+    return model
+
+
+def without_prefix(name: str) -> str:
+    """Return a checkpoint's name without timm's prefix of the Hub."""
+    return name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the scores in what a model of transformers or timm returns."""
+    scores: Tensor = getattr(output, "logits", output)
+    return scores
+
+
+def save_model(model: nn.Module, folder: Path, look: Look, names: list[str]) -> None:
+    """Save a model so that `from_pretrained` or timm loads it, with its normalisation and the classes' names."""
+    if isinstance(model, PreTrainedModel):
+        size = {"height": look.size, "width": look.size}
+        model.save_pretrained(folder)
+        ViTImageProcessor(size=size, image_mean=look.mean, image_std=look.std).save_pretrained(folder)
+        return
+    pretrained: Any = model.pretrained_cfg
+    pretrained.update(mean=look.mean, std=look.std, input_size=(3, look.size, look.size))
+    timm.models.save_for_hf(model, folder, model_config={"label_names": names}, safe_serialization=True)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)  # transformers' wrapper of timm would give it twice.
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's text in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# The Hub
+
+
+def check_token(repo_id: str) -> None:
+    """Refuse to begin a training whose model could not be pushed for want of a token."""
+    if get_token() is None:
+        stop(f"{repo_id} cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
+
+
+@contextlib.contextmanager
+def uploading(folder: str | Path, repo_id: str, *options: str) -> Iterator[None]:
+    """Turn an error of an upload inside into one line, with the command that uploads the rest.
+
+    Args:
+        folder: what is uploaded.
+        repo_id: the repository that it is uploaded to.
+        options: those of the command.
+    """
+    try:
+        yield
+    except Exception as error:  # The errors of the Hub's client and of its connections have no common class.
+        reason = one_line(error)
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            reason = "the token may not write there; use one of an owner or member that may."
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
+        stop(f"The upload to {repo_id} did not end: {reason} All is still in {folder}; to go on: {command}")
+
+
+# Images in batches
+
+
+def make_loaders(recipe: Recipe, run: Run, data: ImageData, look: Look) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Make loaders of the training images, which are augmented, and of the test images."""
+    count = len(data.train) + len(data.test)
+    fits = count * 3 * look.size**2 <= MAX_BYTES
+    by_timm = recipe.auto_augment or recipe.color_jitter or recipe.random_erasing or recipe.crop_scale < 1
+    train: Any
+    test: Any
+    if fits and not by_timm:
+        train = ImagesInMemory(data.train, look, recipe.flip, recipe.crop_padding, recipe.seed)
+    else:
+        train = AugmentedImages(data.train, make_augmentation(recipe, look), recipe.seed)
+    if fits:
+        test = ImagesInMemory(data.test, look)
+    else:
+        normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)]
+        test = AugmentedImages(data.test, v2.Compose([*to_tensor(look.size), *normalize]))
+    shared: dict[str, Any] = {"batch_size": recipe.batch_size, "pin_memory": torch.accelerator.is_available()}
+    train_loader = DataLoader(train, shuffle=True, drop_last=True, **shared, **reading_options(train, run))
+    test_loader = DataLoader(test, **shared, **reading_options(test, run))
+    return train_loader, test_loader
+
+
+def reading_options(images: Any, run: Run) -> dict[str, Any]:
+    """Return what a loader needs for images in memory, or else the number of its worker processes."""
+    if isinstance(images, ImagesInMemory):
+        return {"collate_fn": unchanged}
+    return {"num_workers": run.num_workers}
+
+
+def make_augmentation(recipe: Recipe, look: Look) -> Callable[[Image.Image], Tensor]:
+    """Make timm's transforms of training images, after those of CIFAR's recipes that timm does not have."""
+    first: list[Any] = []
+    if recipe.crop_padding:
+        first = [v2.Resize(look.size), v2.CenterCrop(look.size), v2.RandomCrop(look.size, recipe.crop_padding)]
+    policy = recipe.auto_augment
+    if policy == "cifar10":
+        first.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
+        policy = None
+    options: dict[str, Any] = {"scale": (recipe.crop_scale, 1.0)}
+    if recipe.crop_scale == 1:
+        options["ratio"] = (1.0, 1.0)
+    try:
+        by_timm = create_transform(
+            look.size,
+            is_training=True,
+            hflip=recipe.flip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=policy,
+            re_prob=recipe.random_erasing,
+            interpolation="bicubic",
+            mean=look.mean,
+            std=look.std,
+            **options,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        stop(f"--auto_augment {policy} is neither timm's notation nor cifar10: {one_line(error)}")
+    augmentation: Callable[[Image.Image], Tensor] = v2.Compose([*first, by_timm])
+    return augmentation
+
+
+def to_tensor(size: int) -> list[Any]:
+    """Return transforms that make an image of any shape uint8 (3, size, size)."""
+    return [v2.ToImage(), v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+
+
+def measure_look(rows: datasets.Dataset, size: int) -> Look:
+    """Measure the mean and the deviation of each channel over at most 1000 images."""
+    transform = v2.Compose(to_tensor(size))
+    chosen = np.random.default_rng(0).permutation(len(rows))[:1000]
+    pixels = torch.stack([transform(read_image(rows, int(index))) for index in chosen]) / 255
+    std = pixels.std((0, 2, 3)).clamp(min=1e-3)  # for images of one colour
+    return Look(size, pixels.mean((0, 2, 3)).tolist(), std.tolist())
+
+
+class ImagesInMemory(Dataset[tuple[Tensor, Tensor]]):
+    """Holds decoded images, and crops, mirrors and normalises a whole batch at once.
+
+    An image's crop depends on `seed`, the epoch and its index alone, and so not on where a run was resumed.
+    """
+
+    def __init__(self, rows: datasets.Dataset, look: Look, flip: float = 0.0, padding: int = 0, seed: int = 0) -> None:
+        transform = v2.Compose(to_tensor(look.size))
+        self.pixels = torch.empty(len(rows), 3, look.size, look.size, dtype=torch.uint8)
+        for index in tqdm(range(len(rows)), "decoding images", leave=False, disable=not IS_MAIN_PROCESS):
+            self.pixels[index] = transform(read_image(rows, index))
+        self.labels = torch.tensor(rows["label"])
+        self.mean = torch.tensor(look.mean).view(3, 1, 1)
+        self.std = torch.tensor(look.std).view(3, 1, 1)
+        self.flip, self.padding, self.seed = flip, padding, seed
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch; PyTorch's loader calls this method where there is one."""
+        pixels = self.pixels[indices]
+        if self.padding:
+            size = pixels.shape[-1]
+            windows = F.pad(pixels, [self.padding] * 4).unfold(2, size, 1).unfold(3, size, 1)
+            top, left = self.corners[indices].T
+            pixels = windows[torch.arange(len(pixels)), :, top, left]
+        flipped = torch.where(self.flips[indices].view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        return (flipped / 255 - self.mean) / self.std, self.labels[indices]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the crops and flips of an epoch; accelerate's loaders call this."""
+        draw = np.random.default_rng([self.seed, epoch])
+        self.corners = torch.from_numpy(draw.integers(0, 2 * self.padding + 1, (len(self), 2)))
+        self.flips = torch.from_numpy(draw.random(len(self)) < self.flip)
+
+
+def unchanged(batch: Any) -> Any:
+    """Return a batch that needs no collation."""
+    return batch
+
+
+class AugmentedImages(Dataset[tuple[Tensor, int]]):
+    """Transforms images one by one; decoded ones stay in the process's memory until it is full.
+
+    What a transform draws depends on `seed`, the epoch and the image's index alone, and so not on the number of
+    workers and processes, nor on where a run was resumed.
+    """
+
+    def __init__(self, rows: datasets.Dataset, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
+        self.rows, self.transform, self.seed, self.epoch = rows, transform, seed, 0
+        self.labels: list[int] = list(rows["label"])
+        self.decoded: dict[int, Image.Image] = {}
+        self.free = MAX_BYTES
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.decode(index)
+        # timm draws from all three generators, whose states belong to the training.
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms.
+        try:
+            return self.transform(image), self.labels[index]
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+    def decode(self, index: int) -> Image.Image:
+        """Decode an image, or find it decoded."""
+        if index in self.decoded:
+            return self.decoded[index]
+        image = read_image(self.rows, index)
+        size = 3 * image.width * image.height
+        if size <= self.free:
+            self.free -= size
+            self.decoded[index] = image
+        return image
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change what the transforms draw; accelerate's loaders call this."""
+        self.epoch = epoch
+
+
+# Photo crops: a small data set without a download
+
+CELL = 48
+CROP = 32
+PHOTOGRAPHS = [
+    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel"),
+    *("hubble_deep_field", "ihc", "moon", "motorcycle_left", "page", "retina", "rocket", "text"),
+    *("china", "flower"),  # in scikit-learn, all others in scikit-image
+]
+
+
+def photo_crops() -> datasets.DatasetDict:
+    """Make a data set of photographs: which of them is a crop of 32x32 pixels taken from?"""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=PHOTOGRAPHS)})
+    splits = datasets.DatasetDict()
+    for split, count in {"train": 300, "test": 100}.items():
+        columns: dict[str, list[Any]] = {"image": [], "label": []}
+        for label, name in enumerate(PHOTOGRAPHS):
+            columns["image"] += draw_crops(read_photograph(name), label, split, count)
+            columns["label"] += [label] * count
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def draw_crops(photograph: np.ndarray, label: int, split: str, count: int) -> list[Image.Image]:
+    """Draw crops from cells of 48x48 pixels; a quarter of a photograph's cells is for testing alone."""
+    down, across = photograph.shape[0] // CELL, photograph.shape[1] // CELL
+    cells = np.random.default_rng([0, label]).permutation(down * across)
+    test_cells, train_cells = np.split(cells, [math.ceil(len(cells) / 4)])
+    cells = {"train": train_cells, "test": test_cells}[split]
+    draw = np.random.default_rng([0, label, split == "test"])
+    crops = []
+    for _ in range(count):
+        corner = CELL * np.array(divmod(draw.choice(cells), across))
+        top, left = corner + draw.integers(0, CELL - CROP + 1, size=2)
+        crops.append(Image.fromarray(photograph[top : top + CROP, left : left + CROP]))
+    return crops
+
+
+def read_photograph(name: str) -> np.ndarray:
+    """Read a photograph out of scikit-image or scikit-learn, as RGB."""
+    folders = [Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"]
+    files = [file for folder in folders for file in folder.glob(f"{name}.*")]
+    with Image.open(files[0]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# Images of your own
+
+BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"photo_crops": photo_crops}
+EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
+HELD_OUT = 0.2  # of a data set that has no split to test on
 
 
 def say(message: str) -> None:
@@ -112,13 +1008,15 @@ def load_images(options: DataOptions) -> ImageData:
     report_empty_classes(train, names, options)
     eval_split = options.eval_split or find_eval_split(splits, options)
     if eval_split:
-        test = number_labels(pick_columns(splits[eval_split], options), names, options)
+        test = pick_columns(splits[eval_split], options)
+        test = number_labels(test, names, options)
     else:
         train, test = hold_out(train, options)
     train = sample(train, options.train_samples)
     test = sample(test, options.test_samples)
     if options.corrupt_images == "skip":
-        train, test = drop_corrupt(train), drop_corrupt(test)
+        train = drop_corrupt(train)
+        test = drop_corrupt(test)
     return ImageData(train, test, names, eval_split or "test")
 
 
@@ -128,72 +1026,84 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
     if name in BUILT_IN:
         return BUILT_IN[name]()
     folder = Path(name)
-    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~"))):
+    is_path = folder.is_absolute() or name.startswith((".", "~"))
+    if is_path and not folder.exists():
         stop(f"--dataset {name}: there is no such folder.")
     if folder.is_file():
         stop(f"--dataset {name} is a file: name its folder.")
+    if folder.is_dir():
+        name = str(folder.absolute())  # A folder named csv or text would mean a reader of `datasets`.
     try:
         if (folder / "dataset_dict.json").exists():
             return datasets.DatasetDict.load_from_disk(name)
         if (folder / "state.json").exists():
-            return datasets.DatasetDict(train=datasets.Dataset.load_from_disk(name))
+            train = datasets.Dataset.load_from_disk(name)
+            return datasets.DatasetDict(train=train)
         return datasets.load_dataset(name, options.dataset_config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
-        expected = "a folder of images by class or of parquet files, or the id of a data set on the Hub"
-        stop(f"--dataset {name} cannot be read; it must be {expected}. The reason: {reason}")
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        expected = "a folder of images by class or of parquet files, or a Hub id"
+        stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
 
 
 def pick_columns(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
     """Return the two columns that are used as `image` and `label`; images are decoded later, one by one."""
-    image, label = options.image_column, options.label_column
-    for option, column in {"image_column": image, "label_column": label}.items():
-        if column and column not in rows.column_names:
-            stop(f"--{option} {column}: {options.dataset} has the columns {', '.join(rows.column_names)}.")
+    images = []
+    labels = []
     for column, feature in rows.features.items():
-        if not image and isinstance(feature, datasets.Image):
-            image = column
-        if not label and (isinstance(feature, datasets.ClassLabel) or column in LABEL_COLUMNS):
-            label = column
-    for option, column in {"image_column": image, "label_column": label}.items():
-        if not column:
-            found = ", ".join(rows.column_names)
-            advice = f"name one by --{option}, or sort the images into a folder for each class"
-            stop(f"--dataset {options.dataset} has no column that is known for its {option}, only {found}: {advice}.")
-    if not isinstance(rows.features[image], datasets.Image):
-        stop(f"--image_column {image}: it holds {rows.features[image]}, and no images.")
-    rows = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+        if isinstance(feature, datasets.Image):
+            images.append(column)
+        if isinstance(feature, datasets.ClassLabel) or column in LABEL_COLUMNS:
+            labels.append(column)
+    image = find_column(rows, "image_column", images, options)
+    label = find_column(rows, "label_column", labels, options)
+    if image not in images:
+        stop(f"--image_column {image} holds no images, but {rows.features[image]}.")
+    rows = rows.select_columns([image, label])
+    rows = rows.rename_columns({image: "image", label: "label"})
     return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def find_column(rows: datasets.Dataset, option: str, known: list[str], options: DataOptions) -> str:
+    """Return the column that an option names, or else the first of those that are known for it."""
+    named: str | None = getattr(options, option)
+    columns = ", ".join(rows.column_names)
+    if named and named not in rows.column_names:
+        stop(f"--{option} {named}: {options.dataset} has the columns {columns}.")
+    if not named and not known:
+        advice = f"name it by --{option}, or sort the images into a folder for each class"
+        stop(f"--dataset {options.dataset}: which of its columns is it ({columns})? Please {advice}.")
+    return named or known[0]
 
 
 def is_labelled(rows: datasets.Dataset) -> bool:
     """Return whether each row has a label; the Hub's test splits often have None or -1 in place of labels."""
-    labels = rows["label"]
-    return len(rows) > 0 and all(label not in (None, -1) for label in labels)
+    labels = set(rows["label"])
+    return len(rows) > 0 and None not in labels and -1 not in labels
 
 
 def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
     """Return the names of the classes; labels without names are named by themselves."""
-    if not is_labelled(train):
-        stop(f"--train_split {options.train_split}: some of the {len(train)} rows in {options.dataset} have no label.")
     feature = train.features["label"]
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+        stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
+    if not is_labelled(train):
+        stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    if not isinstance(feature, datasets.Value):
-        stop(f"--dataset {options.dataset}: the labels must be words or numbers, and are {feature}.")
     return [str(label) for label in sorted(set(train["label"]))]
 
 
 def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:
     """Return the rows with the positions of their labels among `names`."""
     if not is_labelled(rows):
-        stop(f"--eval_split {options.eval_split}: some of the {len(rows)} rows in {options.dataset} have no label.")
+        stop(f"--eval_split {options.eval_split}: {options.dataset} has rows without a label there.")
     if isinstance(rows.features["label"], datasets.ClassLabel):
         return rows
     words = [str(label) for label in rows["label"]]
     unknown = sorted(set(words) - set(names))
     if unknown:
-        stop(f"--dataset {options.dataset} has labels to test on that no training image has: {unknown[:5]}.")
+        stop(f"--dataset {options.dataset}: no training image has the labels {unknown[:5]}, which are tested.")
     feature = datasets.ClassLabel(names=names)
     numbers = feature.str2int(words)
     return rows.remove_columns("label").add_column("label", numbers, feature=feature)
@@ -210,16 +1120,17 @@ def find_eval_split(splits: datasets.DatasetDict, options: DataOptions) -> str |
 def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split off a share of the rows to test on, the same at each call, and say so."""
     if len(rows) < 2:
-        stop(f"--dataset {options.dataset} has {len(rows)} image: at least 2 are needed, to train and to test on.")
-    share = "the same share of each class"
+        stop(f"--dataset {options.dataset} has one image, and needs others to test on.")
+    how = "the same share of each class"
     try:
         parts = rows.train_test_split(HELD_OUT, seed=0, stratify_by_column="label")
     except ValueError:  # A class has fewer images than that takes.
-        share = "whatever their class"
+        how = "whatever their class"
         parts = rows.train_test_split(HELD_OUT, seed=0)
+    count = len(parts["test"])
     say(
-        f"{options.dataset} has no split to test on: {len(parts['test'])} of its {len(rows)} images are held out for "
-        f"that ({share}, drawn with seed 0). To choose them yourself, make folders train and test."
+        f"{options.dataset} has no split to test on: {count} of its {len(rows)} images are held out for that, "
+        f"drawn with seed 0, {how}. To choose them yourself, make folders train and test."
     )
     return parts["train"], parts["test"]
 
@@ -233,7 +1144,8 @@ def report_empty_classes(train: datasets.Dataset, names: list[str], options: Dat
             if not folders and not files:
                 empty.add(Path(folder).name)
     if empty:
-        say(f"{options.dataset} has no training image of {', '.join(sorted(empty))}: such a class is not learned.")
+        classes = ", ".join(sorted(empty))
+        say(f"{options.dataset} has no training image of {classes}: such a class is not learned.")
 
 
 def sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
@@ -256,6 +1168,8 @@ def drop_corrupt(rows: datasets.Dataset) -> datasets.Dataset:
             readable.append(index)
     if corrupt:
         say("\n".join(corrupt))
+    if not readable:
+        stop("--corrupt_images skip: not one image is left.")
     return rows.select(readable)
 
 
@@ -269,7 +1183,9 @@ def read_image(rows: datasets.Dataset, index: int) -> Image.Image:
     """
     encoded = rows[index]["image"]
     name = encoded["path"] or f"image {index}"
-    source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+    source = encoded["path"]
+    if encoded["bytes"]:
+        source = io.BytesIO(encoded["bytes"])
     try:
         with Image.open(source) as image:
             turned = ImageOps.exif_transpose(image)
@@ -293,247 +1209,10 @@ def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
         top = 1.0
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
-        raise ImageError(
-            f"{name} has values from {low:g} to {high:g} (Pillow's mode {image.mode}): integers must be from 0 to "
-            f"65535 and floats from 0 to 1; scale it before."
-        )
-    return Image.fromarray((values * 255 / top).round().astype(np.uint8)).convert("RGB")
-
-
-class Trained(NamedTuple):
-    """What a run leaves: the model to save, TrAct's handle, how images are seen, the figures of each epoch."""
-
-    model: nn.Module
-    handle: TrActHandle | None
-    look: Preprocessing
-    splits: Splits
-    history: list[dict[str, Any]]
-
-
-def main() -> None:
-    recipe, run = parse()
-    hub_id = run.hub_model_id or Path(run.output_dir).name
-    if run.push_to_hub:
-        check_token(hub_id)
-    trained = train(recipe, run)
-    if PartialState().is_main_process:
-        folder = Path(run.output_dir) / "model"
-        save_model(trained.model, folder, trained.look, trained.splits.names)
-        record(recipe, hub_id, run.license, trained).save(folder, run.hub_model_id)
-        print(f"The model is in {folder}, with its card.")
-        if run.push_to_hub:
-            print(push_folder(folder, hub_id, update=True))
-        else:
-            print(f"To fine-tune it: python examples/transfer.py --model {folder}")
-            print(f"To publish it: python examples/push_to_hub.py {run.output_dir} --repo_id OWNER/NAME")
-
-
-def ready_made(recipe: Recipe, splits: Splits, look: Preprocessing) -> nn.Module:
-    """The model that a recipe names."""
-    return make_model(recipe.model, json.loads(recipe.model_config), recipe.image_size, splits.names)
-
-
-def usual_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that a recipe names."""
-    made: torch.optim.Optimizer = create_optimizer_v2(
-        model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, filter_bias_and_bn=not recipe.decay_all
-    )
-    return made
-
-
-def train(
-    recipe: Recipe,
-    run: Run,
-    make: Callable[[Recipe, Splits, Preprocessing], nn.Module] = ready_made,
-    make_optimizer: Callable[[Recipe, nn.Module], torch.optim.Optimizer] = usual_optimizer,
-) -> Trained:
-    """The whole run, from the data set to the last epoch's test.
-
-    Args:
-        recipe: what is trained and how.
-        run: where it goes and how it is watched.
-        make: the model, from the recipe, the data and how images are seen.
-        make_optimizer: the optimizer of that model.
-    """
-    project = ProjectConfiguration(run.output_dir, automatic_checkpoint_naming=True, total_limit=2)
-    accelerator = Accelerator(
-        cpu=run.cpu
-        or not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on CPU
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        log_with=run.report_to,
-        project_config=project,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
-        step_scheduler_with_optimizer=False,
-    )
-    set_seed(recipe.seed)
-    with accelerator.main_process_first():
-        splits = recipe.load()
-    measured = ([], []) if recipe.mean and recipe.std else normalization(splits, recipe.image_size)
-    look = Preprocessing(recipe.image_size, recipe.mean or measured[0], recipe.std or measured[1])
-    train_loader, test_loader, images = make_loaders(splits, recipe, run, look, accelerator)
-    if not len(train_loader):
-        raise SystemExit(
-            f"--batch_size {recipe.batch_size} is more than the {len(splits.train)} training images of a process."
-        )
-    model = make(recipe, splits, look)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if recipe.whiten_init:
-        whiten_first_layer(model, train_loader, recipe.lam, match_scale=not recipe.whiten_unscaled)
-    set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
-    optimizer = make_optimizer(recipe, model)
-    handle = None
-    if not run.no_tract:
-        handle = apply_tract(model, recipe.lam, scope=recipe.scope)  # type: ignore[arg-type]
-        accelerator.print(handle)
-    model, optimizer, test_loader = accelerator.prepare(model, optimizer, test_loader)
-    if not recipe.repeated_augmentation:
-        train_loader = accelerator.prepare(train_loader)
-    steps_per_epoch = -(-len(train_loader) // recipe.gradient_accumulation_steps)
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        recipe.schedule,
-        recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=0.0,
-        warmup_prefix=False,
-        decay_milestones=recipe.decay_milestones,
-        decay_rate=recipe.decay_rate,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
-    progress = Progress()
-    kept = [each for each in (ema, progress) if each]
-    accelerator.register_for_checkpointing(*kept)
-    history = Path(run.output_dir) / "history.jsonl"
-    start(accelerator, run.resume_from_checkpoint, len(kept), history, progress)
-    if run.report_to:
-        accelerator.init_trackers(
-            "pretrain_vit", {key: str(value) for key, value in dataclasses.asdict(recipe).items()}
-        )
-
-    criterion, mixup = make_loss(recipe, len(splits.names))
-    bar = tqdm(
-        total=recipe.epochs * steps_per_epoch,
-        initial=progress.step,
-        desc="training",
-        disable=not accelerator.is_main_process,
-    )
-    schedule.step_update(progress.step)
-    figures: dict[str, float] = {}
-    clock = time.perf_counter if torch.accelerator.is_available() and not run.cpu else time.process_time
-    for epoch in range(progress.epoch, recipe.epochs):
-        began = clock() - progress.seconds
-        progress.epoch = epoch
-        images.set_epoch(epoch)
-        model.train()
-        for pixels, labels in batches_left(train_loader, epoch, progress.batch):
-            with accelerator.accumulate(model):
-                if mixup:
-                    pixels, labels = mixup(pixels, labels)
-                loss = criterion(logits_of(model(pixels)), labels)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and recipe.clip_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.batch, progress.loss = progress.batch + 1, loss.detach()
-            if accelerator.sync_gradients:
-                progress.step += 1
-                schedule.step_update(progress.step)
-                if ema:
-                    ema.update(accelerator.unwrap_model(model), step=progress.step)
-                bar.update()
-                if progress.step % 10 == 0:
-                    logged = {"train/loss": loss.item(), "train/lr": optimizer.param_groups[0]["lr"]}
-                    if handle and run.report_to:  # without a tracker they would be computed for nobody
-                        logged |= {f"train/{name}": value for name, value in stats_to_log(handle).items()}
-                    accelerator.log(logged, step=progress.step)
-                if run.checkpointing_steps.isdigit() and progress.step % int(run.checkpointing_steps) == 0:
-                    progress.seconds = clock() - began
-                    accelerator.save_state()
-        figures = {"epoch": epoch + 1, "step": progress.step, "loss": float(progress.loss)}
-        progress.epoch, progress.batch, progress.seconds = epoch + 1, 0, clock() - began
-        figures |= {
-            "seconds": round(progress.seconds, 3),
-            **evaluate(ema.module if ema else model, test_loader, accelerator),
-        }
-        accelerator.log({f"test/{key}": value for key, value in figures.items()}, step=progress.step)
-        bar.set_postfix(
-            {key: f"{value:.3f}" for key, value in figures.items() if key not in ("epoch", "step", "seconds")}
-        )
-        add_epoch(history, {**figures, "tract": not run.no_tract}, accelerator)
-        if run.checkpointing_steps == "epoch":
-            accelerator.save_state()
-    bar.close()
-    figures = figures or evaluate(ema.module if ema else model, test_loader, accelerator)  # a finished run, resumed
-    accelerator.print(f"top-1 {100 * figures['top1']:.1f} %, top-5 {100 * figures['top5']:.1f} %")
-    accelerator.end_training()
-    best = ema.module if ema else accelerator.unwrap_model(model)
-    if recipe.channels_last:
-        best = best.to(memory_format=torch.contiguous_format)  # which is what safetensors saves
-    return Trained(best, handle, look, splits, read_epochs(history))
-
-
-def batches_left(loader: Any, epoch: int, done: int) -> Any:
-    """The batches of an epoch after the first `done`; none where a checkpoint was made after the last one."""
-    if done >= len(loader):
-        return []
-    if done:
-        loader = skip_first_batches(loader, done)
-    loader.set_epoch(epoch)
-    return loader
-
-
-def make_loss(recipe: Recipe, classes: int) -> tuple[nn.Module, Mixup | None]:
-    """The loss, and what mixes images and labels, if anything does."""
-    if recipe.mixup or recipe.cutmix:
-        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
-        return (BinaryCrossEntropy() if recipe.bce_loss else SoftTargetCrossEntropy()), mixup
-    if recipe.bce_loss:
-        return BinaryCrossEntropy(smoothing=recipe.label_smoothing), None
-    return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing), None
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator) -> dict[str, float]:
-    """Top-1 and top-5 over all processes."""
-    model.eval()
-    metric = TopK()
-    for pixels, labels in loader:
-        scores, labels = accelerator.gather_for_metrics((logits_of(model(pixels)).float(), labels))
-        metric.add_batch(predictions=scores.cpu().numpy(), references=labels.cpu().numpy())
-    return metric.compute() or {}
-
-
-def record(recipe: Recipe, hub_id: str, license: str | None, trained: Trained) -> TrainingRecord:
-    """What the model's card tells."""
-    kept = {"epoch": "epoch", "loss": "loss", "accuracy": "top1", "top5": "top5"}
-    rows = [{name: row[key] for name, key in kept.items()} for row in trained.history]
-    handle = trained.handle
-    ours = ("lam", "scope")  # which the card tells by itself, where TrAct is on
-    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value and key not in ours}
-    fresh = recipe.model in CONFIG_MAPPING or timm.is_model(recipe.model)
-    record = TrainingRecord(
-        name=hub_id.split("/")[-1],
-        library="timm" if timm.is_model(recipe.model) else "transformers",
-        dataset=recipe.dataset,
-        tract=handle.config if handle else None,
-        layers=[layer.name for layer in handle.layers] if handle else [],
-        base_model=None if fresh else recipe.model,
-        license=license,
-        metrics={name: rows[-1][name] for name in ("accuracy", "top5")},
-        history=rows,
-        split=trained.splits.eval_split,
-        seed=recipe.seed,
-    )
-    return dataclasses.replace(
-        record,
-        hyperparameters={**settings, "dataset": record.dataset},
-        command=re.sub(r" --resume_from_checkpoint \S+", "", record.command),  # which makes no difference
-    )
+        found = f"values from {low:g} to {high:g} in Pillow's mode {image.mode}"
+        raise ImageError(f"{name} has {found}: scale integers to 0 ... 65535 and floats to 0 ... 1 before.")
+    scaled = (values * 255 / top).round().astype(np.uint8)
+    return Image.fromarray(scaled).convert("RGB")
 
 
 if __name__ == "__main__":

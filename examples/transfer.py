@@ -1,117 +1,200 @@
-"""Fine-tunes a checkpoint on a data set of images by Trainer, with TrAct or without it.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf-tract",
+#     "accelerate>=1.10",
+#     "datasets>=4.0",
+#     "huggingface_hub>=1.0",
+#     "matplotlib>=3.9",
+#     "numpy",
+#     "pillow>=10",
+#     "scikit-learn>=1.5",
+#     "scipy>=1.11",
+#     "timm>=1.0.20",
+#     "torch>=2.8",
+#     "torchvision>=0.23",
+#     "tqdm>=4.66",
+#     "transformers>=5.0",
+# ]
+# ///
+"""Fine-tunes a checkpoint of transformers or timm on images by Trainer, with TrAct or without it.
 
-    python examples/transfer.py                     # from photo crops to handwritten digits, no download, minutes
-    python examples/transfer.py --checkpoint google/vit-base-patch16-224-in21k --dataset tanganke/stanford_cars
-    python examples/transfer.py --checkpoint hf-hub:timm/resnet50.a1_in1k --dataset dpdl-benchmark/oxford_flowers102
+    python transfer.py                              # the model of pretrain_vit.py on handwritten digits, no download
+    python transfer.py --checkpoint google/vit-base-patch16-224-in21k --dataset tanganke/stanford_cars
+    python transfer.py --checkpoint hf-hub:timm/resnet50.a1_in1k --dataset PATH_TO_IMAGES --dataloader_num_workers 4
 
 Every option of `transformers.TrainingArguments`, such as --push_to_hub, is one of this script. Images are resized and
 normalised as the checkpoint's image processor says.
 """
 
+import argparse
+import contextlib
 import fnmatch
+import io
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
+import math
+import os
+import random
+import shlex
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, NoReturn
 
+import datasets
 import numpy as np
+import sklearn.datasets
 import torch
+from huggingface_hub import get_token
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image, ImageOps
+from scipy import stats
+from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
-from hf_tract import TrActCallback, find_first_layers
+from hf_tract import TrActCallback, TrActError, find_first_layers
 from hf_tract.integrations import use_model_card
 from hf_tract.metrics import compute_top_k
-from image_data import DATASET_HELP, DataArguments, Images, Splits, to_tensor, without_corrupt
-from modeling import Preprocessing, checkpoint_id, head_of, load_processor, make_transformers_model, preprocessing_of
-from upload import check_token, resumable
 
-PHOTO_CROPS = "outputs/pretrain_vit"
-
-
-@dataclass
-class Arguments(DataArguments):
-    """What is fine-tuned, on what."""
-
-    checkpoint: str = field(
-        default="photo_crops",
-        metadata={
-            "help": "a Hub id, timm's hf-hub:ID, a folder; photo_crops is made by pretrain_vit.py where it is missing"
-        },
-    )
-    dataset: str = field(default="digits", metadata={"help": DATASET_HELP})
-    corrupt_images: str = field(
-        default="refuse", metadata={"help": "refuse, or skip: leave them out, with their names"}
-    )
-    crop_scale: float = field(default=0.6, metadata={"help": "least part of a training image that a crop keeps"})
-    flip: float | None = field(
-        default=None, metadata={"help": "share of mirrored training images; 0.5, but 0 for digits"}
-    )
-    lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
-    no_tract: bool = field(default=False, metadata={"help": "the same without TrAct"})
-    freeze: list[str] = field(
-        default_factory=list, metadata={"help": "glob patterns of parameters that stay as they are"}
-    )
-    seeds: int = field(default=1, metadata={"help": "fine-tune from that many seeds, from --seed on"})
-    license: str | None = field(default=None, metadata={"help": "of the model, for its card"})
-
-
+CHECKPOINT = "outputs/pretrain_vit/model"
 DEFAULTS = {
     "output_dir": "outputs/transfer",
     "num_train_epochs": 10,
     "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 256,
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "eval_strategy": "epoch",
     "logging_strategy": "epoch",
     "save_strategy": "no",
-    "per_device_eval_batch_size": 256,
     "seed": 0,
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
+MAX_BYTES = 2 * 2**30  # of decoded images that a process keeps in memory; more are decoded when they are used
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+
+
+@dataclass
+class DataOptions:
+    """Names the images.
+
+    Args:
+        dataset: digits (needs no download), a folder of images or of parquet files, or a Hub id.
+        dataset_config: the Hub's name for a variant of the data set.
+        train_split: its part to train on.
+        eval_split: its part to test on; by default test, validation, or a share that is held out.
+        image_column: by default the first column of images.
+        label_column: by default the first column of classes.
+        train_samples: use that many training images; 0 for all.
+        test_samples: use that many test images; 0 for all.
+        corrupt_images: refuse images that cannot be read, or skip them.
+    """
+
+    dataset: str = "digits"
+    dataset_config: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_samples: int = 0
+    test_samples: int = 0
+    corrupt_images: Literal["refuse", "skip"] = "refuse"
+
+
+class ImageError(ValueError):
+    """Names an image that cannot be used, and says what to do."""
+
+
+class ImageData(NamedTuple):
+    """Holds rows with the columns `image` (still encoded) and `label` (a number), and the names of the classes."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    names: list[str]
+    eval_split: str
+
+
+@dataclass
+class Arguments(DataOptions):
+    """Says what is fine-tuned.
+
+    Args:
+        checkpoint: a folder, a Hub id, or timm's hf-hub:ID; by default the model of pretrain_vit.py.
+        crop_scale: least share of an image's area in a random crop.
+        flip: probability of a mirrored training image; by default 0.5, and 0 for digits.
+        lam: TrAct's damping.
+        no_tract: train without TrAct.
+        freeze: glob patterns of parameters that are not trained.
+        seeds: number of runs, with the seeds from --seed on.
+        license: of the model, for its card.
+    """
+
+    checkpoint: str = CHECKPOINT
+    crop_scale: float = 0.6
+    flip: float | None = None
+    lam: float = 0.1
+    no_tract: bool = False
+    freeze: list[str] = field(default_factory=list)
+    seeds: int = 1
+    license: str | None = None
 
 
 def main() -> None:
-    parser = HfArgumentParser([Arguments, TrainingArguments])  # type: ignore[list-item]
-    parser.set_defaults(**DEFAULTS)
-    args, training = parser.parse_args_into_dataclasses()
-    check(args, training)
-    if args.checkpoint == "photo_crops":
-        args.checkpoint = pretrained()
-    splits = args.load()
-    if args.corrupt_images == "skip":
-        splits = skip_corrupt(splits)
-    print(head_of(args.checkpoint, splits.names))
+    """Fine-tune from each seed, and report the accuracy."""
+    args, training = parse_arguments()
+    data = load_images(args)
+    say(describe_head(args.checkpoint, data.names))
     results = []
-    output = Path(training.output_dir)
+    output = Path(str(training.output_dir))
     for seed in range(training.seed, training.seed + args.seeds):
-        folder = str(output / f"seed-{seed}") if args.seeds > 1 else training.output_dir
-        results.append(fine_tune(args, replace(training, seed=seed, output_dir=folder), splits))
-    top1 = 100 * np.array([result["eval_top1"] for result in results])
-    spread = (
-        f" ± {top1.std(ddof=1):.1f}, by seed {', '.join(f'{value:.1f}' for value in top1)}" if len(top1) > 1 else ""
-    )
-    print(f"top-1 {top1.mean():.1f} %{spread}")
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        folder = output
+        if args.seeds > 1:
+            folder = output / f"seed-{seed}"
+        try:
+            results.append(fine_tune(args, replace(training, seed=seed, output_dir=str(folder)), data))
+        except ImageError as error:
+            # A worker process adds its traceback before the message, which stands in the last line.
+            raise SystemExit(str(error).strip().splitlines()[-1]) from error
+        except TrActError as error:
+            stop(str(error))
+    if not IS_MAIN_PROCESS:
+        return
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    report(results)
+    print(f"The model is in {folder}, with its card.")
+    print(f"To publish it: python push_to_hub.py {folder} --repo_id OWNER/NAME")
 
 
-def fine_tune(args: Arguments, training: TrainingArguments, splits: Splits) -> dict[str, float]:
-    """One run; saves the model with its card, and pushes it when asked to. Returns the last evaluation."""
+def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> dict[str, float]:
+    """Train from one seed, save the model with its card, push it when asked to, and return the last evaluation."""
     training.remove_unused_columns = False
-    start = training.resume_from_checkpoint or args.checkpoint
     set_seed(training.seed)
     processor = load_processor(args.checkpoint)
-    model = make_transformers_model(start, {}, 0, splits.names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad &= not any(fnmatch.fnmatch(name, pattern) for pattern in args.freeze)
-    # By name: TrAct on a layer that --freeze froze is an error then.
-    stems = [layer.name for layer in find_first_layers(model)]
-    train, test = make_images(args, preprocessing_of(processor), splits, training.seed)
+    model = load_checkpoint(training.resume_from_checkpoint or args.checkpoint, data.names)
+    freeze(model, args.freeze)
+    callbacks: list[TrainerCallback] = []
+    if not args.no_tract:
+        # By name, so that a frozen first layer is an error.
+        layers = [layer.name for layer in find_first_layers(model)]
+        callbacks.append(TrActCallback(lam=args.lam, layers=layers))
+    train, test = make_images(args, look_of(processor), data, training.seed)
     trainer = Trainer(
         model=model,
         args=training,
@@ -120,75 +203,540 @@ def fine_tune(args: Arguments, training: TrainingArguments, splits: Splits) -> d
         processing_class=processor,
         data_collator=collate,
         compute_metrics=compute_top_k,
-        callbacks=[] if args.no_tract else [TrActCallback(lam=args.lam, layers=stems)],
+        callbacks=callbacks,
     )
-    use_model_card(
-        trainer,
-        dataset=args.dataset,
-        base_model=checkpoint_id(args.checkpoint),
-        license=args.license,
-        split=splits.eval_split,
-    )
+    base = without_prefix(args.checkpoint)
+    use_model_card(trainer, dataset=args.dataset, base_model=base, license=args.license, split=data.eval_split)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    if training.push_to_hub:  # which saves before
-        with resumable(training.output_dir or ".", training.hub_model_id or Path(training.output_dir or ".").name):
-            trainer.push_to_hub()
+    folder = str(training.output_dir)
+    if training.push_to_hub:
+        with uploading(folder, training.hub_model_id or Path(folder).name):
+            trainer.push_to_hub()  # which saves before
     else:
         trainer.save_model()
         trainer.create_model_card()
-    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry] or [trainer.evaluate()]
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not evaluated:
+        evaluated = [trainer.evaluate()]
     return {"seed": training.seed, **evaluated[-1]}
 
 
-def make_images(args: Arguments, look: Preprocessing, splits: Splits, seed: int) -> tuple[Images, Images]:
-    """Training images, cropped and mirrored at random, and test images, both as the checkpoint wants them."""
-    flip = args.flip if args.flip is not None else 0.5 * (args.dataset != "digits")
-    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)]
-    crop = v2.RandomResizedCrop(look.size, scale=(args.crop_scale, 1.0), antialias=True)
-    augmented = v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(flip), *end])
-    return Images(splits.train, splits, augmented, seed), Images(
-        splits.test, splits, v2.Compose([*to_tensor(look.size), *end])
+def report(results: list[dict[str, float]]) -> None:
+    """Print the accuracy, from several seeds with the 95 % interval of their mean."""
+    accuracy = 100 * np.array([result["eval_top1"] for result in results])
+    text = f"Test accuracy: top-1 {accuracy.mean():.1f} %"
+    if len(accuracy) > 1:
+        half = stats.sem(accuracy) * stats.t.ppf(0.975, len(accuracy) - 1)
+        text += f" ± {half:.1f} (95 % interval of the mean), by seed {', '.join(f'{value:.1f}' for value in accuracy)}"
+    print(text)
+
+
+# Options
+
+
+def parse_arguments() -> tuple[Arguments, TrainingArguments]:
+    """Read the command line; each wrong value ends the script with one line."""
+    usage = "transfer.py [options]; --help lists them"
+    parser = HfArgumentParser([Arguments, TrainingArguments], usage=usage)  # type: ignore[list-item]
+    add_help(parser, [DataOptions, Arguments])
+    parser.set_defaults(**DEFAULTS)
+    try:
+        args, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    except (ValueError, ImportError, TypeError) as error:  # from TrainingArguments
+        stop(f"These options do not fit: {one_line(error)}")
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}")
+    check_arguments(args, training)
+    check_runs(args, training)
+    return args, training
+
+
+def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
+    """Tell --help what the docstrings of dataclasses say of their fields."""
+    texts = {}
+    for group in groups:
+        for line in str(group.__doc__).splitlines():
+            name, _, text = line.strip().partition(": ")
+            texts[name] = text
+    for action in parser._actions:
+        if action.dest in texts:
+            action.help = texts[action.dest]
+
+
+def check_arguments(args: Arguments, training: TrainingArguments) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    values = {**vars(args), **vars(training)}
+    for name in ("lam", "seeds", "crop_scale", "num_train_epochs", "per_device_train_batch_size", "learning_rate"):
+        if not 0 < values[name] < math.inf:
+            stop(f"--{name} {values[name]}: give a number above 0.")
+    for name in ("crop_scale", "flip", "train_samples", "test_samples"):
+        if values[name] is not None and values[name] < 0:
+            stop(f"--{name} {values[name]}: give 0 or more.")
+    if max(args.crop_scale, args.flip or 0) > 1:
+        stop(f"--crop_scale {args.crop_scale}, --flip {args.flip}: give at most 1.")
+    if args.checkpoint == CHECKPOINT and not Path(CHECKPOINT).exists():
+        stop(f"--checkpoint {CHECKPOINT} is not there: run pretrain_vit.py first, or name another --checkpoint.")
+    if training.hub_token:
+        stop("--hub_token would stand in your shell's history: set HF_TOKEN or run `hf auth login`.")
+
+
+def check_runs(args: Arguments, training: TrainingArguments) -> None:
+    """Refuse folders and checkpoints that are not there, and a push without a token."""
+    resume = training.resume_from_checkpoint
+    folder = Path(str(training.output_dir))
+    if folder.is_file():
+        stop(f"--output_dir {folder} is a file: name a folder.")
+    if args.seeds > 1 and (training.push_to_hub or resume):
+        stop("--push_to_hub and --resume_from_checkpoint are for one run: leave --seeds at 1.")
+    if resume == "latest":
+        training.resume_from_checkpoint = find_last_checkpoint(folder)
+    elif resume and not Path(resume).is_dir():
+        stop(f"--resume_from_checkpoint {resume}: there is no such folder.")
+    if training.push_to_hub:
+        check_token(training.hub_model_id or folder.name)
+
+
+def find_last_checkpoint(folder: Path) -> str:
+    """Return Trainer's last checkpoint in a folder."""
+    last: str | None = None
+    if folder.is_dir():
+        last = get_last_checkpoint(str(folder))
+    if last is None:
+        stop(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}.")
+    return last
+
+
+# Models
+
+
+class Look(NamedTuple):
+    """Holds how a model sees images: their side, and each channel's mean and deviation on the scale 0 to 1."""
+
+    size: int
+    mean: list[float]
+    std: list[float]
+
+
+def describe_head(checkpoint: str, names: list[str]) -> str:
+    """Return what becomes of a checkpoint's head, in words."""
+    try:
+        config = AutoConfig.from_pretrained(without_prefix(checkpoint))
+    except (OSError, ValueError) as error:
+        stop(f"--checkpoint {checkpoint} is no folder and no model that the Hub gives: {one_line(error)}")
+    if config.num_labels != len(names):
+        return f"The head is new: {checkpoint} knows {config.num_labels} classes, the data set has {len(names)}."
+    if sorted(config.id2label.values()) == sorted(names):
+        return f"The head is kept: {len(names)} classes."
+    return f"The head is kept: {len(names)} classes, though they have other names."
+
+
+def load_processor(checkpoint: str) -> Any:
+    """Load a checkpoint's image processor."""
+    try:
+        return AutoImageProcessor.from_pretrained(without_prefix(checkpoint))
+    except (OSError, ValueError) as error:
+        stop(f"--checkpoint {checkpoint} has no image processor, save one beside it: {one_line(error)}")
+
+
+def look_of(processor: Any) -> Look:
+    """Return what an image processor of transformers or of timm does to images."""
+    by_timm = getattr(processor, "data_config", None)
+    if by_timm:
+        return Look(by_timm["input_size"][-1], list(by_timm["mean"]), list(by_timm["std"]))
+    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    side = size.get("height") or size.get("shortest_edge")
+    if side is None:
+        stop(f"--checkpoint: {type(processor).__name__} has the size {size}, without height and shortest_edge.")
+    if not processor.do_normalize:
+        return Look(int(side), [0.0] * 3, [1.0] * 3)
+    return Look(int(side), list(processor.image_mean), list(processor.image_std))
+
+
+def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
+    """Exclude the parameters whose names match one of the patterns from training."""
+    for pattern in patterns:
+        names = fnmatch.filter([name for name, _ in model.named_parameters()], pattern)
+        if not names:
+            stop(f"--freeze {pattern} matches no parameter of {type(model).__name__}.")
+        for name in names:
+            model.get_parameter(name).requires_grad = False
+
+
+def label_settings(names: list[str]) -> dict[str, Any]:
+    """Return what a configuration of transformers holds about the classes."""
+    numbers = {name: number for number, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
+
+
+def load_checkpoint(name: str, names: list[str]) -> PreTrainedModel:
+    """Load a checkpoint of transformers or timm, with a new head where it has other classes."""
+    model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(
+        without_prefix(name), ignore_mismatched_sizes=True, **label_settings(names)
     )
+    if model.config.model_type == "timm_wrapper":
+        model.config.label_names = names  # Without this it saves the names that it had.
+    return model
 
 
-def collate(rows: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    """A batch as the models take it."""
+def without_prefix(name: str) -> str:
+    """Return a checkpoint's name without timm's prefix of the Hub."""
+    return name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's text in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# The Hub
+
+
+def check_token(repo_id: str) -> None:
+    """Refuse to begin a training whose model could not be pushed for want of a token."""
+    if get_token() is None:
+        stop(f"{repo_id} cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
+
+
+@contextlib.contextmanager
+def uploading(folder: str | Path, repo_id: str, *options: str) -> Iterator[None]:
+    """Turn an error of an upload inside into one line, with the command that uploads the rest.
+
+    Args:
+        folder: what is uploaded.
+        repo_id: the repository that it is uploaded to.
+        options: those of the command.
+    """
+    try:
+        yield
+    except Exception as error:  # The errors of the Hub's client and of its connections have no common class.
+        reason = one_line(error)
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            reason = "the token may not write there; use one of an owner or member that may."
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
+        stop(f"The upload to {repo_id} did not end: {reason} All is still in {folder}; to go on: {command}")
+
+
+# Images
+
+
+def make_images(args: Arguments, look: Look, data: ImageData, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return training images, cropped and mirrored at random, and test images, both as the checkpoint wants them."""
+    flip = args.flip
+    if flip is None:
+        flip = 0.5 * (args.dataset != "digits")  # A mirrored 2 is no 2.
+    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)]
+    crop = v2.RandomResizedCrop(look.size, scale=(args.crop_scale, 1.0))
+    augmented = v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(flip), *normalize])
+    plain = v2.Compose([v2.ToImage(), v2.Resize(look.size), v2.CenterCrop(look.size), *normalize])
+    return AugmentedImages(data.train, augmented, seed), AugmentedImages(data.test, plain)
+
+
+def collate(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """Return a batch as the models take it."""
     pixels, labels = zip(*rows, strict=True)
     return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
 
 
-def skip_corrupt(splits: Splits) -> Splits:
-    """The splits without images that cannot be read, which are named."""
-    kept: dict[str, Any] = {}
-    for split in ("train", "test"):
-        kept[split], corrupt = without_corrupt(getattr(splits, split), splits.image)
-        if corrupt:
-            print(f"Left out of the images for {split}, since they cannot be read: {', '.join(corrupt)}")
-    return splits._replace(**kept)
+class AugmentedImages(Dataset[tuple[Tensor, int]]):
+    """Transforms images one by one; decoded ones stay in the process's memory until it is full.
+
+    What a transform draws depends on `seed`, the epoch and the image's index alone, and so not on the number of
+    workers and processes, nor on where a run was resumed.
+    """
+
+    def __init__(self, rows: datasets.Dataset, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
+        self.rows, self.transform, self.seed, self.epoch = rows, transform, seed, 0
+        self.labels: list[int] = list(rows["label"])
+        self.decoded: dict[int, Image.Image] = {}
+        self.free = MAX_BYTES
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.decode(index)
+        # timm draws from all three generators, whose states belong to the training.
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms.
+        try:
+            return self.transform(image), self.labels[index]
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+    def decode(self, index: int) -> Image.Image:
+        """Decode an image, or find it decoded."""
+        if index in self.decoded:
+            return self.decoded[index]
+        image = read_image(self.rows, index)
+        size = 3 * image.width * image.height
+        if size <= self.free:
+            self.free -= size
+            self.decoded[index] = image
+        return image
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change what the transforms draw; accelerate's loaders call this."""
+        self.epoch = epoch
 
 
-def pretrained() -> str:
-    """The folder of the ViT that pretrain_vit.py makes from photo crops."""
-    model = Path(PHOTO_CROPS, "model")
-    if not model.exists():
-        print("Pre-training on photo crops first, a few minutes.")
-        script = Path(__file__).with_name("pretrain_vit.py")
-        subprocess.run(
-            [sys.executable, str(script), "--output_dir", PHOTO_CROPS, "--checkpointing_steps", "never"], check=True
-        )
-    return str(model)
+# Digits: a small data set without a download
 
 
-def check(args: Arguments, training: TrainingArguments) -> None:
-    """Refuses what cannot be meant, before anything is loaded."""
-    if args.corrupt_images not in ("refuse", "skip"):
-        raise SystemExit(f"--corrupt_images {args.corrupt_images}: it must be refuse or skip.")
-    if training.hub_token:
-        raise SystemExit("--hub_token would stand in your shell's history: set HF_TOKEN or run `hf auth login`.")
-    if training.push_to_hub:
-        check_token(training.hub_model_id or str(training.output_dir))
-    if args.seeds > 1 and (training.push_to_hub or training.resume_from_checkpoint):
-        raise SystemExit("--push_to_hub and --resume_from_checkpoint are for one run: leave --seeds at 1.")
+def digits() -> datasets.DatasetDict:
+    """Make a data set of scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, a quarter for testing."""
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    parts = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    splits = datasets.DatasetDict()
+    for split, part in zip(("train", "test"), parts, strict=True):
+        columns = {"image": [Image.fromarray(image) for image in images[part]], "label": labels[part].tolist()}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
+
+
+# Images of your own
+
+BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"digits": digits}
+EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
+HELD_OUT = 0.2  # of a data set that has no split to test on
+
+
+def say(message: str) -> None:
+    """Print a line, in the main process only."""
+    if IS_MAIN_PROCESS:
+        print(message, flush=True)
+
+
+def stop(message: str) -> NoReturn:
+    """End the script with one line, which only the main process prints."""
+    raise SystemExit(message if IS_MAIN_PROCESS else 1)
+
+
+def load_images(options: DataOptions) -> ImageData:
+    """Load the images that `options` name, and find their columns, their classes and the split to test on."""
+    splits = read_splits(options)
+    for option in ("train_split", "eval_split"):
+        split = getattr(options, option)
+        if split and split not in splits:
+            stop(f"--{option} {split}: {options.dataset} has the splits {', '.join(splits)}.")
+    train = pick_columns(splits[options.train_split], options)
+    names = class_names(train, options)
+    train = number_labels(train, names, options)
+    report_empty_classes(train, names, options)
+    eval_split = options.eval_split or find_eval_split(splits, options)
+    if eval_split:
+        test = pick_columns(splits[eval_split], options)
+        test = number_labels(test, names, options)
+    else:
+        train, test = hold_out(train, options)
+    train = sample(train, options.train_samples)
+    test = sample(test, options.test_samples)
+    if options.corrupt_images == "skip":
+        train = drop_corrupt(train)
+        test = drop_corrupt(test)
+    return ImageData(train, test, names, eval_split or "test")
+
+
+def read_splits(options: DataOptions) -> datasets.DatasetDict:
+    """Read a built-in data set, a folder that `save_to_disk` wrote, or what `datasets.load_dataset` reads."""
+    name = options.dataset
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    folder = Path(name)
+    is_path = folder.is_absolute() or name.startswith((".", "~"))
+    if is_path and not folder.exists():
+        stop(f"--dataset {name}: there is no such folder.")
+    if folder.is_file():
+        stop(f"--dataset {name} is a file: name its folder.")
+    if folder.is_dir():
+        name = str(folder.absolute())  # A folder named csv or text would mean a reader of `datasets`.
+    try:
+        if (folder / "dataset_dict.json").exists():
+            return datasets.DatasetDict.load_from_disk(name)
+        if (folder / "state.json").exists():
+            train = datasets.Dataset.load_from_disk(name)
+            return datasets.DatasetDict(train=train)
+        return datasets.load_dataset(name, options.dataset_config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        expected = "a folder of images by class or of parquet files, or a Hub id"
+        stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def pick_columns(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
+    """Return the two columns that are used as `image` and `label`; images are decoded later, one by one."""
+    images = []
+    labels = []
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            images.append(column)
+        if isinstance(feature, datasets.ClassLabel) or column in LABEL_COLUMNS:
+            labels.append(column)
+    image = find_column(rows, "image_column", images, options)
+    label = find_column(rows, "label_column", labels, options)
+    if image not in images:
+        stop(f"--image_column {image} holds no images, but {rows.features[image]}.")
+    rows = rows.select_columns([image, label])
+    rows = rows.rename_columns({image: "image", label: "label"})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def find_column(rows: datasets.Dataset, option: str, known: list[str], options: DataOptions) -> str:
+    """Return the column that an option names, or else the first of those that are known for it."""
+    named: str | None = getattr(options, option)
+    columns = ", ".join(rows.column_names)
+    if named and named not in rows.column_names:
+        stop(f"--{option} {named}: {options.dataset} has the columns {columns}.")
+    if not named and not known:
+        advice = f"name it by --{option}, or sort the images into a folder for each class"
+        stop(f"--dataset {options.dataset}: which of its columns is it ({columns})? Please {advice}.")
+    return named or known[0]
+
+
+def is_labelled(rows: datasets.Dataset) -> bool:
+    """Return whether each row has a label; the Hub's test splits often have None or -1 in place of labels."""
+    labels = set(rows["label"])
+    return len(rows) > 0 and None not in labels and -1 not in labels
+
+
+def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
+    """Return the names of the classes; labels without names are named by themselves."""
+    feature = train.features["label"]
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+        stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
+    if not is_labelled(train):
+        stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return [str(label) for label in sorted(set(train["label"]))]
+
+
+def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:
+    """Return the rows with the positions of their labels among `names`."""
+    if not is_labelled(rows):
+        stop(f"--eval_split {options.eval_split}: {options.dataset} has rows without a label there.")
+    if isinstance(rows.features["label"], datasets.ClassLabel):
+        return rows
+    words = [str(label) for label in rows["label"]]
+    unknown = sorted(set(words) - set(names))
+    if unknown:
+        stop(f"--dataset {options.dataset}: no training image has the labels {unknown[:5]}, which are tested.")
+    feature = datasets.ClassLabel(names=names)
+    numbers = feature.str2int(words)
+    return rows.remove_columns("label").add_column("label", numbers, feature=feature)
+
+
+def find_eval_split(splits: datasets.DatasetDict, options: DataOptions) -> str | None:
+    """Return the first split to test on that has labels; None if there is none."""
+    for split in EVAL_SPLITS:
+        if split in splits and is_labelled(pick_columns(splits[split], options)):
+            return split
+    return None
+
+
+def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split off a share of the rows to test on, the same at each call, and say so."""
+    if len(rows) < 2:
+        stop(f"--dataset {options.dataset} has one image, and needs others to test on.")
+    how = "the same share of each class"
+    try:
+        parts = rows.train_test_split(HELD_OUT, seed=0, stratify_by_column="label")
+    except ValueError:  # A class has fewer images than that takes.
+        how = "whatever their class"
+        parts = rows.train_test_split(HELD_OUT, seed=0)
+    count = len(parts["test"])
+    say(
+        f"{options.dataset} has no split to test on: {count} of its {len(rows)} images are held out for that, "
+        f"drawn with seed 0, {how}. To choose them yourself, make folders train and test."
+    )
+    return parts["train"], parts["test"]
+
+
+def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
+    """Say which classes have no image to learn from, and which class folders are empty."""
+    used = set(train["label"])
+    empty = {name for number, name in enumerate(names) if number not in used}
+    if Path(options.dataset).is_dir():
+        for folder, folders, files in os.walk(options.dataset):
+            if not folders and not files:
+                empty.add(Path(folder).name)
+    if empty:
+        classes = ", ".join(sorted(empty))
+        say(f"{options.dataset} has no training image of {classes}: such a class is not learned.")
+
+
+def sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """Return `count` rows drawn with seed 0, or all for 0."""
+    if not count:
+        return rows
+    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
+def drop_corrupt(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows whose images can be read, and name the others."""
+    readable = []
+    corrupt = []
+    for index in tqdm(range(len(rows)), "looking for corrupt images", leave=False, disable=not IS_MAIN_PROCESS):
+        try:
+            read_image(rows, index)
+        except ImageError as error:
+            corrupt.append(f"Left out: {error}")
+        else:
+            readable.append(index)
+    if corrupt:
+        say("\n".join(corrupt))
+    if not readable:
+        stop("--corrupt_images skip: not one image is left.")
+    return rows.select(readable)
+
+
+def read_image(rows: datasets.Dataset, index: int) -> Image.Image:
+    """Decode an image as 8-bit RGB, turned as its EXIF data say.
+
+    Transparency is dropped, as in transformers' pipelines, which later classify such images.
+
+    Raises:
+        ImageError: if the image is corrupt, or has numbers on a scale that cannot be known.
+    """
+    encoded = rows[index]["image"]
+    name = encoded["path"] or f"image {index}"
+    source = encoded["path"]
+    if encoded["bytes"]:
+        source = io.BytesIO(encoded["bytes"])
+    try:
+        with Image.open(source) as image:
+            turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith(("I", "F")):
+            return scale_to_8_bits(turned, name)
+        if turned.mode == "P":
+            turned = turned.convert("RGBA")  # which knows each way to store a palette's transparency
+        return turned.convert("RGB")
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        advice = "mend it, or leave such images out by --corrupt_images skip"
+        raise ImageError(f"{name} cannot be read ({error}): {advice}.") from error
+
+
+def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Return a 16-bit or float image as 8-bit RGB; Pillow itself cuts off all values above 255."""
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0
+    if image.mode == "F":
+        top = 1.0
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        found = f"values from {low:g} to {high:g} in Pillow's mode {image.mode}"
+        raise ImageError(f"{name} has {found}: scale integers to 0 ... 65535 and floats to 0 ... 1 before.")
+    scaled = (values * 255 / top).round().astype(np.uint8)
+    return Image.fromarray(scaled).convert("RGB")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,67 @@
-"""Images as people have them: class folders without a split, labels as words, 16 bits, floats, any mode."""
+"""Images as people have them: class folders without a split, labels as words, 16 bits, any mode, broken files."""
 
 import json
+import re
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.oracle import says
-from image_data import Images, load_splits, normalization, to_rgb
+from pretrain_vit import DataOptions, ImageError, load_images, measure_look, read_image
 
 RNG = np.random.default_rng(0)
 
 
-def write(folder, count: int = 10, dtype=np.uint8, top: int = 255) -> None:
+def write(folder, count: int = 10, dtype=np.uint8, top: int = 255, suffix: str = "png") -> None:
     folder.mkdir(parents=True)
     for index in range(count):
-        Image.fromarray(RNG.integers(0, top, (8, 8)).astype(dtype)).save(folder / f"{index}.png")
+        Image.fromarray(RNG.integers(0, top, (8, 8)).astype(dtype)).save(folder / f"{index}.{suffix}")
 
 
-def test_class_folders_without_a_split_hold_out_the_same_share_each_time(tmp_path, capsys):
+def load(folder, **options):
+    return load_images(DataOptions(str(folder), **options))
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A folder with a class folder for cats and one for dogs."""
     for name in ("cat", "dog"):
-        write(tmp_path / name)
-    splits = load_splits(str(tmp_path))
-    assert (len(splits.train), len(splits.test), splits.names) == (16, 4, ["cat", "dog"])
-    assert "4 of 20, drawn with seed 0, are held out to test on" in capsys.readouterr().out
-    again = load_splits(str(tmp_path))
-    assert [np.asarray(row["image"]).sum() for row in again.test] == [
-        np.asarray(row["image"]).sum() for row in splits.test
-    ]
+        write(tmp_path / "pets" / name)
+    return tmp_path / "pets"
 
 
-@pytest.mark.parametrize("split", ["test", "val", "validation"])
+def test_class_folders_without_a_split_hold_out_the_same_share_of_each_class_each_time(pets, capsys):
+    data = load(pets)
+    assert (len(data.train), len(data.test), data.names) == (16, 4, ["cat", "dog"])
+    assert sorted(data.test["label"]) == [0, 0, 1, 1]
+    said = capsys.readouterr().out
+    assert "4 of its 20 images are held out for that, drawn with seed 0, the same share of each class" in said
+    paths = [row["image"]["path"] for row in data.test]
+    assert [row["image"]["path"] for row in load(pets).test] == paths
+
+
+def test_a_class_of_one_image_is_held_out_or_not_and_that_is_said(tmp_path, capsys):
+    write(tmp_path / "many", 8)
+    write(tmp_path / "one", 1)
+    assert len(load(tmp_path).test) == 2
+    assert "drawn with seed 0, whatever their class" in capsys.readouterr().out
+
+
+def test_only_the_main_process_says_what_is_held_out(pets, monkeypatch, capsys):
+    monkeypatch.setattr("pretrain_vit.IS_MAIN_PROCESS", False)
+    load(pets)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("split", ["test", "val", "valid", "validation", "dev"])
 def test_a_split_to_test_on_is_found_by_its_usual_names(tmp_path, split):
     for part in ("train", split):
         write(tmp_path / part / "cat", 4)
-        write(tmp_path / part / "dog", 4)
-    assert len(load_splits(str(tmp_path)).test) == 8
+        write(tmp_path / part / "dog", 3)
+    data = load(tmp_path)
+    assert len(data.test) == 7
+    assert data.eval_split == ("test" if split == "test" else "validation")
 
 
 # datasets 5.2 does not close the file
@@ -51,32 +76,159 @@ def test_words_in_a_metadata_file_are_classes(tmp_path, kind):
         if kind == "csv":
             lines = ["file_name,label", *(",".join(row.values()) for row in rows)]
         (tmp_path / part / f"metadata.{kind}").write_text("\n".join(lines))
-    splits = load_splits(str(tmp_path))
-    assert splits.names == ["a", "b"]
-    assert sorted(splits.train["label"]) == [0, 0, 1, 1]
+    data = load(tmp_path)
+    assert data.names == ["a", "b"]
+    assert sorted(data.train["label"]) == [0, 0, 1, 1]
+
+
+def write_parquet(folder, column: str = "label", feature=None, **splits):
+    """Writes a data set whose images are grey, with these labels in each split."""
+    folder.mkdir()
+    features = datasets.Features({"picture": datasets.Image(), column: feature or datasets.Value("string")})
+    for split, labels in splits.items():
+        columns = {"picture": [Image.new("L", (4, 4))] * len(labels), column: labels}
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_numbers_that_are_labels_are_named_by_themselves_in_their_order(tmp_path):
+    folder = write_parquet(tmp_path / "data", feature=datasets.Value("int64"), train=[10, 9, 10], test=[10])
+    data = load(folder)
+    assert data.names == ["9", "10"]
+    assert list(data.train["label"]) == [1, 0, 1]
+    assert list(data.test["label"]) == [1]
+
+
+def test_what_save_to_disk_wrote_is_read(pets, tmp_path):
+    splits = datasets.load_dataset(str(pets))
+    splits.save_to_disk(tmp_path / "all")
+    splits["train"].save_to_disk(tmp_path / "train")
+    assert len(load(tmp_path / "all").test) == len(load(tmp_path / "train").test) == 4
+
+
+def test_a_split_without_labels_is_not_chosen_to_test_on(tmp_path):
+    names = datasets.ClassLabel(names=["a", "b"])
+    folder = write_parquet(tmp_path / "data", feature=names, train=[0, 1], test=[-1, -1], validation=[1])
+    data = load(folder)
+    assert (data.eval_split, list(data.test["label"])) == ("validation", [1])
+    with pytest.raises(SystemExit, match=r"^--eval_split test: .* has rows without a label there"):
+        load(folder, eval_split="test")
+
+
+@pytest.mark.parametrize("label", [None, -1])
+def test_training_images_without_a_label_are_refused(tmp_path, label):
+    folder = write_parquet(tmp_path / "data", feature=datasets.ClassLabel(names=["a", "b"]), train=[0, label])
+    with pytest.raises(SystemExit, match=r"^--train_split train: .* has rows without a label there"):
+        load(folder)
+
+
+def test_the_label_column_is_named_by_an_option_where_nothing_tells_it(tmp_path):
+    folder = write_parquet(tmp_path / "data", column="species", train=["a", "b"], test=["a"])
+    with pytest.raises(SystemExit, match=r"which of its columns is it \(picture, species\)\? .* --label_column"):
+        load(folder)
+    assert load(folder, label_column="species").names == ["a", "b"]
 
 
 def test_words_to_test_on_that_training_does_not_have_are_refused(tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    image = Image.new("L", (4, 4))
-    for part, labels in {"train": ["a", "b"], "test": ["c"]}.items():
-        (tmp_path / "data").mkdir(exist_ok=True)
-        rows = datasets.Dataset.from_dict({"image": [image] * len(labels), "label": labels}, features=features)
-        rows.to_parquet(tmp_path / "data" / f"{part}-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=says("not among those to train on: ['c']")):
-        load_splits(str(tmp_path))
+    folder = write_parquet(tmp_path / "data", train=["a", "b"], test=["c"])
+    with pytest.raises(SystemExit, match=r"no training image has the labels \['c'\]"):
+        load(folder)
+
+
+def test_an_empty_class_folder_is_said(pets, capsys):
+    (pets / "bird").mkdir()
+    assert load(pets).names == ["cat", "dog"]
+    assert "has no training image of bird: such a class is not learned" in capsys.readouterr().out
+
+
+def test_a_class_that_is_only_tested_is_said(tmp_path, capsys):
+    for folder in ("train/cat", "train/dog", "test/cat", "test/fox"):
+        write(tmp_path / folder, 2)
+    assert load(tmp_path).names == ["cat", "dog", "fox"]
+    assert "has no training image of fox" in capsys.readouterr().out
+
+
+def test_samples_are_the_same_each_time(pets):
+    some = [load(pets, train_samples=5, test_samples=2) for _ in range(2)]
+    assert [len(some[0].train), len(some[0].test)] == [5, 2]
+    assert some[0].train["label"][:] == some[1].train["label"][:]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("/no/such/folder", "--dataset /no/such/folder: there is no such folder"),
+        ("./folder", "--dataset ./folder: there is no such folder"),
+        (
+            "nobody/nothing",
+            "--dataset nobody/nothing must be a folder of images by class or of parquet files, or a Hub",
+        ),
+        ("empty", "--dataset empty must be a folder of images"),
+        ("file.png", "--dataset file.png is a file: name its folder"),
+        ("text", "--dataset text: which of its columns is it (text)?"),
+        ("flat", "--dataset flat: which of its columns is it (image)? Please name it by --label_column, or sort"),
+        ("single", "--dataset single has one image"),
+    ],
+)
+def test_what_is_no_data_set_is_told_in_one_line(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "text"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no image")
+    Image.new("L", (4, 4)).save("file.png")
+    write(tmp_path / "flat", 2)
+    write_parquet(tmp_path / "single", train=["a"])
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        load(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"train_split": "trian"}, "--train_split trian: PETS has the splits train."),
+        ({"eval_split": "best"}, "--eval_split best: PETS has the splits train."),
+        ({"label_column": "class"}, "--label_column class: PETS has the columns image, label."),
+        ({"image_column": "label"}, "--image_column label holds no images, but ClassLabel("),
+        ({"dataset_config": "large"}, "BuilderConfig 'large' not found"),
+    ],
+)
+def test_a_wrong_split_or_column_is_told_in_one_line_with_those_there_are(pets, option, message):
+    with pytest.raises(SystemExit, match=re.escape(message.replace("PETS", str(pets)))) as error:
+        load(pets, **option)
+    assert "\n" not in str(error.value)
+
+
+def test_a_corrupt_image_is_named_with_the_option_that_skips_it(pets, capsys):
+    (pets / "cat" / "3.png").write_bytes((pets / "cat" / "3.png").read_bytes()[:60])
+    (pets / "dog" / "5.png").write_bytes(b"")
+    data = load(pets)
+    errors = []
+    for rows in (data.train, data.test):
+        for index in range(len(rows)):
+            try:
+                read_image(rows, index)
+            except ImageError as error:
+                errors.append(str(error))
+    assert len(errors) == 2
+    for error, file in zip(sorted(errors), ("cat/3.png", "dog/5.png"), strict=True):
+        assert str(pets / file) in error
+        assert "leave such images out by --corrupt_images skip" in error
+    capsys.readouterr()
+    skipped = load(pets, corrupt_images="skip")
+    assert len(skipped.train) + len(skipped.test) == 18
+    assert f"Left out: {pets / 'cat' / '3.png'} cannot be read" in capsys.readouterr().out
 
 
 def test_16_bit_images_keep_their_range(tmp_path):
     for part in ("train", "test"):
         for name in ("a", "b"):
             write(tmp_path / part / name, 8, np.uint16, 65535)
-    splits = load_splits(str(tmp_path))
-    mean, std = normalization(splits, 8)
-    assert mean[0] == pytest.approx(0.5, abs=0.05)
-    assert std[0] == pytest.approx(0.29, abs=0.05)
-    pixels, _ = Images(splits.train, splits, np.asarray)[0]
-    assert pixels.std() > 40
+    data = load(tmp_path)
+    look = measure_look(data.train, 8)
+    assert look.mean[0] == pytest.approx(0.5, abs=0.05)
+    assert look.std[0] == pytest.approx(0.29, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -88,14 +240,38 @@ def test_16_bit_images_keep_their_range(tmp_path):
         Image.new("L", (2, 2), 100),
         Image.new("RGBA", (2, 2), (100, 100, 100, 0)),
         Image.new("LA", (2, 2), (100, 0)),
+        Image.new("RGB", (2, 2), (100, 100, 100)).convert("P", palette=Image.Palette.ADAPTIVE),
     ],
     ids=lambda image: image.mode,
 )
-def test_every_mode_becomes_the_same_rgb(image):
-    assert to_rgb(image).getpixel((0, 0)) == (100, 100, 100)
+def test_every_mode_becomes_the_same_rgb(tmp_path, image):
+    suffix = "tiff" if image.mode in ("I", "F") else "png"
+    image.save(tmp_path / f"image.{suffix}")
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / f"image.{suffix}")}}]
+    pixel = read_image(rows, 0).getpixel((0, 0))
+    assert pixel == (100, 100, 100)
 
 
-@pytest.mark.parametrize("values", [np.full((2, 2), 300.0, np.float32), np.full((2, 2), -1, np.int32)])
-def test_numbers_of_unknown_scale_are_refused(values):
-    with pytest.raises(ValueError, match=says("has values from", "scale others before")):
-        to_rgb(Image.fromarray(values))
+def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):
+    image = Image.new("P", (2, 2))
+    image.putpalette([100, 100, 100])
+    image.save(tmp_path / "image.png", transparency=b"\x80")
+    rows = [{"image": {"bytes": (tmp_path / "image.png").read_bytes(), "path": None}}]
+    assert read_image(rows, 0).getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    image = Image.new("RGB", (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter to the right
+    image.save(tmp_path / "image.jpg", exif=exif)
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / "image.jpg")}}]
+    assert read_image(rows, 0).size == (2, 4)
+
+
+@pytest.mark.parametrize("values", [np.full((2, 2), 300.0, np.float32), np.full((2, 2), np.nan, np.float32)])
+def test_numbers_of_unknown_scale_are_refused_by_the_files_name(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "depth.tiff")
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / "depth.tiff")}}]
+    with pytest.raises(ImageError, match=r"depth\.tiff has values from .* scale integers to 0 \.\.\. 65535"):
+        read_image(rows, 0)
