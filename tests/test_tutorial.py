@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 from helpers.documents import ROOT
 
 TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
-FIGURES = ("tract/grad_norm_raw", "tract/grad_norm", "tract/condition", "tract/mean_eigenvalue")
+FIGURES = ("grad_norm_raw", "grad_norm", "condition", "mean_eigenvalue")
 
 
 def text_of(notebook: nbformat.NotebookNode) -> str:
