@@ -161,7 +161,7 @@ class Recipe(DataOptions):
         crop_padding: zeros around an image before a random crop of its size, as for CIFAR.
         flip: probability of a mirrored image.
         color_jitter: strength of timm's color jitter.
-        auto_augment: in timm's notation, such as rand-m9-mstd0.5-inc1 or 3a; or cifar10.
+        auto_augment: in timm's notation, such as rand-m9-mstd0.5-mmax9-inc1 or 3a; or cifar10.
         random_erasing: probability of an erased rectangle.
         ema_decay: decay of averaged weights, which are then tested and saved; 0 for none.
         lam: TrAct's damping.
@@ -242,7 +242,7 @@ def main() -> None:
         raise SystemExit(str(error).strip().splitlines()[-1]) from error
     except TrActError as error:
         stop(str(error))
-    if not IS_MAIN_PROCESS:
+    if not training.accelerator.is_main_process:
         return
     folder = Path(run.output_dir) / "model"
     save_model(training.best_model(), folder, training.look, training.data.names)
@@ -428,6 +428,7 @@ class Training:
         if done:
             loader = skip_first_batches(loader, done)
         loader.set_epoch(self.progress.epoch)
+        loader.dataset.set_epoch(self.progress.epoch)  # which accelerate does not do for some kinds of loader
         self.model.train()
         for pixels, labels in loader:
             self.train_batch(pixels, labels)
@@ -475,7 +476,7 @@ class Training:
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **scores})
         self.accelerator.log({f"test/{name}": value for name, value in scores.items()}, step=progress.step)
         bar.set_postfix({name: f"{value:.3f}" for name, value in scores.items()})
-        if IS_MAIN_PROCESS:
+        if self.accelerator.is_main_process:
             lines = [json.dumps(row) + "\n" for row in progress.history]
             Path(self.run.output_dir, "history.jsonl").write_text("".join(lines))
         if self.run.checkpointing_steps == "epoch":
@@ -508,7 +509,7 @@ class Training:
             self.accelerator.project_configuration.iteration = checkpoint_number(chosen) + 1
             say(f"Resumed from {chosen}: epoch {self.progress.epoch + 1}, step {self.progress.step}.")
         self.accelerator.wait_for_everyone()
-        if IS_MAIN_PROCESS:
+        if self.accelerator.is_main_process:
             Path(self.run.output_dir).mkdir(parents=True, exist_ok=True)
             for path in found:
                 if checkpoint_number(path) >= self.accelerator.project_configuration.iteration:
@@ -871,7 +872,7 @@ class ImagesInMemory(Dataset[tuple[Tensor, Tensor]]):
         return (flipped / 255 - self.mean) / self.std, self.labels[indices]
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the crops and flips of an epoch; accelerate's loaders call this."""
+        """Draw the crops and flips of an epoch."""
         draw = np.random.default_rng([self.seed, epoch])
         self.corners = torch.from_numpy(draw.integers(0, 2 * self.padding + 1, (len(self), 2)))
         self.flips = torch.from_numpy(draw.random(len(self)) < self.flip)
@@ -925,7 +926,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         return image
 
     def set_epoch(self, epoch: int) -> None:
-        """Change what the transforms draw; accelerate's loaders call this."""
+        """Change what the transforms draw."""
         self.epoch = epoch
 
 

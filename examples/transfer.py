@@ -131,6 +131,53 @@ class ImageData(NamedTuple):
     eval_split: str
 
 
+class AugmentedImages(Dataset[tuple[Tensor, int]]):
+    """Transforms images one by one; decoded ones stay in the process's memory until it is full.
+
+    What a transform draws depends on `seed`, the epoch and the image's index alone, and so not on the number of
+    workers and processes, nor on where a run was resumed.
+    """
+
+    def __init__(self, rows: datasets.Dataset, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
+        self.rows, self.transform, self.seed, self.epoch = rows, transform, seed, 0
+        self.labels: list[int] = list(rows["label"])
+        self.decoded: dict[int, Image.Image] = {}
+        self.free = MAX_BYTES
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.decode(index)
+        # timm draws from all three generators, whose states belong to the training.
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms.
+        try:
+            return self.transform(image), self.labels[index]
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+    def decode(self, index: int) -> Image.Image:
+        """Decode an image, or find it decoded."""
+        if index in self.decoded:
+            return self.decoded[index]
+        image = read_image(self.rows, index)
+        size = 3 * image.width * image.height
+        if size <= self.free:
+            self.free -= size
+            self.decoded[index] = image
+        return image
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change what the transforms draw."""
+        self.epoch = epoch
+
+
 @dataclass
 class Arguments(DataOptions):
     """Says what is fine-tuned.
@@ -189,12 +236,12 @@ def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> 
     processor = load_processor(args.checkpoint)
     model = load_checkpoint(training.resume_from_checkpoint or args.checkpoint, data.names)
     freeze(model, args.freeze)
-    callbacks: list[TrainerCallback] = []
+    train, test = make_images(args, look_of(processor), data, training.seed)
+    callbacks: list[TrainerCallback] = [EpochCallback(train)]
     if not args.no_tract:
         # By name, so that a frozen first layer is an error.
         layers = [layer.name for layer in find_first_layers(model)]
         callbacks.append(TrActCallback(lam=args.lam, layers=layers))
-    train, test = make_images(args, look_of(processor), data, training.seed)
     trainer = Trainer(
         model=model,
         args=training,
@@ -219,6 +266,17 @@ def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> 
     if not evaluated:
         evaluated = [trainer.evaluate()]
     return {"seed": training.seed, **evaluated[-1]}
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the training images which epoch it is, which accelerate's loaders do in some cases only."""
+
+    def __init__(self, images: AugmentedImages) -> None:
+        self.images = images
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch, also where a run is resumed within one."""
+        self.images.set_epoch(int(state.epoch))
 
 
 def report(results: list[dict[str, float]]) -> None:
@@ -419,7 +477,7 @@ def uploading(folder: str | Path, repo_id: str, *options: str) -> Iterator[None]
 # Images
 
 
-def make_images(args: Arguments, look: Look, data: ImageData, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
+def make_images(args: Arguments, look: Look, data: ImageData, seed: int) -> tuple[AugmentedImages, AugmentedImages]:
     """Return training images, cropped and mirrored at random, and test images, both as the checkpoint wants them."""
     flip = args.flip
     if flip is None:
@@ -435,53 +493,6 @@ def collate(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
     """Return a batch as the models take it."""
     pixels, labels = zip(*rows, strict=True)
     return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
-
-
-class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Transforms images one by one; decoded ones stay in the process's memory until it is full.
-
-    What a transform draws depends on `seed`, the epoch and the image's index alone, and so not on the number of
-    workers and processes, nor on where a run was resumed.
-    """
-
-    def __init__(self, rows: datasets.Dataset, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
-        self.rows, self.transform, self.seed, self.epoch = rows, transform, seed, 0
-        self.labels: list[int] = list(rows["label"])
-        self.decoded: dict[int, Image.Image] = {}
-        self.free = MAX_BYTES
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.decode(index)
-        # timm draws from all three generators, whose states belong to the training.
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms.
-        try:
-            return self.transform(image), self.labels[index]
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-
-    def decode(self, index: int) -> Image.Image:
-        """Decode an image, or find it decoded."""
-        if index in self.decoded:
-            return self.decoded[index]
-        image = read_image(self.rows, index)
-        size = 3 * image.width * image.height
-        if size <= self.free:
-            self.free -= size
-            self.decoded[index] = image
-        return image
-
-    def set_epoch(self, epoch: int) -> None:
-        """Change what the transforms draw; accelerate's loaders call this."""
-        self.epoch = epoch
 
 
 # Digits: a small data set without a download

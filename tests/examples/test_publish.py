@@ -86,7 +86,7 @@ def test_a_model_goes_from_pre_training_to_a_pipeline(hub, environment, python, 
     tune += [*flowers_model, "--output_dir", "flowers"]
     _, inspected, tuned = run_scripts(environment, pretrain, inspect, tune, cwd=tmp_path)
     assert json.loads(inspected)["layers"][0]["name"] == "vit.embeddings.patch_embeddings.projection"
-    assert "The head is made anew: tester/vit-crops knows 20 classes, the data set has 102." in tuned
+    assert "The head is new: tester/vit-crops knows 20 classes, the data set has 102." in tuned
 
     Image.new("RGB", (50, 40), "red").save(tmp_path / "image.png")
     code = LOADING + 'load("tester/vit-crops"); classify("tester/vit-flowers", "image.png")'

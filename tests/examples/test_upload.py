@@ -1,15 +1,17 @@
-"""Pushing a model's folder by the Hub's real client, and all that may go wrong, against a server on loopback."""
+"""Publishing a run by the Hub's real client, and all that may go wrong, against a server on loopback."""
 
 import logging
+import sys
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http as http
 from huggingface_hub.utils import close_session
 
+import push_to_hub
 from helpers.hub_server import TOKEN, serving
-from hf_tract import TrActError
-from upload import push_folder
+from hf_tract import TrActConfig
+from hf_tract.integrations import TrainingRecord
 
 
 @pytest.fixture
@@ -28,76 +30,100 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
+    """A run with a model, its record and a checkpoint."""
+    folder = tmp_path / "run" / "model"
+    record = TrainingRecord("x", "transformers", "photo_crops", TrActConfig(), metrics={"accuracy": 0.5, "top5": 0.9})
+    record.save(folder)
     (folder / "model.safetensors").write_bytes(b"weights" * 100)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"state")
     return folder
+
+
+def publish(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *map(str, arguments)])
+    push_to_hub.main()
 
 
 def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_is_pushed_by_lfs_and_without_checkpoints(hub, folder):
-    url = push_folder(folder, "tester/model", private=True)
-    assert url == f"{hub.endpoint}/tester/model"
+def test_a_run_is_pushed_by_lfs_with_its_card_and_without_checkpoints(hub, folder, monkeypatch, capsys):
+    publish(monkeypatch, folder.parent, "--repo_id", "tester/model", "--private", "--license", "mit")
+    assert capsys.readouterr().out == f"The model is published: {hub.endpoint}/tester/model\n"
     repo = hub.repos["tester/model"]
     assert repo.private
     assert repo.files("main")["model.safetensors"] == b"weights" * 100
+    assert b"license: mit" in repo.files("main")["README.md"]
     assert not any("checkpoint" in path for path in repo.files("main"))
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
 
 
-def test_a_name_alone_is_the_owners_and_a_revision_is_a_branch(hub, folder):
-    assert push_folder(folder, "model", revision="lam-0.2").endswith("/tester/model/tree/lam-0.2")
+def test_a_name_alone_is_the_owners_and_a_revision_is_a_branch(hub, folder, monkeypatch, capsys):
+    publish(monkeypatch, folder, "--repo_id", "model", "--revision", "lam-0.2")
+    assert capsys.readouterr().out.endswith("/tester/model/tree/lam-0.2\n")
     repo = hub.repos["tester/model"]
     assert "model.safetensors" in repo.files("lam-0.2")
     assert "model.safetensors" not in repo.files("main")
 
 
-def test_a_repository_with_a_model_is_left_alone_unless_told(hub, folder):
-    push_folder(folder, "tester/model")
+def test_a_repository_with_a_model_is_left_alone_unless_told(hub, folder, monkeypatch):
+    publish(monkeypatch, folder, "--repo_id", "tester/model")
     (folder / "model.safetensors").write_bytes(b"other")
-    with pytest.raises(TrActError, match=r"`repo_id` \(='tester/model'\) holds a model already: choose another name"):
-        push_folder(folder, "tester/model")
+    with pytest.raises(SystemExit, match=r"^tester/model holds a model already: name another, .* by --update"):
+        publish(monkeypatch, folder, "--repo_id", "tester/model")
     assert hub.repos["tester/model"].files("main")["model.safetensors"] == b"weights" * 100
-    push_folder(folder, "tester/model", update=True)
+    publish(monkeypatch, folder, "--repo_id", "tester/model", "--update")
     assert hub.repos["tester/model"].files("main")["model.safetensors"] == b"other"
+
+
+def test_a_dry_run_needs_no_token_and_shows_what_would_be_uploaded(hub, folder, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    publish(monkeypatch, folder.parent, "--repo_id", "tester/model", "--dry_run")
+    out = capsys.readouterr().out
+    assert f"this would be uploaded from {folder} to tester/model; nothing is." in out
+    assert "0.001 MB  model.safetensors" in out
+    assert "MB  README.md" in out
+    assert "optimizer.pt" not in out
+    assert "The card is valid; its tags are tract, hf-tract" in out
+    assert "It names no license: give one by --license." in out
+    assert hub.requests == []
 
 
 def test_without_a_token_nothing_is_asked_of_the_hub(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(TrActError, match=r"cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`"):
-        push_folder(folder, "tester/model")
+    with pytest.raises(SystemExit, match="cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`"):
+        publish(monkeypatch, folder, "--repo_id", "tester/model")
     assert hub.requests == []
 
 
 @pytest.mark.parametrize(("repo_id", "token"), [("somebody/model", TOKEN), ("tester/model", "hf_WrongWrongWrong")])
 def test_without_permission_the_error_says_so_and_shows_no_token(hub, folder, monkeypatch, caplog, repo_id, token):
     monkeypatch.setenv("HF_TOKEN", token)
-    with caplog.at_level(logging.DEBUG), pytest.raises(TrActError, match="the token may not write there") as error:
-        push_folder(folder, repo_id)
+    with caplog.at_level(logging.DEBUG), pytest.raises(SystemExit, match="the token may not write there") as error:
+        publish(monkeypatch, folder, "--repo_id", repo_id)
     assert token not in str(error.value) + caplog.text
     assert hub.repos == {}
 
 
-def test_a_network_that_goes_down_in_an_upload_loses_nothing(hub, folder):
+def test_a_network_that_goes_down_in_an_upload_loses_nothing(hub, folder, monkeypatch):
+    options = ["--repo_id", "tester/model", "--private", "--revision", "v1"]
+    publish(monkeypatch, folder, *options, "--dry_run")
     before = files(folder)
     hub.cut = "/lfs/"
-    with pytest.raises(TrActError) as error:
-        push_folder(folder, "tester/model", private=True, revision="v1")
-    assert f"Everything is still in {folder}" in str(error.value)
+    with pytest.raises(SystemExit) as error:
+        publish(monkeypatch, folder, *options)
+    assert f"All is still in {folder}" in str(error.value)
     assert f"to go on: hf upload tester/model {folder} . --private --revision v1" in str(error.value)
+    assert "\n" not in str(error.value)
     assert files(folder) == before
     hub.cut = None
-    push_folder(folder, "tester/model", private=True, revision="v1")  # the repository is there, and no obstacle
+    publish(monkeypatch, folder, *options)  # The repository is there, which is no obstacle.
     assert "model.safetensors" in hub.repos["tester/model"].files("v1")
 
 
-def test_a_hub_that_is_not_there_is_an_error(folder, monkeypatch):
+def test_a_hub_that_is_not_there_is_told_in_one_line(folder, monkeypatch):
     with serving() as gone:
         endpoint = gone.endpoint
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -105,14 +131,23 @@ def test_a_hub_that_is_not_there_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     close_session()
-    with pytest.raises(TrActError, match="the upload did not end"):
-        push_folder(folder, "tester/model")
+    with pytest.raises(SystemExit, match=r"^The upload to tester/model did not end: ") as error:
+        publish(monkeypatch, folder, "--repo_id", "tester/model")
+    assert "\n" not in str(error.value)
     close_session()
 
 
-def test_a_name_that_is_none_and_a_folder_without_a_model_are_refused(hub, folder, tmp_path):
-    with pytest.raises(TrActError, match=r"`repo_id` \(='a b/c'\): the upload did not end"):
-        push_folder(folder, "a b/c")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(TrActError, match=r"`folder` \(='.*empty'\) has no model"):
-        push_folder(tmp_path / "empty", "tester/model")
+def test_names_and_folders_that_cannot_be_are_told_in_one_line(folder, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^--repo_id a b/c must be OWNER/NAME"):
+        publish(monkeypatch, folder, "--repo_id", "a b/c")
+    with pytest.raises(SystemExit, match="nowhere: there is no such folder"):
+        publish(monkeypatch, tmp_path / "nowhere", "--repo_id", "tester/model")
+    with pytest.raises(SystemExit, match=r"has no training_record.json: is the run finished\?"):
+        publish(monkeypatch, tmp_path, "--repo_id", "tester/model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="has no model: it needs one of model"):
+        publish(monkeypatch, folder, "--repo_id", "tester/model")
+    (folder / "training_record.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(SystemExit, match="is no record of a training run"):
+        publish(monkeypatch, folder, "--repo_id", "tester/model")
