@@ -1,1 +1,5 @@
 """Measures what TrAct does and costs: `python -m benchmarks.paper`, `benchmarks.overhead` and others."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the repository

@@ -1,4 +1,4 @@
-"""What is measured: the paper's models and others of today, with their bounds."""
+"""Lists what is measured: the paper's models and others of today, with their bounds."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model as it is trained, and how much more than without TrAct it may take."""
+    """Holds a model as it is trained, and how much more than without TrAct it may take."""
 
     make: Callable[[], nn.Module]
     first: str  # name of the first layer
@@ -22,16 +23,29 @@ class Case:
     step_bound: dict[str, float]  # time of a step over vanilla's, by device
     layer_bound: float  # time that the first layer takes above vanilla's, over torch_tract's
 
+    def batch_of(self, scope: str, device: torch.device) -> int:
+        """Return the usual number of images, for a step or for the first layer alone."""
+        if scope == "layer":
+            return self.layer_batch
+        return self.batch[device.type]
+
+    def memory_bound(self) -> int:
+        """Return how many bytes TrAct may need beside vanilla's: 128 MiB and four matrices of the size of C."""
+        with torch.device("meta"):
+            weight = self.make().get_submodule(self.first).weight
+        assert isinstance(weight, Tensor)
+        return 128 * 2**20 + 4 * 4 * weight[0].numel() ** 2
+
 
 def _resnet18_cifar() -> nn.Module:
-    """The paper's: a 3x3 stem of stride 1, the max-pool kept."""
+    """Return the paper's: a 3x3 stem of stride 1, the max-pool kept."""
     model: nn.Module = timm.create_model("resnet18", num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     return model
 
 
 def _vit_cifar() -> nn.Module:
-    """The paper's: 7 layers, 12 heads, width 384, MLP 384, patches of 4."""
+    """Return the paper's: 7 layers, 12 heads, width 384, MLP 384, patches of 4."""
     settings = {
         "img_size": 32,
         "patch_size": 4,

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.timing import environment, peak_bytes
+from benchmarks.common.records import command, environment
+from benchmarks.common.timing import peak_bytes
 from hf_tract import apply_tract
 
 LAM = 0.1
@@ -296,7 +297,7 @@ def main() -> None:
             if k not in ("check", "passed")
         )
         print("ok  " if row["passed"] else "FAIL", row["check"], figures, sep="  ", flush=True)
-        result = {"command": " ".join(sys.argv), "environment": environment(), "checks": rows}
+        result = {"command": command(), **environment(), "checks": rows}
         (args.output / "gpu_checks.json").write_text(json.dumps(result, indent=1) + "\n")
     failed = [row["check"] for row in rows if not row["passed"]]
     sys.exit(f"{len(failed)} of {len(rows)} checks failed: {'; '.join(failed)}" if failed else 0)

@@ -1,23 +1,20 @@
-"""What TrAct costs: time of a training step and peak memory of vanilla, hf-tract and torch_tract, in one run.
+"""Measures what TrAct costs: time of a training step and peak memory of vanilla, hf-tract and torch_tract.
 
     uv run --group bench python -m benchmarks.overhead --check
 
-prints a table and writes overhead.json and overhead.png to --output; each result is written as it comes, and a
-measurement that is in the file already is not made again (--fresh forgets them).
+prints a table and writes overhead.jsonl and overhead.png to --output_dir; each result is written as it comes, and a
+measurement that is in the file already is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -26,70 +23,94 @@ from torch import Tensor, nn
 from torch_tract import TrAct
 
 from benchmarks.cases import CASES, Case
-from benchmarks.common.timing import Arms, environment, interleaved, peak_bytes
+from benchmarks.common import plots
+from benchmarks.common.records import RunRecord, add_record, command, environment, read_records
+from benchmarks.common.timing import Arms, interleaved, peak_bytes
 from hf_tract import apply_tract
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 LAM = 0.1
 ARMS = ("vanilla", "hf-tract", "torch_tract")
 TICKS = (0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4)
-Result = dict[str, Any]
+LEAST_REPEATS = 7
+Measured = tuple[list[float], list[float]]  # seconds of each turn, peak bytes
+Result = dict[str, RunRecord]  # of each arm, where it does not fail
+HEADS = ("measurement", "vanilla, ms", *ARMS[1:], "ms above vanilla", "theirs", "MiB above", "theirs")
+NOTE = "Times: median (quartiles); ratios and differences: medians over the turns of one run."
 
 
 def main() -> None:
-    """Measures, prints, writes and, if asked to, checks."""
+    """Measure, print, write and, if asked to, check."""
     args = parse()
-    device = torch.device(args.device)
-    path = args.output / "overhead.json"
-    args.output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Result] = json.loads(path.read_text()) if path.exists() and not args.fresh else {}
+    path = args.output_dir / "overhead.jsonl"
+    if args.fresh:
+        path.unlink(missing_ok=True)
     for name in args.models:
-        case = CASES[name]
         for scope in args.scopes:
-            batch = args.batch or (case.layer_batch if scope == "layer" else case.batch[device.type])
-            key = " | ".join(
-                [name, scope, str(device), args.precision, "compiled" if args.compile else "eager", str(batch)]
-            )
-            if key in results:
-                continue
-            print(f"{key} ...", file=sys.stderr, flush=True)
-            torch.manual_seed(args.seed)
-            result = measure(case, scope, batch, device, args)
-            results[key] = {**result, "command": " ".join(sys.argv), "environment": environment()}
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    report(results, plot(results, path.with_suffix(".png")))
-    if args.check and (broken := violations(results)):
+            measure_once(name, scope, path, args)
+    results = by_measurement(path)
+    report(results)
+    print(f"Plot: {plot(results, path.with_suffix('.png'))}")
+    broken = violations(results)
+    if args.check and broken:
         sys.exit("\n".join(["Broken bounds:", *broken]))
 
 
-def measure(case: Case, scope: str, batch: int, device: torch.device, args: argparse.Namespace) -> Result:
-    """Times and peak memory of each arm, for a whole training step or for the first layer alone."""
+def measure_once(name: str, scope: str, path: Path, args: argparse.Namespace) -> None:
+    """Measure a model, unless the file has it."""
+    device = torch.device(args.device)
+    case = CASES[name]
+    batch = args.batch or case.batch_of(scope, device)
+    form = "compiled" if args.compile else "eager"
+    key = " | ".join([name, scope, str(device), args.precision, form, str(batch)])
+    if f"{key} | vanilla" in read_records(path):
+        return
+    print(f"{key} ...", file=sys.stderr, flush=True)
+    settings = {"measurement": key, "model": name, "scope": scope, "device": device.type, "batch": batch}
+    torch.manual_seed(args.seed)
+    for arm, (seconds, peak) in measure(case, scope, batch, args).items():
+        curve = {"peak_bytes": peak}
+        origin = {"command": command(), **environment()}
+        add_record(path, RunRecord(f"{key} | {arm}", arm, settings, args.seed, curve, seconds, **origin))
+
+
+def by_measurement(path: Path) -> dict[str, Result]:
+    """Return the records of a file by measurement and arm."""
+    results: dict[str, Result] = {}
+    for record in read_records(path).values():
+        results.setdefault(record.settings["measurement"], {})[record.arm] = record
+    return results
+
+
+def measure(
+    case: Case, scope: str, batch: int, args: argparse.Namespace
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return times and peak memory of each arm, for a whole training step or for the first layer alone."""
+    device = torch.device(args.device)
     x = torch.randn(batch, 3, case.size, case.size, device=device)
+    make_arm = _layer if scope == "layer" else _step
     arms: Arms = {}
-    failed: dict[str, str] = {}
     for name in ARMS:
         torch.manual_seed(args.seed)
         model = case.make().to(device).train()
         if scope == "layer":
             model = nn.Sequential(model.get_submodule(case.first))
-        arm = (_layer if scope == "layer" else _step)(with_tract(model, name, case, scope), x, case, args)
+        arm = make_arm(with_tract(model, name, case, scope), x, case, args)
         try:
             arm()
         except (RuntimeError, TypeError) as error:
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        arms[name] = arm
+            print(f"{name} fails: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            arms[name] = arm
     times = interleaved(arms, args.repeats, device)
-    memory = {name: peak_bytes(arm, device) for name, arm in arms.items()} if args.memory else {}
-    first = case.make().get_submodule(case.first)
-    assert isinstance(first.weight, Tensor)
-    return {"seconds": times, "peak_bytes": memory, "failed": failed, "n": first.weight[0].numel()}
+    measured = {}
+    for name, arm in arms.items():
+        peak = [float(peak_bytes(arm, device))] if args.memory else []
+        measured[name] = times[name], peak
+    return measured
 
 
 def with_tract(model: nn.Module, arm: str, case: Case, scope: str) -> nn.Module:
-    """`model` as the arm trains it."""
+    """Return `model` as the arm trains it."""
     first = "0" if scope == "layer" else case.first
     if arm == "hf-tract":
         apply_tract(model, LAM, layers=first)
@@ -133,99 +154,124 @@ def _precision(x: Tensor, args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def ratio(result: Result, arm: str) -> float | None:
-    """Time of an arm over vanilla's: the median over the turns of one run."""
-    if arm not in result["seconds"]:
-        return None
-    turns: list[tuple[float, float]] = list(zip(result["seconds"][arm], result["seconds"]["vanilla"], strict=True))
-    return statistics.median(mine / vanilla for mine, vanilla in turns)
+def ratios(result: Result, arm: str) -> list[float]:
+    """Return the time of an arm over vanilla's, of each turn; nothing where the arm fails."""
+    if arm not in result:
+        return []
+    turns = zip(result[arm].seconds, result["vanilla"].seconds, strict=True)
+    return [mine / vanilla for mine, vanilla in turns]
 
 
-def above(result: Result, arm: str) -> float | None:
-    """Seconds of an arm above vanilla's: the median over the turns of one run."""
-    if arm not in result["seconds"]:
+def seconds_above(result: Result, arm: str) -> float | None:
+    """Return the seconds of an arm above vanilla's: the median over the turns of one run."""
+    if arm not in result:
         return None
-    turns: list[tuple[float, float]] = list(zip(result["seconds"][arm], result["seconds"]["vanilla"], strict=True))
+    turns = zip(result[arm].seconds, result["vanilla"].seconds, strict=True)
     return statistics.median(mine - vanilla for mine, vanilla in turns)
 
 
+def bytes_above(result: Result, arm: str) -> float | None:
+    """Return the peak memory of an arm above vanilla's."""
+    if arm not in result or not result[arm].curve["peak_bytes"]:
+        return None
+    return result[arm].curve["peak_bytes"][0] - result["vanilla"].curve["peak_bytes"][0]
+
+
 def violations(results: dict[str, Result]) -> list[str]:
-    """The measurements that break a bound, in words."""
+    """Return the measurements that break a bound, in words."""
     broken = []
     for key, result in results.items():
-        name, scope, device, *_ = key.split(" | ")
-        case = CASES[name]
-        if scope == "step":
-            measured, bound = ratio(result, "hf-tract"), case.step_bound[device.split(":")[0]]
-            if measured is None or measured > bound:
-                broken.append(f"{key}: {measured} times vanilla's step, allowed {bound}")
-        elif (theirs := above(result, "torch_tract")) is not None:
-            ours = above(result, "hf-tract")
-            if ours is None or ours > case.layer_bound * theirs:
-                broken.append(f"{key}: {ours} s above vanilla, allowed {case.layer_bound} of torch_tract's {theirs} s")
-        if memory := result["peak_bytes"]:
-            bound = 128 * 2**20 + 4 * 4 * result["n"] ** 2
-            if memory["hf-tract"] - memory["vanilla"] > bound:
-                broken.append(f"{key}: {memory['hf-tract'] - memory['vanilla']} bytes above vanilla, allowed {bound}")
+        settings = result["vanilla"].settings
+        case = CASES[settings["model"]]
+        if settings["scope"] == "step":
+            problem = _step_violation(result, case.step_bound[settings["device"]])
+        else:
+            problem = _layer_violation(result, case.layer_bound)
+        for each in (problem, _memory_violation(result, case)):
+            if each:
+                broken.append(f"{key}: {each}")
     return broken
 
 
-def report(results: dict[str, Result], plot_path: Path) -> None:
-    """Prints the table."""
-    table = Table(
-        "measurement", "vanilla, ms", "hf-tract", "torch_tract", "ms above vanilla", "theirs", "MiB above", "theirs"
-    )
+def _step_violation(result: Result, bound: float) -> str:
+    turns = ratios(result, "hf-tract")
+    if turns and statistics.median(turns) <= bound:
+        return ""
+    return f"{statistics.median(turns) if turns else 'no'} times vanilla's step, allowed {bound}"
+
+
+def _layer_violation(result: Result, bound: float) -> str:
+    theirs = seconds_above(result, "torch_tract")
+    ours = seconds_above(result, "hf-tract")
+    if theirs is None or (ours is not None and ours <= bound * theirs):
+        return ""
+    return f"{ours} s above vanilla, allowed {bound} of torch_tract's {theirs} s"
+
+
+def _memory_violation(result: Result, case: Case) -> str:
+    above = bytes_above(result, "hf-tract")
+    bound = case.memory_bound()
+    if above is None or above <= bound:
+        return ""
+    return f"{above:.0f} bytes above vanilla, allowed {bound}"
+
+
+def report(results: dict[str, Result]) -> None:
+    """Print the table."""
+    table = Table(*HEADS)
     for key, result in results.items():
-        vanilla = [1000 * seconds for seconds in result["seconds"]["vanilla"]]
-        low, _, high = statistics.quantiles(vanilla, n=4)
-        cells = [f"{statistics.median(vanilla):.1f} ({low:.1f}-{high:.1f})"]
-        cells += [f"x {value:.3f}" if (value := ratio(result, arm)) else "fails" for arm in ARMS[1:]]
-        cells += [f"{1000 * value:.2f}" if (value := above(result, arm)) is not None else "" for arm in ARMS[1:]]
-        memory = result["peak_bytes"]
-        cells += [f"{(memory[arm] - memory['vanilla']) / 2**20:.1f}" if arm in memory else "" for arm in ARMS[1:]]
+        milliseconds = [1000 * seconds for seconds in result["vanilla"].seconds]
+        low, middle, high = statistics.quantiles(milliseconds, n=4)
+        cells = [f"{middle:.1f} ({low:.1f}-{high:.1f})"]
+        for arm in ARMS[1:]:
+            turns = ratios(result, arm)
+            cells.append(f"x {statistics.median(turns):.3f}" if turns else "fails")
+        cells += [_cell(seconds_above(result, arm), 1000, 2) for arm in ARMS[1:]]
+        cells += [_cell(bytes_above(result, arm), 2**-20, 1) for arm in ARMS[1:]]
         table.add_row(key, *cells)
-    console = Console(width=180)
-    console.print(
-        table, "Times: median (quartiles); ratios and differences: medians over the turns of one run.", sep="\n"
-    )
-    for key, result in results.items():
-        for arm, reason in result["failed"].items():
-            console.print(f"{key}: {arm} fails: {reason}")
-    console.print(f"Plot: {plot_path}")
+    Console(width=180).print(table, NOTE, sep="\n")
+
+
+def _cell(value: float | None, factor: float, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{factor * value:.{digits}f}"
 
 
 def plot(results: dict[str, Result], path: Path) -> Path:
-    """Each measurement's time over vanilla's, turn by turn."""
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.5 * len(results)), layout="constrained")
+    """Draw each measurement's time over vanilla's, turn by turn."""
+    figure, [[axis]] = plots.new_figure(1, 1, 9, 1.4 + 0.42 * len(results))
     for row, result in enumerate(results.values()):
-        for arm, color, shift in zip(ARMS[1:], ("#d62728", "#1f77b4"), (-0.12, 0.12), strict=True):
-            if arm in result["seconds"]:
-                turns = zip(result["seconds"][arm], result["seconds"]["vanilla"], strict=True)
-                values = [mine / vanilla for mine, vanilla in turns]
-                axes.plot(
-                    values, [row + shift] * len(values), ".", color=color, alpha=0.5, label=arm if row == 0 else None
-                )
-                axes.plot(statistics.median(values), row + shift, "|", color=color, markersize=14, markeredgewidth=2)
-    axes.axvline(1, color="#7f7f7f", linewidth=0.8)
-    axes.set(yticks=range(len(results)), yticklabels=list(results), xlabel="time over vanilla's", xscale="log")
-    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-    axes.minorticks_off()
-    axes.invert_yaxis()
-    axes.grid(alpha=0.2)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+        for arm, color, shift in zip(ARMS[1:], plots.COLORS[1:], (-0.14, 0.14), strict=False):
+            turns = ratios(result, arm)
+            if not turns:
+                continue
+            label = arm if row == 0 else None
+            axis.plot(turns, [row + shift] * len(turns), ".", color=color, alpha=0.5, label=label)
+            middle = statistics.median(turns)
+            axis.plot(middle, row + shift, "|", color=color, markersize=13, markeredgewidth=2)
+    axis.axvline(1, color=plots.BASE, linewidth=0.8)
+    axis.set(title="Time of each turn over vanilla's, and its median", xlabel="times vanilla", xscale="log")
+    axis.set_yticks(range(len(results)), [key.replace(" | ", ", ") for key in results])
+    axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axis.minorticks_off()
+    axis.invert_yaxis()
+    plots.legend_beside(axis)
+    return plots.save(figure, path)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL", help=", ".join(CASES)
     )
-    parser.add_argument("--scopes", nargs="+", choices=["step", "layer"], default=["step", "layer"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--scopes", nargs="+", choices=["step", "layer"], default=["step", "layer"], help="(default: both)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--batch",
         type=int,
@@ -235,13 +281,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model of each arm")
     parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
     parser.add_argument("--no_memory", dest="memory", action="store_false", help="leave peak memory out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs/overhead"))
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results in --output")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/overhead"), help="(default: outputs/overhead)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results in --output_dir")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bound is broken")
     args = parser.parse_args()
-    if args.repeats < 7:
-        parser.error(f"--repeats (={args.repeats}) must be at least 7")
+    if args.repeats < LEAST_REPEATS:
+        raise SystemExit(f"--repeats {args.repeats}: it must be at least {LEAST_REPEATS}.")
     return args
 
 

@@ -1,10 +1,11 @@
-"""How the cost of a second moment grows with the work, beside what the machine could do at best.
+"""Measures how the cost of a second moment grows with the work, beside what the machine could do at best.
 
     uv run --group bench python -m benchmarks.scaling
 
 measures over image size, batch, kernel and channels, and the all-reduce of two gloo processes over n; prints tables
-and writes scaling.json and scaling.png to --output. The least time stands beside each figure: operations over the
-machine's rate of products or bytes over its rate of copying, both measured in the same run, whichever is more.
+and writes scaling.jsonl and scaling.png to --output_dir; what is in the file already is not measured again. The least
+time stands beside each figure: operations over the machine's rate of products or bytes over its rate of copying, both
+measured too, whichever is more.
 """
 
 from __future__ import annotations
@@ -12,184 +13,246 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import matplotlib as mpl
 import torch
 import torch.distributed as dist
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.common.timing import environment, interleaved
+from benchmarks.common import plots
+from benchmarks.common.records import RunRecord, add_record, command, environment, read_records
+from benchmarks.common.timing import Arms, interleaved
 from hf_tract.cli.cost import moment_cost
 from hf_tract.core.moments import patch_moments
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.solve import DampedInverse
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+CPU = torch.device("cpu")
+Stem = tuple[int, int, int]  # kernel, stride, padding
+STEMS: dict[str, Stem] = {"3x3/1": (3, 1, 1), "7x7/2": (7, 2, 3), "16x16/16": (16, 16, 0)}
+SIZE, BATCH, KERNEL, CHANNELS = (
+    "image size (batch 16)",
+    "batch (128 pixels)",
+    "kernel k (batch 16, 128 pixels)",
+    "channels (batch 16, 64 pixels)",
+)
+SWEEPS = (SIZE, BATCH, KERNEL, CHANNELS)
+HEADS = ("curve", "at", "n", "GFLOP", "MB", "least, ms", "moment, ms", "times least", "factor and solve, ms")
+REDUCED = (27, 48, 147, 192, 588, 768, 1536)  # n of the all-reduces
+MACHINE = "machine"  # the measurement of products and copies
+PRODUCT = 2048  # side of the matrices
+COPY = 16 * 2**20  # numbers
 
-Point = dict[str, Any]
-STEMS = {"3x3/1": (3, 1, 1), "7x7/2": (7, 2, 3), "16x16/16": (16, 16, 0)}  # kernel, stride, padding
+
+class Point(NamedTuple):
+    """Describes one measurement: the sweep, the curve in it, the place on its axis, and what is measured."""
+
+    sweep: str
+    curve: str
+    at: int
+    shape: tuple[int, int, int, int]
+    stem: Stem
+
+    @property
+    def key(self) -> str:
+        """Return its name."""
+        return f"{self.sweep} | {self.curve} | {self.at}"
+
+    def spec(self) -> PatchSpec:
+        """Return which patches the layer reads."""
+        kernel, stride, padding = self.stem
+        return PatchSpec((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1))
+
+    def patch_size(self) -> int:
+        """Return n."""
+        return self.spec().patch_size(self.shape)
 
 
-def sweeps() -> list[Point]:
-    """What is measured, by sweep and curve."""
-    points: list[Point] = []
+class Rates(NamedTuple):
+    """Holds what the machine can do at best, per second."""
 
-    def add(sweep: str, curve: str, at: int, shape: tuple[int, int, int], stem: tuple[int, int, int]) -> None:
-        batch, channels, size = shape
-        points.append({"sweep": sweep, "curve": curve, "at": at, "shape": (batch, channels, size, size), "stem": stem})
+    operations: float  # of a large float32 product
+    moved: float  # bytes read and written, of a large copy
 
+    def least_seconds(self, point: Point) -> float:
+        """Return the time that a second moment takes at least."""
+        operations, moved = moment_cost(point.shape, point.spec())
+        return max(operations / self.operations, moved / self.moved)
+
+
+def points() -> Iterator[Point]:
+    """List what is measured."""
     for name, stem in STEMS.items():
         for size in (32, 64, 128, 224, 384, 512):
-            add("image size (batch 16)", name, size, (16, 3, size), stem)
+            yield Point(SIZE, name, size, (16, 3, size, size), stem)
         for batch in (1, 4, 16, 64, 256, 512):
-            add("batch (128 pixels)", name, batch, (batch, 3, 128), stem)
+            yield Point(BATCH, name, batch, (batch, 3, 128, 128), stem)
     for kernel in (3, 5, 7, 11, 16, 32):
-        for name, stride in {"stride 1": 1, "stride k/2": max(1, kernel // 2), "stride k": kernel}.items():
-            add("kernel k (batch 16, 128 pixels)", name, kernel, (16, 3, 128), (kernel, stride, 0))
+        strides = {"stride 1": 1, "stride k/2": max(1, kernel // 2), "stride k": kernel}
+        for name, stride in strides.items():
+            yield Point(KERNEL, name, kernel, (16, 3, 128, 128), (kernel, stride, 0))
     for channels in (3, 8, 16, 32, 64):
         for name, stem in {"3x3/1": (3, 1, 1), "4x4/4": (4, 4, 0)}.items():
-            add("channels (batch 16, 64 pixels)", name, channels, (16, channels, 64), stem)
-    return points
+            yield Point(CHANNELS, name, channels, (16, channels, 64, 64), stem)
 
 
-def measure(point: Point, repeats: int, rates: tuple[float, float]) -> Point:
-    """Time of the moment and of the factorisation with its solve for 64 outputs, and the least time for the moment."""
-    kernel, stride, padding = point["stem"]
-    window = PatchSpec((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1))
-    x = torch.randn(point["shape"])
-    n = window.patch_size(x.shape)
-    sums, grad = torch.zeros(1, n, n), torch.randn(64, n)
+def measure_point(point: Point, repeats: int) -> dict[str, list[float]]:
+    """Return the times of the moment, and of the factorisation with its solve for 64 outputs."""
+    n = point.patch_size()
+    spec = point.spec()
+    x = torch.randn(point.shape)
+    grad = torch.randn(64, n)
+    sums = torch.zeros(1, n, n)
     moment = torch.eye(n)[None].clone()
-    arms = {"moment": lambda: patch_moments(x, window, sums), "solve": lambda: DampedInverse(moment, 0.1)(grad)}
-    times = interleaved(arms, repeats, x.device, seconds=0.02)
-    operations, moved = moment_cost(x.shape, window)
-    least = max(operations / rates[0], moved / rates[1])
-    figures = {"operations": operations, "bytes": moved, "least_ms": 1000 * least, "n": n}
-    return {**point, **figures, **{f"{name}_ms": 1000 * statistics.median(each) for name, each in times.items()}}
+    arms: Arms = {
+        "moment": lambda: patch_moments(x, spec, sums),
+        "solve": lambda: DampedInverse(moment, 1, 0.1)(grad),
+    }
+    return interleaved(arms, repeats, CPU, seconds=0.02)
 
 
-def machine(repeats: int) -> tuple[float, float]:
-    """Operations a second of a large float32 product, and bytes a second read and written of a large copy."""
-    a = torch.randn(2048, 2048)
-    x, y = torch.randn(2, 16 * 2**20).unbind()
-    times = interleaved({"product": lambda: a @ a, "copy": lambda: y.copy_(x)}, repeats, a.device)
-    return 2 * 2048**3 / min(times["product"]), 2 * x.nbytes / min(times["copy"])
+def measure_machine(repeats: int) -> dict[str, list[float]]:
+    """Return the times of a large float32 product and of a large copy."""
+    a = torch.randn(PRODUCT, PRODUCT)
+    x, y = torch.randn(2, COPY).unbind()
+    return interleaved({"product": lambda: a @ a, "copy": lambda: y.copy_(x)}, repeats, CPU)
 
 
-def payload(folder: str) -> list[Point]:
-    """Numbers and milliseconds of the all-reduce of a step, on two processes of this machine."""
-    spawn(_rank, (folder,), nprocs=2)
-    return json.loads(Path(folder, "payload.json").read_text())  # type: ignore[no-any-return]
+def rates(found: dict[str, RunRecord]) -> Rates:
+    """Return the machine's rates from what was measured."""
+    product = min(found[f"{MACHINE} | product"].seconds)
+    copy = min(found[f"{MACHINE} | copy"].seconds)
+    return Rates(2 * PRODUCT**3 / product, 2 * 4 * COPY / copy)
+
+
+def measure_all_reduce() -> dict[str, list[float]]:
+    """Return the times of the all-reduce of a step, on two processes of this machine, by n."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, (folder,), nprocs=2)
+        times: dict[str, list[float]] = json.loads(Path(folder, "times.json").read_text())
+    return times
 
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = []
-    for n in (27, 48, 147, 192, 588, 768, 1536):
-        x, times = torch.zeros(n * n + 1), []
-        for _ in range(12):
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_reduce(x)
-            times.append(time.perf_counter() - start)
-        results.append({"n": n, "bytes": x.nbytes, "ms": 1000 * statistics.median(times[2:])})
+    times = {str(n): _time_all_reduce(n) for n in REDUCED}
     if rank == 0:
-        Path(folder, "payload.json").write_text(json.dumps(results))
+        Path(folder, "times.json").write_text(json.dumps(times))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def report(points: list[Point], reduced: list[Point], rates: tuple[float, float]) -> None:
-    """Prints the tables."""
+def _time_all_reduce(n: int) -> list[float]:
+    x = torch.zeros(n * n + 1)
+    times = []
+    for _ in range(12):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(x)
+        times.append(time.perf_counter() - start)
+    return times[2:]
+
+
+def measure(path: Path, repeats: int) -> None:
+    """Measure what the file does not have yet, and add it."""
+    found = read_records(path)
+
+    def add(measurement: str, times: dict[str, list[float]]) -> None:
+        origin = {"command": command(), **environment()}
+        for arm, seconds in times.items():
+            settings = {"measurement": measurement, "repeats": repeats}
+            add_record(path, RunRecord(f"{measurement} | {arm}", arm, settings, 0, {}, seconds, **origin))
+
+    if f"{MACHINE} | copy" not in found:
+        add(MACHINE, measure_machine(repeats))
+    todo = [point for point in points() if f"{point.key} | solve" not in found]
+    for point in track(todo, "measuring", console=Console(stderr=True)):
+        add(point.key, measure_point(point, repeats))
+    if f"all-reduce | {REDUCED[-1]}" not in found:
+        add("all-reduce", measure_all_reduce())
+
+
+def milliseconds(found: dict[str, RunRecord], key: str) -> float:
+    """Return the median time of a measurement."""
+    return 1000 * statistics.median(found[key].seconds)
+
+
+def report(found: dict[str, RunRecord]) -> None:
+    """Print the tables."""
     console = Console(width=140)
-    console.print(
-        f"The machine: {rates[0] / 1e9:.0f} GFLOP/s in float32 products, {rates[1] / 1e9:.1f} GB/s in copies."
-    )
-    for sweep in dict.fromkeys(point["sweep"] for point in points):
-        table = Table(
-            "curve",
-            "at",
-            "n",
-            "GFLOP",
-            "MB",
-            "least, ms",
-            "moment, ms",
-            "times least",
-            "factor and solve, ms",
-            title=sweep,
-        )
-        for p in (point for point in points if point["sweep"] == sweep):
-            figures = (
-                p["operations"] / 1e9,
-                p["bytes"] / 1e6,
-                p["least_ms"],
-                p["moment_ms"],
-                p["moment_ms"] / p["least_ms"],
-            )
-            cells = [f"{figure:.3g}" for figure in (*figures, p["solve_ms"])]
-            table.add_row(p["curve"], str(p["at"]), str(p["n"]), *cells)
+    best = rates(found)
+    products, copies = best.operations / 1e9, best.moved / 1e9
+    console.print(f"The machine: {products:.0f} GFLOP/s in float32 products, {copies:.1f} GB/s in copies.")
+    for sweep in SWEEPS:
+        table = Table(*HEADS, title=sweep)
+        for point in points():
+            if point.sweep == sweep:
+                table.add_row(point.curve, str(point.at), *_cells(point, best, found))
         console.print(table)
     table = Table("n", "KiB", "ms", title="all-reduce of one step, 2 gloo processes")
-    for p in reduced:
-        table.add_row(str(p["n"]), f"{p['bytes'] / 1024:.0f}", f"{p['ms']:.2f}")
+    for n in REDUCED:
+        kib = 4 * (n * n + 1) / 1024
+        table.add_row(str(n), f"{kib:.0f}", f"{milliseconds(found, f'all-reduce | {n}'):.2f}")
     console.print(table)
 
 
-def plot(points: list[Point], path: Path) -> None:
-    """Measured times, and the least time dotted, of each sweep."""
-    names = list(dict.fromkeys(point["sweep"] for point in points))
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-    for axes, sweep in zip(grid.flat, names, strict=True):
-        curves = list(dict.fromkeys(point["curve"] for point in points if point["sweep"] == sweep))
-        for curve, color in zip(curves, ("#d62728", "#1f77b4", "#2ca02c"), strict=False):
-            mine = [point for point in points if (point["sweep"], point["curve"]) == (sweep, curve)]
-            at = [point["at"] for point in mine]
-            axes.plot(at, [point["moment_ms"] for point in mine], "o-", color=color, label=curve, markersize=3)
-            axes.plot(at, [point["least_ms"] for point in mine], ":", color=color)
-        axes.set(xscale="log", yscale="log", xlabel=sweep, ylabel="second moment, ms")
-        axes.set_xticks(at, [str(value) for value in at])
-        axes.minorticks_off()
-        axes.grid(alpha=0.2)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def _cells(point: Point, best: Rates, found: dict[str, RunRecord]) -> list[str]:
+    operations, moved = moment_cost(point.shape, point.spec())
+    least = 1000 * best.least_seconds(point)
+    moment = milliseconds(found, f"{point.key} | moment")
+    solve = milliseconds(found, f"{point.key} | solve")
+    figures = (operations / 1e9, moved / 1e6, least, moment, moment / least, solve)
+    return [str(point.patch_size()), *(f"{figure:.3g}" for figure in figures)]
+
+
+def plot(found: dict[str, RunRecord], path: Path) -> Path:
+    """Draw measured times, and the least time dotted, of each sweep."""
+    figure, rows = plots.new_figure(2, 2, 11, 7)
+    for axis, sweep in zip([*rows[0], *rows[1]], SWEEPS, strict=True):
+        _plot_sweep(axis, [point for point in points() if point.sweep == sweep], found)
+        axis.set_xlabel(sweep)
+    figure.suptitle("Time of a second moment; dotted: the least that this machine could take")
+    return plots.save(figure, path)
+
+
+def _plot_sweep(axis: Axes, swept: list[Point], found: dict[str, RunRecord]) -> None:
+    best = rates(found)
+    names = dict.fromkeys(point.curve for point in swept)
+    for name, color, marker in zip(names, plots.COLORS[1:], plots.MARKERS, strict=False):
+        curve = [point for point in swept if point.curve == name]
+        at = [point.at for point in curve]
+        measured = [milliseconds(found, f"{point.key} | moment") for point in curve]
+        least = [1000 * best.least_seconds(point) for point in curve]
+        axis.plot(at, measured, color=color, marker=marker, markersize=4, label=name)
+        axis.plot(at, least, ":", color=color)
+    places = sorted({point.at for point in swept})
+    axis.set(xscale="log", yscale="log", ylabel="milliseconds")
+    axis.set_xticks(places, [str(place) for place in places])
+    axis.minorticks_off()
+    plots.legend_beside(axis)
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("outputs/scaling"))
+    parser.add_argument("--repeats", type=int, default=7, help="turns (default: 7)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/scaling"), help="(default: outputs/scaling)")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    rates = machine(args.repeats)
-    points = [
-        measure(point, args.repeats, rates) for point in track(sweeps(), "measuring", console=Console(stderr=True))
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        reduced = payload(folder)
-    everything = {
-        "command": " ".join(sys.argv),
-        "environment": environment(),
-        "rates": rates,
-        "points": points,
-        "payload": reduced,
-    }
-    (args.output / "scaling.json").write_text(json.dumps(everything, indent=1) + "\n")
-    report(points, reduced, rates)
-    plot(points, args.output / "scaling.png")
-    print(f"Plot: {args.output / 'scaling.png'}")
+    path = args.output_dir / "scaling.jsonl"
+    measure(path, args.repeats)
+    found = read_records(path)
+    report(found)
+    print(f"Plot: {plot(found, path.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

@@ -1,171 +1,222 @@
 """Compares TrAct in pre-training, in fine-tuning and in both: {vanilla, TrAct} squared, the paper's table 4 in full.
 
-    python examples/transfer_matrix.py --pretrain_dataset uoft-cs/cifar10 --datasets dpdl-benchmark/oxford_flowers102
+    python -m benchmarks.transfer_matrix run --pretrain_dataset uoft-cs/cifar10 --datasets FOLDER FOLDER
+    python -m benchmarks.transfer_matrix report --results outputs/transfer_matrix/matrix.jsonl
 
-pre-trains one ViT with TrAct and one without (pretrain_vit.py), fine-tunes both with and without it from several seeds
-(transfer.py), and writes a table (matrix.md) and a plot (matrix.png). A run that is done is not done again.
+`run` pre-trains one ViT with TrAct and one without, and fine-tunes both with and without it from several seeds. A run
+that is done is not done again. `report` writes a table (matrix.md) and a plot (matrix.png).
 """
 
 import argparse
-import shlex
+import json
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
+from benchmarks.common import plots
 from benchmarks.common.processes import Work, run_all
-from benchmarks.common.statistics import spread
-from hf_tract.integrations import TrainingRecord
-from hf_tract.integrations.training_record import RECORD_FILE, without_local_path
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from benchmarks.common.records import RunRecord, add_record, command, key_of, read_records
+from benchmarks.common.statistics import interval
+from benchmarks.paper.runner import TRAIN, read_run, write_recipe
+from benchmarks.training.recipe import RECIPES
+from hf_tract.integrations.training_record import without_local_path
 
 ARMS = ("vanilla", "TrAct")
-CELLS = [(before, after) for before in ARMS for after in ARMS]
-EXAMPLES = Path(__file__).parent
+CELLS = tuple(f"{before} → {after}" for before in ARMS for after in ARMS)
+GAINS = {"in pre-training alone": CELLS[2], "in fine-tuning alone": CELLS[1], "in both": CELLS[3]}
+Top1 = dict[str, dict[str, np.ndarray]]  # of each cell, (seeds,), by data set
+
+
+class Run(NamedTuple):
+    """Describes a pre-training or a fine-tuning."""
+
+    arm: str
+    recipe: dict[str, Any]
+    tract: bool
+    seed: int
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """Return the same for runs that are the same."""
+        return key_of(self.arm, self.settings(), self.seed)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what tells the run apart, without folders of this machine."""
+        settings = {**self.recipe, "dataset": without_local_path(self.recipe["dataset"])}
+        settings.pop("seed", None)
+        if self.arm in CELLS:
+            del settings["model"]  # which is in a folder
+        return settings
+
+    def command(self) -> list[str]:
+        """Return the command of the run."""
+        words = [sys.executable, *TRAIN, *write_recipe(self.folder, self.recipe)]
+        if not self.tract:
+            words.append("--no_tract")
+        if self.arm in ARMS:
+            words.append("--save_model")
+        return words
+
+    def record(self) -> RunRecord:
+        """Return what came out."""
+        return RunRecord(self.key, self.arm, self.settings(), self.seed, command=command(), **read_run(self.folder))
 
 
 def main() -> None:
+    """Do what the command line says."""
     args = parse()
-    jobs = [pretraining(arm, args) for arm in ARMS]
-    run_missing("pre-training", jobs, args.jobs)
-    jobs = [
-        fine_tuning(dataset, cell, seed, args)
-        for dataset in args.datasets
-        for seed in range(args.seeds)
-        for cell in CELLS
-    ]
-    run_missing("fine-tuning", jobs, args.jobs)
-    top1 = {
-        dataset: {
-            cell: np.array([100 * accuracy(folder_of(dataset, cell, seed, args)) for seed in range(args.seeds)])
-            for cell in CELLS
-        }
-        for dataset in args.datasets
-    }
-    before = {arm: 100 * accuracy(args.output_dir / f"pretrain-{arm}" / "model") for arm in ARMS}
-    text = table(top1, before, args)
-    (args.output_dir / "matrix.md").write_text(text + "\n", encoding="utf-8")
-    Console().print(Markdown(text))
-    print(plot(top1, args.output_dir / "matrix.png"))
+    if args.do == "run":
+        file = run(args)
+        report(file, file.parent)
+    else:
+        if not args.results.exists():
+            raise SystemExit(f"--results {args.results}: there is no such file; `run` makes it.")
+        report(args.results, args.output_dir)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--recipe", type=Path, default=EXAMPLES / "recipes" / "transfer_vit.yaml", help="of the pre-training"
-    )
-    parser.add_argument("--pretrain_dataset", default="uoft-cs/cifar10", help="a Hub id, photo_crops, or a folder")
-    parser.add_argument(
-        "--datasets",
-        nargs="+",
-        default=["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"],
-        metavar="DATASET",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="of each fine-tuning (default: %(default)s)")
-    parser.add_argument("--lam", type=float, default=0.1)
-    parser.add_argument("--pretrain_options", default="", help="more options of pretrain_vit.py, in one string")
-    parser.add_argument("--transfer_options", default="", help="more options of transfer.py, in one string")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at once, which share the cores (default: %(default)s)"
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/transfer_matrix"))
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    return args
-
-
-def pretraining(arm: str, args: argparse.Namespace) -> tuple[Path, list[str]]:
-    """Where the model of an arm will be, and the command that makes it."""
-    folder = args.output_dir / f"pretrain-{arm}"
-    command = [
-        "pretrain_vit.py",
-        "--recipe",
-        str(args.recipe),
-        "--dataset",
-        args.pretrain_dataset,
-        "--output_dir",
-        str(folder),
-    ]
-    command += ["--resume_from_checkpoint", "latest", *without_or(arm, args), *shlex.split(args.pretrain_options)]
-    return folder / "model", command
-
-
-def fine_tuning(dataset: str, cell: tuple[str, str], seed: int, args: argparse.Namespace) -> tuple[Path, list[str]]:
-    """Where the model of a cell will be, and the command that makes it."""
-    folder, checkpoint = folder_of(dataset, cell, seed, args), args.output_dir / f"pretrain-{cell[0]}" / "model"
-    command = ["transfer.py", "--checkpoint", str(checkpoint), "--dataset", dataset, "--output_dir", str(folder)]
-    return folder, [*command, "--seed", str(seed), *without_or(cell[1], args), *shlex.split(args.transfer_options)]
-
-
-def without_or(arm: str, args: argparse.Namespace) -> list[str]:
-    """The options of an arm."""
-    return ["--no_tract"] if arm == "vanilla" else ["--lam", str(args.lam)]
-
-
-def folder_of(dataset: str, cell: tuple[str, str], seed: int, args: argparse.Namespace) -> Path:
-    """Of a fine-tuning."""
-    return Path(args.output_dir, f"{Path(dataset).name}-{cell[0]}-{cell[1]}-{seed}")
-
-
-def run_missing(what: str, jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
-    """Runs what is not done yet; each run's output goes into a file beside its folder."""
+def run(args: argparse.Namespace) -> Path:
+    """Run what is not done yet; return the file of results."""
+    file: Path = args.output_dir / "matrix.jsonl"
+    run_missing("pre-training", [pretraining(arm, args) for arm in ARMS], file, args.jobs)
     todo = []
-    for folder, (script, *options) in jobs:
-        if not (folder / RECORD_FILE).exists():
-            log = (folder.parent if folder.name == "model" else folder).with_suffix(".log")
-            todo.append(Work([[sys.executable, str(EXAMPLES / script), *options]], log))
-    if failed := run_all(what, todo, at_once):
-        raise SystemExit(f"{len(failed)} of {len(todo)} runs failed.")
+    for dataset in args.datasets:
+        for seed in range(args.seeds):
+            todo += [fine_tuning(dataset, cell, seed, args) for cell in CELLS]
+    run_missing("fine-tuning", todo, file, args.jobs)
+    return file
 
 
-def accuracy(folder: Path) -> float:
-    """Of a finished run, on its test images."""
-    return TrainingRecord.from_json_file(folder / RECORD_FILE).metrics["accuracy"]
+def pretraining(arm: str, args: argparse.Namespace) -> Run:
+    """Return the pre-training of an arm."""
+    recipe = read_yaml(args.pretrain_recipe) | {"dataset": args.pretrain_dataset}
+    return Run(arm, recipe, arm == "TrAct", 0, args.output_dir / f"pretrain-{arm}")
 
 
-def table(
-    top1: dict[str, dict[tuple[str, str], np.ndarray]], before: dict[str, float], args: argparse.Namespace
-) -> str:
-    """Mean and standard deviation of each cell, and what TrAct changes, by seed."""
-    heads = [f"{one} → {other}" for one, other in CELLS]
-    lines = [f"| top-1, % | {' | '.join(heads)} |", "|---" * (1 + len(CELLS)) + "|"]
+def fine_tuning(dataset: str, cell: str, seed: int, args: argparse.Namespace) -> Run:
+    """Return the fine-tuning of a cell, which sees images as its model was trained to."""
+    before, after = cell.split(" → ")
+    model = args.output_dir / f"pretrain-{before}" / "model"
+    look = json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
+    recipe = read_yaml(args.transfer_recipe)
+    recipe |= {"dataset": dataset, "model": str(model), "seed": seed}
+    recipe |= {"mean": look["image_mean"], "std": look["image_std"]}
+    folder = args.output_dir / f"{Path(dataset).name}-{before}-{after}-{seed}"
+    return Run(cell, recipe, after == "TrAct", seed, folder)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the values of a recipe."""
+    values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return values
+
+
+def run_missing(what: str, runs: list[Run], file: Path, at_once: int) -> None:
+    """Run what is not in the file yet; what a run prints goes into a file beside its folder."""
+    have = read_records(file)
+    todo = {each.key: each for each in runs if each.key not in have}
+    works = [Work([each.command()], each.folder.with_suffix(".log"), key) for key, each in todo.items()]
+    failed = run_all(what, works, at_once, lambda work: add_record(file, todo[work.name].record()))
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(works)} runs failed.")
+
+
+def report(file: Path, folder: Path) -> None:
+    """Write and print the table, and draw the plot."""
+    records = list(read_records(file).values())
+    text = table(records)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "matrix.md").write_text(text + "\n", encoding="utf-8")
+    Console().print(Markdown(text))
+    print(plot(by_cell(records), folder / "matrix.png"))
+
+
+def final(record: RunRecord) -> float:
+    """Return top-1 after the last epoch, in per cent."""
+    return 100 * record.curve["top1"][-1]
+
+
+def by_cell(records: list[RunRecord]) -> Top1:
+    """Return the accuracies of the fine-tunings, (seeds,), of each cell of each data set."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in sorted(records, key=lambda record: record.seed):
+        if record.arm in CELLS:
+            cells = found.setdefault(record.settings["dataset"], {cell: [] for cell in CELLS})
+            cells[record.arm].append(final(record))
+    top1: Top1 = {}
+    for dataset, cells in found.items():
+        top1[dataset] = {cell: np.array(values) for cell, values in cells.items()}
+    return top1
+
+
+def table(records: list[RunRecord]) -> str:
+    """Return the mean of each cell, what TrAct changes seed by seed, and what the pre-training reached."""
+    top1 = by_cell(records)
+    lines = [f"| top-1, % | {' | '.join(CELLS)} |", "|---" * (1 + len(CELLS)) + "|"]
     for dataset, cells in top1.items():
-        lines.append(f"| {without_local_path(dataset)} | {' | '.join(spread(cells[cell]) for cell in CELLS)} |")
-    lines += ["", "| gain, points | in pre-training alone | in fine-tuning alone | in both |", "|---|---|---|---|"]
-    base = CELLS[0]
+        means = [interval(cells[cell]).text() for cell in CELLS]
+        lines.append(f"| {dataset} | {' | '.join(means)} |")
+    lines += ["", f"| gain, points | {' | '.join(GAINS)} |", "|---|---|---|---|"]
     for dataset, cells in top1.items():
-        gains = [
-            cells[cell] - cells[base] for cell in (("TrAct", "vanilla"), ("vanilla", "TrAct"), ("TrAct", "TrAct"))
-        ]
-        lines.append(f"| {without_local_path(dataset)} | {' | '.join(spread(gain, sign='+') for gain in gains)} |")
-    name = without_local_path(args.pretrain_dataset)
-    said = (
-        f"Pre-training reached {before['vanilla']:.1f} % on {name} without TrAct and {before['TrAct']:.1f} % with it"
-    )
-    seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
-    lines += ["", f"{said} (one run each). {seeds} of fine-tuning."]
+        gains = [interval(cells[cell] - cells[CELLS[0]]).text("+") for cell in GAINS.values()]
+        lines.append(f"| {dataset} | {' | '.join(gains)} |")
+    seeds = {len(values) for cells in top1.values() for values in cells.values()}
+    lines += ["", f"Mean ± the half width of its 95 % confidence interval (Student's t) over {max(seeds)} seeds."]
+    for record in records:
+        if record.arm in ARMS:
+            lines.append(f"Pre-training ({record.arm}) reached {final(record):.1f} % on {record.settings['dataset']}.")
     return "\n".join(lines)
 
 
-def plot(top1: dict[str, dict[tuple[str, str], np.ndarray]], path: Path) -> Path:
-    """Every run as a point, the means as lines, by cell."""
-    figure, axes = plt.subplots(1, len(top1), figsize=(4 * len(top1), 3.6), layout="constrained", squeeze=False)
-    for axis, (dataset, cells) in zip(axes[0], top1.items(), strict=True):
-        for place, (cell, values) in enumerate(cells.items()):
-            color = ("#7f7f7f", "#ff9896", "#d62728")[cell.count("TrAct")]
-            axis.plot([place] * len(values), values, "o", color=color, alpha=0.7)
+def plot(top1: Top1, path: Path) -> Path:
+    """Draw every run as a point and the means as lines, by cell."""
+    figure, [axes] = plots.new_figure(1, len(top1), 4.4 * len(top1), 3.8)
+    for axis, (dataset, cells) in zip(axes, top1.items(), strict=True):
+        for place, values in enumerate(cells.values()):
+            color = plots.COLORS[place]
+            axis.plot([place] * len(values), values, plots.MARKERS[place], color=color, alpha=0.8)
             axis.hlines(values.mean(), place - 0.3, place + 0.3, color=color, linewidth=2)
-        axis.set_xticks(range(len(cells)), [f"{one}\n→ {other}" for one, other in cells])
-        axis.set(title=without_local_path(dataset), ylabel="top-1, %")
-        axis.grid(axis="y", alpha=0.2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+        axis.set_xticks(range(len(cells)), [cell.replace(" →", "\n→") for cell in cells])
+        axis.set(title=dataset, ylabel="test top-1 after fine-tuning, %")
+    figure.suptitle("Pre-training → fine-tuning: each run is a point, the line is their mean")
+    return plots.save(figure, path)
+
+
+def parse() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="do", required=True)
+    run = commands.add_parser("run", help="train what is not trained yet, and report")
+    run.add_argument(
+        "--pretrain_dataset",
+        default="uoft-cs/cifar10",
+        help="a Hub id, photo_crops, or a folder (default: uoft-cs/cifar10)",
+    )
+    run.add_argument(
+        "--datasets",
+        nargs="+",
+        default=["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"],
+        help="to fine-tune on (default: flowers and cars, from the Hub)",
+    )
+    run.add_argument("--seeds", type=int, default=3, help="of each fine-tuning (default: 3)")
+    run.add_argument("--pretrain_recipe", type=Path, default=RECIPES / "transfer_vit.yaml", help="a YAML file")
+    run.add_argument("--transfer_recipe", type=Path, default=RECIPES / "transfer_finetune.yaml", help="a YAML file")
+    run.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: 1)")
+    write = commands.add_parser("report", help="write the table and the plot of stored results")
+    write.add_argument("--results", type=Path, required=True, help="JSON lines that `run` wrote")
+    for each in (run, write):
+        each.add_argument(
+            "--output_dir",
+            type=Path,
+            default=Path("outputs/transfer_matrix"),
+            help="for results, table and plot (default: outputs/transfer_matrix)",
+        )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

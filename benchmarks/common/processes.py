@@ -1,4 +1,4 @@
-"""Scripts as processes, several at once, each with its share of the cores or an accelerator of its own."""
+"""Runs commands, several at once, each with its share of the cores or an accelerator of its own."""
 
 import os
 import queue
@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from rich.progress import track
 
+from benchmarks import ROOT
+
 
 @dataclass(frozen=True)
 class Work:
-    """Commands that are run one after the other, and the file that gets what they print."""
+    """Holds commands that are run one after the other, and names the file that gets what they print."""
 
     commands: Sequence[Sequence[str]]
     log: Path
@@ -31,64 +33,85 @@ def run_all(
     done: Callable[[Work], None] = lambda work: None,
     devices: Sequence[str] = (),
 ) -> list[str]:
-    """Runs everything, and goes on where one fails.
+    """Run everything, and go on where one fails.
 
     Args:
-        what: of the progress bar.
-        todo: the processes.
+        what: the name of the progress bar.
+        todo: what to run.
         at_once: how many run at the same time.
-        done: is called in this thread with each that ended well.
-        devices: what CUDA_VISIBLE_DEVICES is for the processes in turn; empty to leave it.
+        done: called in this thread with each that ended well.
+        devices: CUDA_VISIBLE_DEVICES of the processes in turn; empty to leave it.
 
     Returns:
         What failed, in words.
     """
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for index in range(at_once):
-        free.put(devices[index % len(devices)] if devices else "")
-    alive: set[subprocess.Popen[bytes]] = set()
-    ended = False
-
-    def run(work: Work) -> str | None:
-        device = free.get()
-        given = {"CUDA_VISIBLE_DEVICES": device} if device else {}
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **given}
-        work.log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with work.log.open("w") as file:
-                for command in work.commands:
-                    if ended:
-                        return None
-                    process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-                    alive.add(process)
-                    code = process.wait()
-                    alive.discard(process)
-                    if code:
-                        return f"{shlex.join(command)} failed with {code}; what it printed is in {work.log}."
-        finally:
-            free.put(device)
-        return None
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)  # else the processes would outlive this one
+    runner = _Runner(at_once, devices)
+    before = signal.signal(signal.SIGTERM, _exit)  # else the processes would outlive this one
     failed = []
     with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(run, work): work for work in todo}
+        running = {pool.submit(runner.run, work): work for work in todo}
         try:
             for future in track(as_completed(running), what, len(todo), disable=not todo):
-                if error := future.result():
+                error = future.result()
+                if error:
                     failed.append(error)
                     print(error, file=sys.stderr, flush=True)
                 else:
                     done(running[future])
         finally:
-            ended = True
-            for future in running:
-                future.cancel()
-            for process in list(alive):
-                process.terminate()
+            runner.stop(list(running))
             signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+class _Runner:
+    """Starts processes and ends those that are alive when it is stopped."""
+
+    def __init__(self, at_once: int, devices: Sequence[str]) -> None:
+        self.threads = max(1, (os.cpu_count() or 1) // at_once)
+        self.devices: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for index in range(at_once):
+            self.devices.put(devices[index % len(devices)] if devices else "")
+        self.alive: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+
+    def run(self, work: Work) -> str | None:
+        """Run the commands of one work; return what failed, in words."""
+        device = self.devices.get()
+        work.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with work.log.open("w") as log:
+                for command in work.commands:
+                    if self.stopped:
+                        return None
+                    code = self._wait_for(command, log.fileno(), device)
+                    if code:
+                        return f"{shlex.join(command)} failed with {code}; what it printed is in {work.log}."
+        finally:
+            self.devices.put(device)
+        return None
+
+    def _wait_for(self, command: Sequence[str], output: int, device: str) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        # The commands may be `python -m benchmarks...`, wherever this process was started.
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if device:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        self.alive.add(process)
+        code = process.wait()
+        self.alive.discard(process)
+        return code
+
+    def stop(self, futures: Sequence[Future[str | None]]) -> None:
+        """End the processes that are alive, and start no other."""
+        self.stopped = True
+        for future in futures:
+            future.cancel()
+        for process in list(self.alive):
+            process.terminate()

@@ -1,43 +1,107 @@
-"""Finished runs as JSON lines: what was run, what came out of each epoch, and what it ran on."""
+"""Stores finished runs as JSON lines: what was run, what came out, and what it ran on."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
 from hf_tract.integrations import provenance
 
 PACKAGES = (*provenance.PACKAGES, "torch_tract")
-RAN_ON = "ran_on.json"  # versions and hardware, which a run leaves in its folder
+Row = dict[str, Any]
 
 
 @dataclass
-class Result:
-    """A finished run."""
+class RunRecord:
+    """Describes one finished run, or one measurement."""
 
-    key: str  # of its job
-    scale: str
+    key: str  # equal for runs that are the same
+    arm: str
+    settings: dict[str, Any]
     seed: int
-    config: dict[str, Any]
-    top1: list[float]  # on the test set, after each epoch
-    top5: list[float]
-    loss: list[float]  # of the epoch's last training batch
-    seconds: list[float]  # of training until then: of the clock on an accelerator, of the process on CPU
-    versions: dict[str, str]
-    hardware: str
-    command: str = field(default_factory=provenance.command)
+    curve: dict[str, list[float]]  # each figure of a run by its name, after each epoch or in each turn
+    seconds: list[float]  # since the beginning, at the end of each epoch; or of each turn of a measurement
+    data: str = ""  # fingerprint of the data set
+    command: str = ""
+    commit: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: str = ""
 
 
-def read(path: Path) -> dict[str, Result]:
-    """The results of a file, by key."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    results = [Result(**json.loads(line)) for line in lines]
-    return {result.key: result for result in results}
+def key_of(*told: Any) -> str:
+    """Return a short digest of what tells runs apart."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def add(path: Path, result: Result) -> None:
-    """Writes a result at once, as one line."""
+def environment() -> Row:
+    """Return the commit, the versions and the hardware of this process, as fields of a record."""
+    return {"commit": commit(), "versions": provenance.versions(PACKAGES), "hardware": provenance.hardware()}
+
+
+def command() -> str:
+    """Return the running command as a reader would type it, without the folders of this machine."""
+    script = Path(sys.argv[0]).resolve()
+    if not script.is_relative_to(ROOT / "benchmarks"):
+        return provenance.command()
+    module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+    return provenance.command(["-m", module.removesuffix(".__main__"), *sys.argv[1:]])
+
+
+def commit() -> str:
+    """Return the commit of this checkout, with a plus sign where the code has changed since."""
+    if not shutil.which("git"):
+        return ""
+    found = _git("rev-parse", "--short=12", "HEAD")
+    if found and _git("status", "--porcelain", "--", "src", "benchmarks"):
+        found += "+"
+    return found
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Return the rows of a file by their keys; what is in it is not computed again."""
+    rows: dict[str, Row] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows[row["key"]] = row
+    return rows
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Write a row at once, as one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        file.write(json.dumps(row) + "\n")
+
+
+def read_records(path: Path) -> dict[str, RunRecord]:
+    """Return the records of a file by their keys."""
+    return {key: _record(row) for key, row in read_rows(path).items()}
+
+
+def add_record(path: Path, record: RunRecord) -> None:
+    """Write a record at once, as one line."""
+    add_row(path, dataclasses.asdict(record))
+
+
+def _record(row: Row) -> RunRecord:
+    """Return a row as a record; version 0.1 wrote each figure as a field of its own."""
+    values = dict(row)
+    if "config" in values:
+        figures = ("top1", "top5", "loss")
+        values["curve"] = {name: values.pop(name) for name in figures}
+        values["settings"] = values.pop("config")
+        values["arm"] = ""
+        del values["scale"]
+    return RunRecord(**values)

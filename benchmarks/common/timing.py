@@ -1,4 +1,4 @@
-"""Time and memory of several ways to do the same work, side by side in one run."""
+"""Measures time and memory of several ways to do the same work, side by side in one run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hf_tract.integrations import provenance
-
-PACKAGES = ("hf-tract", "torch", "transformers", "timm", "torch_tract")
 Arms = dict[str, Callable[[], object]]
 
 
 def interleaved(
     arms: Arms, repeats: int, device: torch.device, seconds: float = 0.1, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds per call of each arm, `repeats` times, in turns: what the machine does meanwhile happens to all of them.
+    """Return seconds per call of each arm, `repeats` times, in turns, so that all of them meet the same disturbances.
 
     Args:
         arms: the ways, by name.
@@ -37,7 +35,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:  # nobody always follows the same one
             times[name].append(_timed(arms[name], calls[name], device))
     return times
 
@@ -57,7 +56,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Returns the most bytes of tensors that are alive together during `run`, beyond those that are alive before it.
+    """Return the most bytes of tensors that are alive together during `run`, beyond those that are alive before it.
 
     torch's allocator counts them: temporaries inside operations are in it; on the CPU, oneDNN's and cuDNN's own are
     not.
@@ -74,13 +73,16 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
+    return _peak_on_host(events)
+
+
+def _peak_on_host(events: list[dict[str, Any]]) -> int:
+    """Return the most bytes that are allocated at once, from a profiler's events."""
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
     now = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"] if event["args"]["Device Type"] == 0 else 0
-        peak = max(peak, now)
+    for event in changes:
+        if event["args"]["Device Type"] == 0:
+            now += event["args"]["Bytes"]
+            peak = max(peak, now)
     return peak
-
-
-def environment() -> dict[str, str]:
-    """Hardware and versions, to stand beside every figure."""
-    return {"hardware": provenance.hardware(), **provenance.versions(PACKAGES)}

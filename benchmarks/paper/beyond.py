@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import (
     EXPERIMENTS,
     NO_TRACT,
@@ -12,15 +13,13 @@ from benchmarks.paper.experiments import (
     VANILLA,
     VIT_SMALL,
     VIT_SMOKE,
-    Changes,
-    Experiment,
     epochs,
     tract,
 )
 
 
 def rule(variant: str, lam: float = 0.1) -> Changes:
-    """An arm by another rule than the paper's."""
+    """Return an arm by another rule than the paper's."""
     return NO_TRACT | {"variant": variant, "lam": lam}
 
 
@@ -51,7 +50,7 @@ VIT_SMALL_ANY_RATE = {name: value for name, value in VIT_SMALL.items() if name !
 
 
 def rates(name: str, rates: tuple[float, ...], changes: Changes, epochs: int = 6) -> dict[str, Changes]:
-    """A setting of each learning rate."""
+    """Return a setting for each learning rate."""
     return {f"{name}, lr {rate:g}; {epochs} epochs": {**changes, "learning_rate": rate} for rate in rates}
 
 

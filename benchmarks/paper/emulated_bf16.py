@@ -28,12 +28,24 @@ class EmulatedBF16(TorchDispatchMode):
     """Runs every product of bfloat16 numbers inside in that way, forward and backward."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func`."""
+        """Run `func`."""
         kwargs = kwargs or {}
         if func not in PRODUCTS or not any(_is(arg, torch.bfloat16) for arg in args):
             return func(*args, **kwargs)
-        out = func(*tree_map(lambda arg: arg.float() if _is(arg, torch.bfloat16) else arg, args), **kwargs)
-        return tree_map(lambda each: each.bfloat16() if _is(each, torch.float32) else each, out)
+        out = func(*tree_map(_to_float32, args), **kwargs)
+        return tree_map(_to_bfloat16, out)
+
+
+def _to_float32(value: Any) -> Any:
+    if _is(value, torch.bfloat16):
+        return value.float()
+    return value
+
+
+def _to_bfloat16(value: Any) -> Any:
+    if _is(value, torch.float32):
+        return value.bfloat16()
+    return value
 
 
 def _is(value: Any, dtype: torch.dtype) -> bool:

@@ -1,25 +1,8 @@
-"""Every experiment of the paper that trains a classifier, as data: recipe, settings, arms, and how it shrinks."""
+"""Lists every experiment of the paper that trains a classifier: recipe, settings, arms, and how it shrinks."""
 
-from __future__ import annotations
-
-import dataclasses
-import functools
-import hashlib
-import itertools
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks.training.recipe import Recipe
-
-HERE = Path(__file__).parent
-RECIPES = HERE.parent / "training" / "recipes"
-SCALES = ("full", "small", "smoke")
-Changes = dict[str, Any]
+from benchmarks.paper.experiment import Changes, Experiment
 
 VANILLA: dict[str, Changes] = {"vanilla": {"no_tract": True}}
 NO_TRACT = {"no_tract": True}
@@ -31,112 +14,12 @@ STEM = {"whitening stem": NO_TRACT | {"variant": "whitening"}}
 
 
 def tract(*lams: float) -> dict[str, Changes]:
-    """Arms of these dampings."""
+    """Return arms of these dampings."""
     return {f"TrAct {lam:g}": {"lam": lam} for lam in lams}
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """Runs that belong together: each arm in each setting, from several seeds."""
-
-    title: str
-    recipe: str
-    # "WHAT; N epochs": smaller scales have epochs of their own, so only WHAT differs there
-    settings: dict[str, Changes]
-    arms: dict[str, Changes]
-    small: Changes
-    smoke: Changes
-    full_seeds: int = 5
-    at_most: Mapping[str, int] = field(default_factory=dict)  # seeds of arms that are there to be looked at
-    few: tuple[str, ...] = ()  # the settings of smaller scales, where they are not all
-    left_out: tuple[str, ...] = ()  # arms of the full scale alone
-    reference: str = ""  # another arm that gains are told from, beside the first
-    then: str | None = None  # the recipe of a second stage, which goes on from the first one's model
-
-    def jobs(self, scale: str, seeds: int | None = None) -> Iterator[Job]:
-        """What is to be run: the first seed of everything before the second."""
-        usual = {"full": self.full_seeds, "small": min(3, self.full_seeds), "smoke": 1}[scale]
-        settings = [name for name in self.settings if scale == "full" or not self.few or name in self.few]
-        for seed in range(seeds or usual):
-            seen: set[str] = set()
-            for setting, arm in itertools.product(settings, self._arms(scale)):
-                label = setting if scale == "full" else setting.split("; ")[0] if "; " in setting or self.few else ""
-                job = Job(self, scale, label, arm, seed, self.config(scale, setting, arm))
-                if job.key not in seen and (arm not in self.at_most or seed < self.at_most[arm]):
-                    seen.add(job.key)
-                    yield job
-
-    def _arms(self, scale: str) -> list[str]:
-        """Their names; at the smoke scale one of those that differ in a number alone."""
-        kinds = {
-            name: tuple(value if key == "variant" else key for key, value in arm.items())
-            for name, arm in self.arms.items()
-            if scale == "full" or name not in self.left_out
-        }
-        return (
-            list({kind: name for name, kind in reversed(kinds.items())}.values())[::-1]
-            if scale == "smoke"
-            else list(kinds)
-        )
-
-    def config(self, scale: str, setting: str, arm: str) -> Changes:
-        """The fields of a recipe, `no_tract` and the options of train.py's `Arm`, of one run."""
-        whole, changes = {**load(self.recipe), **self.settings[setting]}, self.arms[arm]
-        shrunk = {"full": {}, "small": self.small, "smoke": self.smoke}[scale]
-        config = {**whole, **shrunk, **changes}
-        if shrunk and "epochs" in changes:  # an arm that is shorter stays so
-            part = shrunk["epochs"] / whole["epochs"]
-            config["epochs"] = round(part * changes["epochs"])
-            config |= {
-                key: sorted({max(1, round(part * at)) for at in changes[key]})
-                for key in ["decay_milestones"]
-                if key in changes
-            }
-        return config
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run."""
-
-    experiment: Experiment
-    scale: str
-    setting: str
-    arm: str
-    seed: int
-    config: Changes
-
-    @property
-    def key(self) -> str:
-        """Equal for runs that are the same, whichever experiment asks for them."""
-        told = [self.config, self.seed, self.experiment.then]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-
-    def stages(self) -> list[Changes]:
-        """What the recipe file of each stage holds."""
-        stages = [self.config]
-        if self.experiment.then:
-            shrunk = self.experiment.smoke if self.scale == "smoke" else {}
-            stages.append({**load(self.experiment.then), **shrunk})
-        known = {each.name for each in dataclasses.fields(Recipe)}
-        return [{key: value for key, value in stage.items() if key in known} | {"seed": self.seed} for stage in stages]
-
-    def options(self) -> list[str]:
-        """Those of train.py beside the recipe."""
-        flags = ["--no_tract"] if self.config.get("no_tract") else []
-        flags += ["--emulate_bf16"] if self.config.get("emulate_bf16") else []
-        return [*flags, "--variant", self.config.get("variant", "none")]
-
-
-@functools.cache
-def load(recipe: str) -> Changes:
-    """The values of a recipe, by the name of its file."""
-    values: Changes = yaml.safe_load((RECIPES / recipe).read_text(encoding="utf-8"))
-    return values
-
-
 def epochs(**by_number: float) -> dict[str, Changes]:
-    """Settings e100=1e-3, ...: that many epochs at that learning rate."""
+    """Return a setting for each of e100=1e-3, ...: that many epochs at that learning rate."""
     return {
         f"{name[1:]} epochs": {"epochs": int(name[1:]), "learning_rate": float(rate)}
         for name, rate in by_number.items()
@@ -200,7 +83,7 @@ SWEEP = (0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def cifar100(name: str, **config: Any) -> Changes:
-    """The setting of one of the 36 models that timm has, with the stem of a small image."""
+    """Return the setting of one of the 36 models that timm has, with the stem of a small image."""
     return {"model": f"cifar_{name}", "model_config": config}
 
 

@@ -1,97 +1,140 @@
-"""Accuracy against epochs and against time, and against lambda."""
+"""Plots accuracy against epochs and against time, final accuracy by arm, and final accuracy against lambda."""
 
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
-
-from benchmarks.paper.summary import Arm
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-BASE = "#7f7f7f"
-COLORS = [
-    "#d62728",
-    "#1f77b4",
-    "#2ca02c",
-    "#ff7f0e",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#bcbd22",
-    "#17becf",
-    "#000080",
-    "#808000",
-    "#ff1493",
-    "#000000",
-    "#4b0082",
-    "#b8860b",
-]
+from benchmarks.common import plots
+from benchmarks.common.statistics import half_widths, interval
+from benchmarks.paper.summary import Arm, Arms
+
+TOP1 = "test top-1, %"
+BAND = 0.12  # opacity
 
 
-def curves(title: str, settings: dict[str, dict[str, Arm]], path: Path) -> None:
-    """Plots means over seeds, with a band of one standard deviation: on the left by epochs, on the right by time."""
-    figure, axes = plt.subplots(
-        len(settings), 2, figsize=(10, 3.6 * len(settings)), layout="constrained", squeeze=False
-    )
-    for (setting, arms), (left, right) in zip(settings.items(), axes, strict=True):
-        for (name, arm), color in zip(arms.items(), [BASE, *COLORS], strict=False):
-            values = arm.curves
-            epochs, minutes = np.arange(1, values.shape[1] + 1), arm.seconds.mean(0) / 60
-            for axis, x in ((left, epochs), (right, minutes)):
-                axis.plot(
-                    x, values.mean(0), "o-", color=color, markersize=2.5, label=f"{name}: {values[:, -1].mean():.1f} %"
-                )
-                if len(values) > 1:
-                    low, high = values.mean(0) - values.std(0, ddof=1), values.mean(0) + values.std(0, ddof=1)
-                    axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-        base = next(iter(arms.values()))
-        for axis, label in ((left, "epoch"), (right, "minutes of training")):
-            axis.axhline(base.final.mean(), color=BASE, linewidth=0.8, linestyle=":")
-            axis.set(xlabel=label, ylabel="test top-1, %", title=setting)
-            axis.grid(alpha=0.2)
-            _to_what_matters(axis, arms)
-        left.legend(loc="lower right", fontsize=8 if len(arms) < 8 else 5.5)
+def is_crowded(settings: dict[str, Arms]) -> bool:
+    """Tell whether a setting has more arms than one pair of axes can show as lines."""
+    return any(len(arms) > plots.MAX_LINES for arms in settings.values())
+
+
+def curves(title: str, settings: dict[str, Arms], reference: str, path: Path) -> Path:
+    """Plot means over seeds with their 95 % intervals: by epochs on the left; on the right by time, or all arms' ends.
+
+    Args:
+        title: of the experiment.
+        settings: the arms of each, by name; each setting is a row.
+        reference: an arm that is always among the lines, beside the first.
+        path: the PNG to write.
+    """
+    crowded = is_crowded(settings)
+    height = 3.2
+    if crowded:
+        height = max(4.2, 0.26 * max(map(len, settings.values())))
+    figure, rows = plots.new_figure(len(settings), 2, 10.5, height * len(settings) + 0.4)
+    for (setting, arms), (left, right) in zip(settings.items(), rows, strict=True):
+        chosen = chosen_arms(arms, reference)
+        _lines(left, arms, chosen, over_time=False)
+        if crowded:
+            _ends(right, arms, chosen)
+            left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small")
+        else:
+            _lines(right, arms, chosen, over_time=True)
+            plots.legend_beside(right)
+        left.set_title(setting)
+        right.set_title(setting)
     figure.suptitle(title)
-    _save(figure, path)
+    return plots.save(figure, path)
 
 
-def _to_what_matters(axis: Axes, arms: dict[str, Arm]) -> None:
-    """Leaves out the first epochs, below which nothing is compared."""
-    values = np.concatenate([arm.curves.mean(0) for arm in arms.values()])
-    ends = [arm.final.mean() for arm in arms.values()]
-    axis.set_ylim(bottom=max(values.min(), min(ends) - 0.6 * (max(ends) - values.min())))
+def chosen_arms(arms: Arms, reference: str) -> list[str]:
+    """Return the arms that are drawn as lines: all, or the first, the reference and the best of the others."""
+    names = list(arms)
+    if len(names) <= plots.MAX_LINES:
+        return names
+    always = [name for name in [*names[:1], reference] if name in arms]
+    others = [name for name in names if name not in always]
+    others.sort(key=lambda name: -float(arms[name].final.mean()))
+    best = others[: plots.MAX_LINES - len(always)]
+    return always + best
 
 
-def sweep(title: str, arms: dict[str, Arm], path: Path) -> None:
-    """Final accuracy against lambda, with the baseline as a line."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    base = next(iter(arms.values())).final
-    axis.axhline(base.mean(), color=BASE, label=f"vanilla: {base.mean():.1f} %")
-    if len(base) > 1:
-        axis.axhspan(
-            base.mean() - base.std(ddof=1), base.mean() + base.std(ddof=1), color=BASE, alpha=0.15, linewidth=0
+def _lines(axis: Axes, arms: Arms, chosen: list[str], over_time: bool) -> None:
+    """Draw the chosen arms as lines with bands."""
+    for name, color, marker in zip(chosen, plots.COLORS, plots.MARKERS, strict=False):
+        arm = arms[name]
+        values = arm.curves
+        mean = values.mean(0)
+        wide = half_widths(values)
+        x = np.arange(1, values.shape[1] + 1)
+        if over_time:
+            x = arm.seconds.mean(0) / 60
+        label = f"{name}: {mean[-1]:.1f} %"
+        axis.plot(x, mean, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=label)
+        axis.fill_between(x, mean - wide, mean + wide, color=color, alpha=BAND, linewidth=0)
+    base = next(iter(arms.values()))
+    axis.axhline(base.final.mean(), color=plots.BASE, linewidth=0.8, linestyle=":")
+    axis.set_ylabel(TOP1)
+    axis.set_xlabel("minutes of training")
+    if not over_time:
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _leave_out_the_start(axis, [arms[name] for name in chosen])
+
+
+def _leave_out_the_start(axis: Axes, arms: list[Arm]) -> None:
+    """Show the accuracies at which arms are compared, which are those of the later epochs."""
+    means = np.concatenate([arm.curves.mean(0) for arm in arms])
+    ends = [float(arm.final.mean()) for arm in arms]
+    low = max(means.min(), min(ends) - 0.6 * (max(ends) - means.min()))
+    axis.set_ylim(low, max(ends) + 0.12 * (max(ends) - low))
+
+
+def _ends(axis: Axes, arms: Arms, chosen: list[str]) -> None:
+    """Draw the final accuracy of every arm with its interval, one below the other."""
+    for place, (name, arm) in enumerate(arms.items()):
+        color, marker, face = "#303030", "o", "white"
+        if name in chosen:
+            color = face = plots.COLORS[chosen.index(name)]
+            marker = plots.MARKERS[chosen.index(name)]
+        end = interval(arm.final)
+        axis.errorbar(
+            end.mean,
+            place,
+            xerr=end.half_width,
+            fmt=marker,
+            color=color,
+            markerfacecolor=face,
+            markersize=5,
+            capsize=2,
         )
-    points = sorted(
-        (next(iter(arm.runs.values())).config["lam"], arm.final) for name, arm in arms.items() if name != "vanilla"
-    )
-    lams, finals = [lam for lam, _ in points], [final for _, final in points]
-    spreads = [final.std(ddof=1) if len(final) > 1 else 0 for final in finals]
-    axis.errorbar(
-        lams, [final.mean() for final in finals], spreads, fmt="o-", color=COLORS[0], capsize=3, label="TrAct"
-    )
-    axis.set(xscale="log", xlabel="lambda", ylabel="final test top-1, %", title=title)
-    axis.set_xticks(lams, [f"{lam:g}" for lam in lams], fontsize=7)
+    base = next(iter(arms.values()))
+    axis.axvline(base.final.mean(), color=plots.BASE, linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(arms)), list(arms), fontsize="small")
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{TOP1}, after the last epoch")
+
+
+def sweep(title: str, arms: Arms, path: Path) -> Path:
+    """Plot final accuracy against lambda, with the baseline as a line."""
+    figure, [[axis]] = plots.new_figure(1, 1, 7.5, 3.6)
+    base = interval(arms["vanilla"].final)
+    wide = base.half_width or 0.0
+    axis.axhline(base.mean, color=plots.BASE, label=f"vanilla: {base.mean:.1f} %")
+    axis.axhspan(base.mean - wide, base.mean + wide, color=plots.BASE, alpha=BAND, linewidth=0)
+    lams = []
+    for name, arm in arms.items():
+        if name == "vanilla":
+            continue
+        run = next(iter(arm.runs.values()))
+        lam = run.settings["lam"]
+        end = interval(arm.final)
+        lams.append(lam)
+        label = "TrAct" if len(lams) == 1 else None
+        axis.errorbar(lam, end.mean, end.half_width, fmt="o", color=plots.COLORS[1], capsize=3, label=label)
+    axis.set(xscale="log", xlabel="lambda", ylabel=f"final {TOP1}", title=title)
+    axis.set_xticks(lams, [f"{lam:g}" for lam in lams], fontsize="small")
     axis.minorticks_off()
-    axis.grid(alpha=0.2)
-    axis.legend()
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    plots.legend_beside(axis)
+    return plots.save(figure, path)

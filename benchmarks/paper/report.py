@@ -1,38 +1,44 @@
-"""Tables and plots of the stored results, as Markdown and PNG."""
+"""Writes tables and plots of the stored results, as Markdown and PNG."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import records as results
-from benchmarks.common.records import Result
-from benchmarks.common.statistics import spread
+from benchmarks.common.records import RunRecord, read_records
+from benchmarks.common.statistics import interval
 from benchmarks.paper import plots
 from benchmarks.paper.beyond import ALL
-from benchmarks.paper.experiments import Experiment
-from benchmarks.paper.summary import Arm, collect, gain, speed_up
+from benchmarks.paper.experiment import Experiment
+from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up
 
-HOW = """Top-1 on the test set after the last epoch, per cent, mean ± standard deviation over seeds. *Gain* is the mean
-difference from the first arm, seed by seed, with its 95 % confidence interval (Student's t) and the p of the paired
-t-test; *from* another arm the same.
+MAX_SEEDS = 100
+COMMAND = "python -m benchmarks.paper"
+HOW = """Top-1 on the test set after the last epoch, per cent, mean over seeds. Every ± is the half width of the 95 %
+confidence interval (Student's t over seeds), as are the bands and bars of the plots. *Gain* is the mean difference
+from the first arm, seed by seed, with the p of the paired t-test; *from* another arm the same.
 *Speed-up* is the number of epochs of the first arm over the epoch in which the arm's mean curve first reaches the
 first arm's final accuracy, over the seeds that both have. Time is of training alone: of the clock on an accelerator,
-of the process on a CPU.
+of the process on a CPU. Dotted lines in the plots are the first arm's final accuracy.
 """
+LINES_ONLY = "test accuracy against epochs and against time"
+WITH_ENDS = (
+    "on the left the test accuracy of the first arm, {reference}the best others against epochs; "
+    "on the right the final accuracy of every arm"
+)
 
 
-def write(scale: str, file: Path, folder: Path, seeds: int = 100) -> Path:
-    """Writes SCALE.md and the plots.
+def write(scale: str, file: Path, folder: Path) -> Path:
+    """Write SCALE.md and its plots.
 
     Args:
         scale: of the runs to report.
         file: the results, JSON lines.
         folder: for the report.
-        seeds: how many are looked for.
     """
-    have = results.read(file)
-    source = f"Written by `benchmarks/paper report` from the runs in [{file.name}]({file.name})"
+    have = read_records(file)
+    source = f"Written by `{COMMAND} report` from the runs in [{file.name}]({file.name})"
     lines = [
         f"# Results at the {scale} scale",
         "",
@@ -40,69 +46,103 @@ def write(scale: str, file: Path, folder: Path, seeds: int = 100) -> Path:
         "",
         HOW,
     ]
-    used: dict[str, Result] = {}
+    used: dict[str, RunRecord] = {}
     for name, experiment in ALL.items():
-        found = collect(experiment, scale, seeds, have)
-        settings = {setting: arms for setting, arms in found.items() if len(arms) > 1}
-        used |= {run.key: run for arms in settings.values() for arm in arms.values() for run in arm.runs.values()}
+        settings = _compared(collect(experiment, scale, MAX_SEEDS, have))
+        for arms in settings.values():
+            for arm in arms.values():
+                used |= {run.key: run for run in arm.runs.values()}
         if settings:
-            lines += _section(name, experiment, settings, f"{scale}-{name}", folder)
+            lines += _section(name, experiment, settings, folder / f"{scale}-{name}")
     lines += ["## Runs", "", *_provenance(used.values())]
     path = folder / f"{scale}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-def _section(
-    name: str, experiment: Experiment, settings: dict[str, dict[str, Arm]], stem: str, folder: Path
-) -> list[str]:
-    lines = [f"## {experiment.title}", "", f"`benchmarks/paper run {name}`", ""]
+def _compared(found: Mapping[str, Arms]) -> dict[str, Arms]:
+    """Return the settings in which there are arms to compare."""
+    return {setting: arms for setting, arms in found.items() if len(arms) > 1}
+
+
+def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem: Path) -> list[str]:
+    lines = [f"## {experiment.title}", "", f"`{COMMAND} run {name}`", ""]
     for setting, arms in settings.items():
-        lines += [f"**{setting}**", ""] if setting else []
+        if setting:
+            lines += [f"**{setting}**", ""]
         lines += [*_table(arms, experiment.reference), ""]
-    plots.curves(experiment.title, settings, folder / f"{stem}.png")
-    lines += [f"![{experiment.title}: test accuracy against epochs and against time]({stem}.png)", ""]
+    plot = plots.curves(experiment.title, settings, experiment.reference, stem.with_suffix(".png"))
+    lines += [f"![{experiment.title}: {_caption(experiment, settings)}]({plot.name})", ""]
     if name == "lambda_sweep":
         for arms in settings.values():
-            plots.sweep(experiment.title, arms, folder / f"{stem}-final.png")
-            lines += [f"![{experiment.title}: final accuracy against lambda]({stem}-final.png)", ""]
+            plot = plots.sweep(experiment.title, arms, stem.with_name(f"{stem.name}-final.png"))
+            lines += [f"![{experiment.title}: final accuracy against lambda]({plot.name})", ""]
     return lines
 
 
-def _table(arms: dict[str, Arm], reference: str) -> list[str]:
+def _caption(experiment: Experiment, settings: dict[str, Arms]) -> str:
+    """Say what the plot shows, and which arms have no line in it."""
+    if not plots.is_crowded(settings):
+        return LINES_ONLY
+    reference = ""
+    if experiment.reference:
+        reference = f"{experiment.reference} and "
+    return WITH_ENDS.format(reference=reference)
+
+
+def _table(arms: Arms, reference: str) -> list[str]:
     first, base = next(iter(arms.items()))
     other = arms.get(reference)
-    more = [f"from {reference}", "p"] if other else []
-    names = ["arm", "epochs", "seeds", "top-1", "gain", "p", *more, "speed-up", "minutes"]
+    names = ["arm", "epochs", "seeds", "top-1", "gain", "p"]
+    if other:
+        names += [f"from {reference}", "p"]
+    names += ["speed-up", "minutes"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, arm in arms.items():
-        gains = _gain(arm, base) if name != first else ["", ""]
+        row = [name, str(arm.curves.shape[1]), str(len(arm.runs)), interval(arm.final).text()]
+        row += _gain(arm, None if name == first else base)
         if other:
-            gains += _gain(arm, other) if name not in (first, reference) else ["", ""]
-        factor = speed_up(arm, base)
-        faster = "" if name == first else f"{factor:.2f}" if factor else "not reached"
-        epochs, minutes = arm.curves.shape[1], np.mean(arm.seconds[:, -1]) / 60
-        row = [name, str(epochs), str(len(arm.runs)), spread(arm.final), *gains, faster, f"{minutes:.1f}"]
+            row += _gain(arm, None if name in (first, reference) else other)
+        row += [_speed_up(arm, base), f"{np.mean(arm.seconds[:, -1]) / 60:.1f}"]
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
-def _gain(arm: Arm, base: Arm) -> list[str]:
+def _gain(arm: Arm, base: Arm | None) -> list[str]:
+    """Return the cells of a gain and its p; empty where an arm would be compared with itself."""
+    if base is None:
+        return ["", ""]
     difference = gain(arm, base)
-    wide = f" ± {difference.half_width:.1f}" if difference.half_width is not None else ""
-    return [f"{difference.mean:+z.1f}{wide}", f"{difference.p:.3f}" if difference.p is not None else ""]
+    if difference.p is None:
+        return [difference.text("+"), ""]
+    return [difference.text("+"), f"{difference.p:.3f}"]
 
 
-def _provenance(runs: Iterable[Result]) -> list[str]:
-    """Commands, hardware and versions, each once, with the number of runs."""
+def _speed_up(arm: Arm, base: Arm) -> str:
+    if arm is base:
+        return ""
+    factor = speed_up(arm, base)
+    if factor is None:
+        return "not reached"
+    return f"{factor:.2f}"
+
+
+def _provenance(runs: Iterable[RunRecord]) -> list[str]:
+    """Return commands, hardware and versions, each once, with the number of runs."""
     runs = list(runs)
-    seeds = sorted({run.seed for run in runs})
-    lines = [f"{len(runs)} runs, seeds {seeds[0]} to {seeds[-1]}." if runs else "No runs.", ""]
-    told = {
-        run.key: (run.command, run.hardware, ", ".join(f"{name} {it}" for name, it in run.versions.items()))
-        for run in runs
-    }
-    for each in sorted(set(told.values())):
-        command, hardware, versions = each
-        lines += [f"- {list(told.values()).count(each)} by `{command}` on {hardware}, with {versions}"]
+    if not runs:
+        return ["No runs."]
+    seeds = [run.seed for run in runs]
+    lines = [f"{len(runs)} runs, seeds {min(seeds)} to {max(seeds)}.", ""]
+    origins = Counter(_origin(run) for run in runs)
+    for origin, count in sorted(origins.items()):
+        lines.append(f"- {count} by {origin}")
     return lines
+
+
+def _origin(run: RunRecord) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in run.versions.items())
+    origin = f"`{run.command}` on {run.hardware}, with {versions}"
+    if run.commit:
+        origin += f", commit {run.commit}, data {run.data}"
+    return origin

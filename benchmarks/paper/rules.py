@@ -1,4 +1,4 @@
-"""Other rules for the first layer's gradient than the paper's, in their plainest form, to be compared with it.
+"""Defines other rules for the first layer's gradient than the paper's, in their plainest form, to compare them.
 
 Each multiplies the weight's gradient g, flattened to (m, n), by a power of a damped moment of the patches p:
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class Rule(NamedTuple):
-    """What is done with the gradient; the default is the paper's."""
+    """Says what is done with the gradient; the default is the paper's."""
 
     lam: float = 0.1
     power: float = 1.0
@@ -30,40 +30,49 @@ class Rule(NamedTuple):
     def apply(
         self, grad: Tensor, bias_grad: Tensor | None, moment: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients to hand on, of `grad` (m, n) and `bias_grad` (m,) by C (n, n) and mu (n,), in float64."""
-        g, moment, mean = grad.double(), moment.double(), mean.double()
+        """Return what is handed on for `grad` (m, n) and `bias_grad` (m,), by C (n, n) and mu (n,), in float64."""
+        g = grad.double()
+        moment = moment.double()
+        mean = mean.double()
         if self.center:
             moment = moment - torch.outer(mean, mean)
             if bias_grad is not None:
                 g = g - torch.outer(bias_grad.double(), mean)
-        lam = self.lam * (moment.trace() / len(moment) if self.relative else 1.0)
+        lam: float | Tensor = self.lam
+        if self.relative:
+            lam = self.lam * (moment.trace() / len(moment))
         values, vectors = torch.linalg.eigh(moment)
-        new = (g @ vectors) * (values.clamp(min=0) + lam) ** -self.power @ vectors.mT
+        powers = (values.clamp(min=0) + lam) ** -self.power
+        new = (g @ vectors) * powers @ vectors.mT
         if self.center and bias_grad is not None:
             bias_grad = (bias_grad.double() - new @ mean).to(bias_grad)
         return new.to(grad), bias_grad
 
 
 class _Identity(torch.autograd.Function):
-    """Weight and bias as they are; their gradients by the rule."""
+    """Returns weight and bias unchanged; their gradients follow the rule."""
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor | None, patches: Tensor, rule: Rule
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes the moments of `patches` (b, n)."""
-        ctx.rule, ctx.moment, ctx.mean = rule, patches.mT @ patches / len(patches), patches.mean(0)
-        return weight.view_as(weight), bias if bias is None else bias.view_as(bias)
+        """Take the moments of `patches` (b, n)."""
+        ctx.rule = rule
+        ctx.moment = patches.mT @ patches / len(patches)
+        ctx.mean = patches.mean(0)
+        if bias is not None:
+            bias = bias.view_as(bias)
+        return weight.view_as(weight), bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The rule's gradients."""
+        """Return the gradients that the rule says."""
         new, bias_grad = ctx.rule.apply(grad.flatten(1), bias_grad, ctx.moment, ctx.mean)
         return new.view_as(grad), bias_grad, None, None
 
 
 class RuledConv2d(nn.Conv2d):
-    """A convolution whose gradients follow `rule`."""
+    """Convolves like nn.Conv2d, with gradients that follow `rule`."""
 
     rule: Rule
     last: int
@@ -71,21 +80,27 @@ class RuledConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
-            with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-                unfolded = F.unfold(input.float(), self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
-                patches = unfolded.movedim(1, -1).flatten(0, 1)
-            rule = self.rule
-            if rule.lam_end is not None:
-                progress = min(1.0, float(self.step) / max(1, self.last))
-                rule = rule._replace(lam=rule.lam ** (1 - progress) * rule.lam_end**progress)
-                self.step = self.step + 1  # not in place: copies that find the first layer share it
-            weight, bias = _Identity.apply(weight, bias, patches, rule)
+            weight, bias = _Identity.apply(weight, bias, self._patches(input), self._rule_of_this_step())
         result: Tensor = super()._conv_forward(input, weight, bias)
         return result
 
+    @torch.no_grad()
+    def _patches(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            columns = F.unfold(input.float(), self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
+            return columns.movedim(1, -1).flatten(0, 1)
+
+    def _rule_of_this_step(self) -> Rule:
+        rule = self.rule
+        if rule.lam_end is None:
+            return rule
+        progress = min(1.0, float(self.step) / max(1, self.last))
+        self.step = self.step + 1  # not in place: copies that find the first layer share it
+        return rule._replace(lam=rule.lam ** (1 - progress) * rule.lam_end**progress)
+
 
 def ruled(layer: nn.Conv2d, rule: Rule, steps: int = 1) -> nn.Conv2d:
-    """The layer itself, from now on by that rule, whose schedule ends at the last of `steps`."""
+    """Return the layer itself, from now on by that rule, whose schedule ends at the last of `steps`."""
     if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise ValueError(f"`layer` (={layer}) must be an ungrouped convolution with padding of zeros in numbers.")
     layer.__class__ = RuledConv2d

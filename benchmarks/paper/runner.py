@@ -4,89 +4,93 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.common import records as results
 from benchmarks.common.processes import Work, run_all
-from benchmarks.common.records import RAN_ON, Result
-from benchmarks.paper.experiments import Job
+from benchmarks.common.records import RunRecord, add_record, command, read_records
+from benchmarks.paper.experiment import Job
+from benchmarks.paper.train import RUN_FILE
 from hf_tract.integrations.training_record import without_local_path
 
+TRAIN = ("-m", "benchmarks.paper.train")
 
-def run(
-    jobs: Iterable[Job],
-    file: Path,
-    folder: Path,
-    datasets: Mapping[str, str],
-    at_once: int = 1,
-    processes: int = 1,
-    devices: Sequence[str] = (),
-    options: Sequence[str] = (),
-    launch_options: Sequence[str] = (),
-    keep: bool = False,
-) -> list[str]:
-    """Runs what is not in the file of results yet, and adds it.
 
-    Args:
-        jobs: what is wanted.
-        file: the results, JSON lines.
-        folder: where runs keep their checkpoints and logs.
-        datasets: where a data set lies, by the name in the recipes.
-        at_once: runs at the same time.
-        processes: of each run, by `accelerate launch`.
-        devices: CUDA_VISIBLE_DEVICES of the runs in turn.
-        options: more options of train.py.
-        launch_options: more options of `accelerate launch`.
-        keep: keep the folder of a run that is done.
+@dataclass(frozen=True)
+class Launch:
+    """Says where and how runs are started."""
 
-    Returns:
-        What failed, in words.
-    """
-    have = results.read(file)
-    todo = {job.key: job for job in jobs if job.key not in have}
-    works = [_work(job, folder, datasets, processes, options, launch_options) for job in todo.values()]
+    folder: Path  # for checkpoints and logs
+    datasets: Mapping[str, str] = field(default_factory=dict)  # where a data set lies, by its name in the recipes
+    at_once: int = 1
+    processes: int = 1  # of each run, by accelerate launch
+    devices: Sequence[str] = ()  # CUDA_VISIBLE_DEVICES of the runs in turn
+    options: Sequence[str] = ()  # more of benchmarks.paper.train
+    launch_options: Sequence[str] = ()  # more of accelerate launch
+    keep: bool = False  # the folders of runs that are done
+
+    def command(self, options: Sequence[str]) -> list[str]:
+        """Return the command of a run with these options."""
+        words = [sys.executable]
+        if self.processes > 1 or self.launch_options:
+            words += ["-m", "accelerate.commands.launch", "--num_processes", str(self.processes)]
+            if not torch.accelerator.is_available():
+                words.append("--cpu")
+            words += self.launch_options
+        return [*words, *TRAIN, *options, *self.options]
+
+
+def run(jobs: Iterable[Job], file: Path, launch: Launch) -> list[str]:
+    """Run what is not in the file of results yet, and add it; return what failed, in words."""
+    have = read_records(file)
+    todo = {}
+    for job in jobs:
+        if job.key not in have:
+            todo[job.key] = job
+    works = [_work(job, launch) for job in todo.values()]
 
     def done(work: Work) -> None:
-        results.add(file, _result(todo[work.name], folder))
-        if not keep:
-            shutil.rmtree(folder / work.name)
+        add_record(file, _record(todo[work.name], launch.folder))
+        if not launch.keep:
+            shutil.rmtree(launch.folder / work.name)
 
-    return run_all("runs", works, at_once, done, devices)
+    return run_all("runs", works, launch.at_once, done, launch.devices)
 
 
-def _work(
-    job: Job,
-    folder: Path,
-    datasets: Mapping[str, str],
-    processes: int,
-    options: Sequence[str],
-    launch_options: Sequence[str],
-) -> Work:
+def _work(job: Job, launch: Launch) -> Work:
+    folder = launch.folder / job.key
+    stages = job.stages()
     commands = []
-    for stage, values in enumerate(job.stages()):
-        place = folder / job.key / str(stage)
-        place.mkdir(parents=True, exist_ok=True)
-        name = values["dataset"]
-        dataset = {"dataset": datasets.get(name, name)}
-        previous = {"model": str(folder / job.key / str(stage - 1) / "model"), "model_config": {}} if stage else {}
-        (place / "recipe.yaml").write_text(yaml.safe_dump({**values, **dataset, **previous}), encoding="utf-8")
-        script = ["-m", "benchmarks.paper.train", "--recipe", str(place / "recipe.yaml"), "--output_dir", str(place)]
-        cpu = [] if torch.accelerator.is_available() else ["--cpu"]
-        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), *cpu, *launch_options]
-        launched = launch if processes > 1 or launch_options else []
-        commands.append(
-            [sys.executable, *launched, *script, "--resume_from_checkpoint", "latest", *job.options(), *options]
-        )
-    return Work(commands, folder / f"{job.key}.log", job.key)
+    for stage, values in enumerate(stages):
+        values = {**values, "dataset": launch.datasets.get(values["dataset"], values["dataset"])}
+        if stage:
+            values |= {"model": str(folder / str(stage - 1) / "model"), "model_config": {}}
+        options = job.options()
+        if stage + 1 < len(stages):
+            options.append("--save_model")
+        commands.append(launch.command([*write_recipe(folder / str(stage), values), *options]))
+    return Work(commands, launch.folder / f"{job.key}.log", job.key)
 
 
-def _result(job: Job, folder: Path) -> Result:
+def write_recipe(folder: Path, values: Mapping[str, Any]) -> list[str]:
+    """Write a recipe into the folder of a run, and return the options that name both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
+    return ["--recipe", str(recipe), "--output_dir", str(folder)]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what a finished run left in its folder, as fields of a record."""
+    row: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    return row
+
+
+def _record(job: Job, folder: Path) -> RunRecord:
     last = folder / job.key / str(len(job.stages()) - 1)
-    rows = [json.loads(line) for line in (last / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-    top1, top5, loss, seconds = ([row[name] for row in rows] for name in ("top1", "top5", "loss", "seconds"))
-    config = {**job.config, "dataset": without_local_path(job.config["dataset"])}
-    ran_on = json.loads((last / RAN_ON).read_text(encoding="utf-8"))
-    return Result(job.key, job.scale, job.seed, config, top1, top5, loss, seconds, **ran_on)
+    settings = {**job.config, "dataset": without_local_path(job.config["dataset"])}
+    return RunRecord(job.key, job.arm, settings, job.seed, command=command(), **read_run(last))

@@ -1,47 +1,65 @@
-"""One run of one arm of the paper's experiments: examples/pretrain_vit.py with what the paper compares TrAct with.
+"""Trains one arm of one experiment from one seed; `python -m benchmarks.paper run` calls it.
 
-    python benchmarks/paper/train.py --recipe examples/recipes/cifar10_vit.yaml --variant patch_norm --no_tract
+    python -m benchmarks.paper.train --recipe RECIPE.yaml --output_dir FOLDER --variant patch_norm --no_tract
 
-The options are those of pretrain_vit.py and two more. `python benchmarks/paper run` calls it.
+What is trained and how stands in the recipe. A run that was killed goes on after its last whole epoch.
 """
 
+import argparse
 import contextlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
-from benchmarks.common.records import PACKAGES, RAN_ON
+from benchmarks.common.records import environment
 from benchmarks.paper.arms import VARIANTS, maker, optimizer_maker
 from benchmarks.paper.emulated_bf16 import EmulatedBF16
-from benchmarks.training.loop import train
+from benchmarks.training.loop import Options, train
 from benchmarks.training.models import save_model
-from benchmarks.training.recipe import parse
-from hf_tract.integrations import provenance
+from benchmarks.training.recipe import read_recipe
 
-
-@dataclass
-class Arm:
-    """What is done about the first layer beside TrAct or in its place."""
-
-    variant: str = field(default="none", metadata={"help": "of the first layer", "choices": VARIANTS})
-    emulate_bf16: bool = field(default=False, metadata={"help": "for a CPU without instructions for bfloat16"})
-    first_learning_rate: float = field(default=0.08, metadata={"help": "of the first layer, for sgd_first"})
+RUN_FILE = "run.json"  # what a run leaves in its folder
 
 
 def main() -> None:
-    """Runs it."""
-    recipe, run, arm = parse(Arm)
-    with EmulatedBF16() if arm.emulate_bf16 else contextlib.nullcontext():
-        trained = train(recipe, run, maker(arm.variant), optimizer_maker(arm.variant, arm.first_learning_rate))
+    """Train, and leave the figures."""
+    args = parse()
+    recipe = read_recipe(args.recipe)
+    options = Options(args.output_dir, not args.no_tract, args.num_workers)
+    make_optimizer = optimizer_maker(args.variant, args.first_learning_rate)
+    products: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if args.emulate_bf16:
+        products = EmulatedBF16()
+    with products:
+        trained = train(recipe, options, maker(args.variant), make_optimizer)
     if not PartialState().is_main_process:
         return
-    ran_on = {"versions": provenance.versions(PACKAGES), "hardware": provenance.hardware()}
-    Path(run.output_dir, RAN_ON).write_text(json.dumps(ran_on), encoding="utf-8")
-    loadable = arm.variant in ("none", "sgd_first", "rounded") and not recipe.model.startswith("cifar_")
-    if loadable:  # for what continues from it
-        save_model(trained.model, Path(run.output_dir) / "model", trained.look, trained.splits.names)
+    if args.save_model:
+        save_model(trained.model, args.output_dir / "model", trained.look)
+    figures = dict(trained.figures)
+    seconds = figures.pop("seconds")
+    row = {"curve": figures, "seconds": seconds, "data": trained.data, **environment()}
+    (args.output_dir / RUN_FILE).write_text(json.dumps(row), encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True, help="a YAML file, as in benchmarks/training/recipes")
+    parser.add_argument("--output_dir", type=Path, required=True, help="for checkpoints and figures")
+    parser.add_argument("--no_tract", action="store_true", help="train without TrAct")
+    parser.add_argument("--variant", choices=VARIANTS, default="none", help="of the first layer (default: none)")
+    parser.add_argument(
+        "--first_learning_rate", type=float, default=0.08, help="of the first layer, for sgd_first (default: 0.08)"
+    )
+    parser.add_argument(
+        "--emulate_bf16", action="store_true", help="compute bfloat16 products in float32, on a slow CPU"
+    )
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
+    parser.add_argument("--save_model", action="store_true", help="save the model, for a run that goes on from it")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from benchmarks.survey import families as survey_families
+from benchmarks.survey import families as others
 from benchmarks.survey.families import FAMILIES
 from hf_tract.discovery.inputs import PIXELS
 from hf_tract.discovery.shapes import FEW_FRAMES, FRAMES, SIZES, side_lengths
@@ -63,10 +63,15 @@ class Subject(NamedTuple):
     family: str
     name: str
 
+    @property
+    def key(self) -> str:
+        """Return what tells it from all others."""
+        return f"{self.library} {self.name}"
+
     def make(self, small: bool) -> nn.Module:
         """The model as its library makes it by default, or with fewer layers."""
         if self.library in FAMILIES:
-            return survey_families.make(self.library, self.name)
+            return others.make(self.library, self.name)
         if self.library == "timm":
             fewer = _shrunk_timm(self.family, self.name) if small else {}
             return timm.create_model(self.name, **fewer)  # type: ignore[no-any-return]
@@ -86,7 +91,7 @@ def subjects() -> list[Subject]:
     found += [Subject("timm", family, _smallest(names)) for family, names in families if names]
     return found + [
         Subject(library, f"{library} {version(library)}", name)
-        for library in survey_families.installed()
+        for library in others.installed()
         for name in FAMILIES[library]
     ]
 

@@ -1,6 +1,5 @@
 """The benchmarks measure what they say: formulas count operations that run, a broken bound fails, turns are fair."""
 
-import json
 import math
 import sys
 
@@ -8,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import overhead
+from benchmarks import overhead, scaling
+from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.timing import interleaved, peak_bytes
 from hf_tract.cli.cost import moment_cost
 from hf_tract.core.moments import patch_moments
@@ -67,22 +67,40 @@ def test_peak_memory_counts_what_is_alive_together():
     ],
 )
 def test_a_broken_bound_is_told(scope, seconds, peak, broken):
-    result = {
-        "seconds": {arm: [value] * 7 for arm, value in seconds.items()},
-        "peak_bytes": {"vanilla": 0, "hf-tract": peak},
-        "n": 768,
-    }
-    assert bool(overhead.violations({f"ViT-S/16 | {scope} | cpu | float32 | eager | 16": result})) == broken
+    settings = {"model": "ViT-S/16", "scope": scope, "device": "cpu"}
+    result = {}
+    for arm, value in seconds.items():
+        curve = {"peak_bytes": [peak if arm == "hf-tract" else 0]}
+        result[arm] = RunRecord(arm, arm, settings, 0, curve, [value] * 7)
+    assert bool(overhead.violations({"a measurement": result})) == broken
 
 
-def test_the_script_measures_prints_and_keeps_its_results(tmp_path, monkeypatch, capsys):
+def test_overhead_measures_prints_and_keeps_its_results(tmp_path, monkeypatch, capsys):
     options = ["--models", "ViT @32", "--scopes", "layer", "--batch", "2", "--repeats", "7", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["overhead.py", *options, "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [overhead.__file__, *options, "--output_dir", str(tmp_path)])
     for _ in range(2):
         overhead.main()
     out = capsys.readouterr()
     assert out.err.count("ViT @32 | layer | cpu | float32 | eager | 2 ...") == 1  # the second time from the file
-    (result,) = json.loads((tmp_path / "overhead.json").read_text()).values()
-    assert {arm: len(times) for arm, times in result["seconds"].items()} == dict.fromkeys(overhead.ARMS, 7)
+    records = read_records(tmp_path / "overhead.jsonl").values()
+    assert {record.arm: len(record.seconds) for record in records} == dict.fromkeys(overhead.ARMS, 7)
+    assert all(record.command.startswith("python -m benchmarks.overhead --models") for record in records)
     assert (tmp_path / "overhead.png").exists()
     assert "ms above vanilla" in out.out
+
+
+def test_scaling_keeps_each_point_and_draws_all_of_them(tmp_path, monkeypatch):
+    few = [point for point in scaling.points() if point.at in (3, 32) and point.shape[0] < 64]
+    monkeypatch.setattr(scaling, "points", lambda: iter(few))
+    monkeypatch.setattr(scaling, "measure_all_reduce", lambda: {str(n): [0.1] * 3 for n in scaling.REDUCED})
+    monkeypatch.setattr(scaling, "SWEEPS", tuple(dict.fromkeys(point.sweep for point in few)))
+    monkeypatch.setattr(scaling, "PRODUCT", 64)
+    monkeypatch.setattr(scaling, "COPY", 64)
+    monkeypatch.setattr(scaling, "interleaved", lambda arms, *rest, **more: {name: [0.1] * 3 for name in arms})
+    file = tmp_path / "scaling.jsonl"
+    scaling.measure(file, 7)
+    found = read_records(file)
+    assert len(found) == 2 + 2 * len(few) + len(scaling.REDUCED)
+    scaling.measure(file, 7)
+    assert len(file.read_text().splitlines()) == len(found)
+    scaling.report(found)

@@ -5,22 +5,23 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_transform
 
-from benchmarks.training.cached_images import CachedImages
-from benchmarks.training.image_data import Images, load_splits
-from benchmarks.training.models import Preprocessing
+from benchmarks.training.data import Normalization, load_splits
+from benchmarks.training.images import CachedImages, Images
+from benchmarks.training.recipe import Recipe
 
-LOOK = Preprocessing(32, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
+LOOK = Normalization(32, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return load_splits("photo_crops", train_samples=24)
+    return load_splits(Recipe(train_samples=24))
 
 
-def cached(splits, **options) -> CachedImages:
-    return CachedImages(
-        splits.train, splits, create_transform(32, interpolation="bicubic", normalize=False), LOOK, **options
-    )
+def cached(splits, padding: int = 0, flip: float = 0.0, seed: int = 0) -> CachedImages:
+    to_size = create_transform(32, interpolation="bicubic", normalize=False)
+    images = CachedImages(splits.train, splits, to_size, LOOK, seed)
+    images.augment(padding, flip)
+    return images
 
 
 def test_without_augmentation_they_are_those_of_the_ordinary_loader(splits):

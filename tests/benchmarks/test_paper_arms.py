@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.paper.arms import Around, Both, ChannelNorm, OnPatches, Whitening, first_layer, maker, optimizer_maker
-from benchmarks.training.image_data import load_splits
-from benchmarks.training.models import Preprocessing
+from benchmarks.paper.arms import Both, first_layer, maker, optimizer_maker
+from benchmarks.paper.layers import Around, ChannelNorm, OnPatches, Whitening
+from benchmarks.training.data import Normalization, load_splits
 from benchmarks.training.recipe import Recipe
 
 PATCH, CHANNELS = 4, 8
-VIT = '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4}'
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4}
 
 
 @pytest.fixture
@@ -65,20 +65,21 @@ def test_whitened_patches_have_the_identity_as_second_moment(pixels):
 
 @pytest.mark.parametrize("variant", ["patch_norm", "dual_patch_norm", "whitening", "torch_tract"])
 def test_every_variant_trains_the_first_layer_of_a_vit(variant):
-    splits, recipe = load_splits("photo_crops", train_samples=64), Recipe(model="vit", model_config=VIT)
-    model = maker(variant)(recipe, splits, Preprocessing(32, [0.5] * 3, [0.2] * 3))
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64)
+    splits = load_splits(recipe)
+    model = maker(variant)(recipe, splits, Normalization(32, [0.5] * 3, [0.2] * 3))
     model(torch.randn(4, 3, 32, 32)).logits.logsumexp(-1).sum().backward()
     projection = model.vit.embeddings.patch_embeddings.projection
     assert projection.weight.grad.abs().sum() > 0
-    plain = maker("none")(recipe, splits, Preprocessing(32, [0.5] * 3, [0.2] * 3))
+    plain = maker("none")(recipe, splits, Normalization(32, [0.5] * 3, [0.2] * 3))
     assert type(projection) is not type(plain.vit.embeddings.patch_embeddings.projection)
 
 
 def test_a_variant_of_patches_is_refused_for_patches_that_overlap():
-    splits = load_splits("photo_crops", train_samples=64)
-    recipe = Recipe(model="cifar_resnet18", model_config='{"channels": [4, 4, 8, 8]}')
+    recipe = Recipe(model="cifar_resnet18", model_config={"channels": [4, 4, 8, 8]}, train_samples=64)
+    splits = load_splits(recipe)
     with pytest.raises(ValueError, match=r"`variant` \(='whitening'\) is of patches that do not overlap"):
-        maker("whitening")(recipe, splits, Preprocessing(32, [0.5] * 3, [0.2] * 3))
+        maker("whitening")(recipe, splits, Normalization(32, [0.5] * 3, [0.2] * 3))
 
 
 def test_both_optimizers_take_their_own_steps_and_go_on_from_a_checkpoint():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.survey import __main__ as survey
+from benchmarks.survey import look, table
 from benchmarks.survey.check import differences, met_first, reference
 from benchmarks.survey.models import subjects
 from hf_tract import apply_tract
@@ -20,7 +20,7 @@ TABLE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="u
 LINES = {
     tuple(line[2:].split(" | ")[:2]): line for line in TABLE.splitlines() if line.startswith("| ")
 }  # family, name
-STALE = f"docs/models.md is stale: run `{survey.COMMAND}`"
+STALE = f"docs/models.md is stale: run `{table.COMMAND}`"
 ALL = {subject.name: subject for subject in subjects()}
 # One of each kind: patches, windows, weight standardisation, flat patches, clips, rows with a grid, two stems and a
 # skip connection of pixels, spectrograms, a backbone of timm's, tokens, forwards that look at values.
@@ -43,25 +43,25 @@ SAMPLE = [
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_model_of_each_kind_has_the_right_layer_and_gradient(name):
-    status = survey.look(ALL[name])["status"]
-    assert status.startswith("refused: `model`" if "ImageGPT" in name else survey.WORKS)
+    status = look.look(ALL[name])["status"]
+    assert status.startswith("refused: `model`" if "ImageGPT" in name else look.WORKS)
 
 
 @pytest.mark.survey
 def test_the_table_has_every_model_of_these_versions():
-    assert all(f"{name} {number}" in TABLE for name, number in survey.versions().items() if name != "torch"), STALE
+    assert all(f"{name} {number}" in TABLE for name, number in table.versions().items() if name != "torch"), STALE
     listed = [line.split(" | ")[1] for line in TABLE.splitlines() if line.startswith("| ")]
     assert set(ALL) <= set(listed), STALE
 
 
 @pytest.mark.survey
 def test_every_line_of_the_table_is_true(tmp_path):
-    found = survey.rows(list(ALL.values()), tmp_path / "survey.jsonl", workers=2)
-    assert [survey.line(row) for row in found] == [LINES[row["family"], row["name"]] for row in found], STALE
+    found = table.rows(list(ALL.values()), tmp_path / "survey.jsonl", workers=2)
+    assert [table.line(row) for row in found] == [LINES[row["family"], row["name"]] for row in found], STALE
 
 
 def test_at_least_95_percent_work_and_the_others_say_why():
-    for library in survey.LIBRARIES:
+    for library in table.LIBRARIES:
         good, count = map(int, re.search(rf"## {library}: (\d+) of (\d+) work", TABLE).groups())
         assert good >= 0.95 * count
     for line in LINES.values():

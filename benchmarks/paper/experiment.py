@@ -1,0 +1,151 @@
+"""Describes an experiment as data, and lists the runs that it takes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from benchmarks.common.records import key_of
+from benchmarks.training.recipe import RECIPES, field_names
+
+SCALES = ("full", "small", "smoke")
+SMALL_SEEDS = 3
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Holds runs that belong together: each arm in each setting, from several seeds."""
+
+    title: str
+    recipe: str
+    # "WHAT; N epochs": smaller scales have epochs of their own, so only WHAT differs there
+    settings: dict[str, Changes]
+    arms: dict[str, Changes]
+    small: Changes
+    smoke: Changes
+    full_seeds: int = 5
+    at_most: Mapping[str, int] = field(default_factory=dict)  # seeds of arms that are there to be looked at
+    few: tuple[str, ...] = ()  # the settings of smaller scales, where they are not all
+    left_out: tuple[str, ...] = ()  # arms of the full scale alone
+    reference: str = ""  # another arm that gains are told from, beside the first
+    then: str | None = None  # the recipe of a second stage, which goes on from the first one's model
+
+    def jobs(self, scale: str, seeds: int | None = None) -> Iterator[Job]:
+        """List what is to be run: the first seed of everything before the second."""
+        for seed in range(seeds or self._usual_seeds(scale)):
+            seen: set[str] = set()
+            for setting, arm in itertools.product(self._settings(scale), self._arms(scale)):
+                if seed >= self.at_most.get(arm, seed + 1):
+                    continue
+                config = self.config(scale, setting, arm)
+                job = Job(self, scale, self._label(scale, setting), arm, seed, config)
+                if job.key not in seen:
+                    seen.add(job.key)
+                    yield job
+
+    def _usual_seeds(self, scale: str) -> int:
+        if scale == "smoke":
+            return 1
+        if scale == "small":
+            return min(SMALL_SEEDS, self.full_seeds)
+        return self.full_seeds
+
+    def _settings(self, scale: str) -> list[str]:
+        """Return the names of the settings."""
+        if scale == "full" or not self.few:
+            return list(self.settings)
+        return [name for name in self.settings if name in self.few]
+
+    def _label(self, scale: str, setting: str) -> str:
+        """Return the name of a setting at a scale, without the epochs that it does not have there."""
+        if scale == "full":
+            return setting
+        if "; " in setting or self.few:
+            return setting.split("; ")[0]
+        return ""
+
+    def _arms(self, scale: str) -> list[str]:
+        """Return the names of the arms; at the smoke scale one of those that differ in a number alone."""
+        if scale == "full":
+            return list(self.arms)
+        names = [name for name in self.arms if name not in self.left_out]
+        if scale == "small":
+            return names
+        first_of_kind: dict[tuple[str, ...], str] = {}
+        for name in names:
+            first_of_kind.setdefault(_kind(self.arms[name]), name)
+        return list(first_of_kind.values())
+
+    def config(self, scale: str, setting: str, arm: str) -> Changes:
+        """Return the fields of a recipe, `no_tract` and the options of benchmarks.paper.train, of one run."""
+        whole = {**read_values(self.recipe), **self.settings[setting]}
+        changes = self.arms[arm]
+        shrunk: Changes = {"full": {}, "small": self.small, "smoke": self.smoke}[scale]
+        config = {**whole, **shrunk, **changes}
+        if shrunk and "epochs" in changes:  # an arm that is shorter stays so
+            part = shrunk["epochs"] / whole["epochs"]
+            config["epochs"] = round(part * changes["epochs"])
+            if "decay_milestones" in changes:
+                milestones = {max(1, round(part * at)) for at in changes["decay_milestones"]}
+                config["decay_milestones"] = sorted(milestones)
+        return config
+
+
+def _kind(arm: Changes) -> tuple[str, ...]:
+    """Return what an arm changes, without the numbers."""
+    kind = []
+    for name, value in arm.items():
+        kind.append(value if name == "variant" else name)
+    return tuple(kind)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Describes one run."""
+
+    experiment: Experiment
+    scale: str
+    setting: str
+    arm: str
+    seed: int
+    config: Changes
+
+    @property
+    def key(self) -> str:
+        """Return the same for runs that are the same, whichever experiment asks for them."""
+        return key_of(self.config, self.seed, self.experiment.then)
+
+    def stages(self) -> list[Changes]:
+        """Return what the recipe file of each stage holds."""
+        stages = [self._recipe_of(self.config)]
+        if self.experiment.then:
+            second = read_values(self.experiment.then)
+            if self.scale == "smoke":
+                second = second | self.experiment.smoke
+            stages.append(self._recipe_of(second))
+        return stages
+
+    def _recipe_of(self, values: Changes) -> Changes:
+        known = {name: values[name] for name in field_names() if name in values}
+        return known | {"seed": self.seed}
+
+    def options(self) -> list[str]:
+        """Return those of benchmarks.paper.train beside the recipe."""
+        options = ["--variant", self.config.get("variant", "none")]
+        for flag in ("no_tract", "emulate_bf16"):
+            if self.config.get(flag):
+                options.append(f"--{flag}")
+        return options
+
+
+@functools.cache
+def read_values(recipe: str) -> Changes:
+    """Return the values of a recipe, by the name of its file."""
+    values: Changes = yaml.safe_load((RECIPES / recipe).read_text(encoding="utf-8"))
+    return values

@@ -1,0 +1,83 @@
+"""Holds what the paper compares TrAct with at the first layer: norms of patches, and whitening."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Around(nn.Module):
+    """Runs a layer with something before and after it; it has the layer's weight, whose dtype models ask for."""
+
+    def __init__(self, before: nn.Module, layer: nn.Module, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.before = before
+        self.layer = layer
+        self.after = after or nn.Identity()
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the layer's weight."""
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to features (B, C, H / patch, W / patch)."""
+        result: Tensor = self.after(self.layer(self.before(x)))
+        return result
+
+
+class OnPatches(nn.Module):
+    """Applies `inner` to each patch of an image, as (..., n) in the order of `weight.flatten(1)`; returns an image."""
+
+    def __init__(self, patch: int, inner: nn.Module) -> None:
+        super().__init__()
+        self.patch = patch
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to images of that shape."""
+        patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)
+        return F.pixel_shuffle(self.inner(patches).movedim(-1, 1), self.patch)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Normalises over the channels of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features to features of that shape."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Whitening(nn.Module):
+    """Maps patches by a frozen matrix, so that the given ones get uncorrelated and of variance 1, as in airbench."""
+
+    matrix: Tensor
+
+    def __init__(self, patches: Tensor, eps: float = 5e-4) -> None:
+        """Take the map from the eigenvectors of the second moment of `patches` (b, n)."""
+        super().__init__()
+        patches = patches.double()
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        self.register_buffer("matrix", (vectors / (values + eps).sqrt()).float())
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map patches (..., n) to whitened ones."""
+        return patches @ self.matrix
+
+
+def patch_norm(layer: nn.Conv2d) -> nn.Module:
+    """Return the layer behind a norm of each patch, without parameters."""
+    norm = nn.LayerNorm(layer.weight[0].numel(), elementwise_affine=False)
+    return Around(OnPatches(layer.kernel_size[0], norm), layer)
+
+
+def dual_patch_norm(layer: nn.Conv2d) -> nn.Module:
+    """Return the layer between two norms with parameters."""
+    norm = nn.LayerNorm(layer.weight[0].numel())
+    return Around(OnPatches(layer.kernel_size[0], norm), layer, ChannelNorm(layer.out_channels))
+
+
+def whitening_stem(layer: nn.Conv2d, patches: Tensor) -> nn.Module:
+    """Return the layer behind a frozen map that whitens these patches (b, n)."""
+    return Around(OnPatches(layer.kernel_size[0], Whitening(patches)), layer)
