@@ -248,7 +248,7 @@ def test_stop_and_resume_is_bit_exact(tmp_path, make, accumulation):
     half.train()
     assert not torch.equal(weights(whole.model), weights(half.model))
     checkpoint = tmp_path / f"half/checkpoint-{stop_at}"
-    # transformers 5.23 saves a ViT under other names than Trainer loads: README, limits
+    # transformers 5.23 saves a ViT under other names than Trainer loads: docs/troubleshooting.md
     model = make(seed=7) if make is small_convnext else type(make()).from_pretrained(checkpoint)
     rest = trainer(tmp_path / "half", model, callbacks=[TrActCallback()], **settings)
     rest.train(resume_from_checkpoint=str(checkpoint))
