@@ -238,8 +238,8 @@ def main() -> None:
         training = Training(recipe, run)
         training.run_epochs()
     except ImageError as error:
-        # A worker process adds its traceback before the message, which stands in the last line.
-        raise SystemExit(str(error).strip().splitlines()[-1]) from error
+        # A worker process adds its traceback before the message.
+        raise SystemExit(str(error).rpartition("ImageError: ")[2].strip()) from error
     except TrActError as error:
         stop(str(error))
     if not training.accelerator.is_main_process:
@@ -253,8 +253,9 @@ def main() -> None:
             repo = HfApi().create_repo(hub_id, exist_ok=True)
             HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Add model")
             print(f"It is published: {repo}")
+    else:
+        print(f"To publish it: python push_to_hub.py {run.output_dir} --repo_id OWNER/NAME")
     print(f"To fine-tune it: python transfer.py --checkpoint {folder}")
-    print(f"To publish it: python push_to_hub.py {run.output_dir} --repo_id OWNER/NAME")
 
 
 # Options

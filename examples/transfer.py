@@ -217,8 +217,8 @@ def main() -> None:
         try:
             results.append(fine_tune(args, replace(training, seed=seed, output_dir=str(folder)), data))
         except ImageError as error:
-            # A worker process adds its traceback before the message, which stands in the last line.
-            raise SystemExit(str(error).strip().splitlines()[-1]) from error
+            # A worker process adds its traceback before the message.
+            raise SystemExit(str(error).rpartition("ImageError: ")[2].strip()) from error
         except TrActError as error:
             stop(str(error))
     if not IS_MAIN_PROCESS:

@@ -1,6 +1,7 @@
 """The accelerate example: any model from a recipe, resumed anywhere, on one process or two."""
 
 import dataclasses
+import functools
 import json
 import re
 import signal
@@ -26,6 +27,7 @@ from hf_tract.integrations import TrainingRecord
 from hf_tract.integrations.training_record import RECORD_FILE
 from pretrain_vit import Recipe
 
+pretrain_vit.BUILT_IN["photo_crops"] = functools.cache(pretrain_vit.photo_crops)  # made once for all runs here
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}
 FAST = [
