@@ -1,157 +1,991 @@
-"""Trains the same small vision model from the same seed with Trainer: vanilla, with TrAct, with a whitened start too.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf-tract",
+#     "accelerate>=1.10",
+#     "datasets>=4.0",
+#     "huggingface_hub>=1.0",
+#     "matplotlib>=3.9",
+#     "numpy",
+#     "pillow>=10",
+#     "rich>=13",
+#     "scikit-image>=0.24",
+#     "scikit-learn>=1.5",
+#     "scipy>=1.11",
+#     "torch>=2.8",
+#     "torchvision>=0.23",
+#     "tqdm>=4.66",
+#     "transformers>=5.0",
+# ]
+# ///
+"""Trains a small vision model without TrAct, with it, and from a whitened start, and shows a table and a plot.
 
-    python examples/quickstart.py                       # photo crops, no download, a few minutes on two cores
-    python examples/quickstart.py --seeds 5             # mean and spread
-    python examples/quickstart.py --dataset uoft-cs/cifar10 --model convnext --image_size 32
+    python quickstart.py                            # crops of photographs, no download, two minutes on two cores
+    python quickstart.py --seeds 5                  # means with their 95 % intervals
+    python quickstart.py --dataset PATH_TO_IMAGES   # your images: a folder for each class, parquet files, or a Hub id
+    python quickstart.py --save_dataset photo_crops # writes the crops as a folder of images, for other scripts
 
-Runs that have finished are kept in OUTPUT_DIR/records.jsonl and are not run again.
+Finished runs are stored in OUTPUT_DIR/records.jsonl; the same command with more seeds trains only what is missing.
 """
 
+import argparse
+import io
 import json
+import math
 import os
-from dataclasses import dataclass, field
-from functools import partial
+import platform
+import random
+import shlex
+import struct
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import datasets
+import matplotlib as mpl
 import numpy as np
+import skimage.data
+import sklearn.datasets
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from tqdm.auto import tqdm
 from transformers import (
     CONFIG_MAPPING,
-    EvalPrediction,
+    AutoConfig,
+    AutoModelForImageClassification,
     HfArgumentParser,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from comparison import Record, compare, two_arms
-from hf_tract import TrActCallback, find_first_layers
-from image_data import DATASET_HELP, load_splits, normalization, to_tensor
-from modeling import make_transformers_model
-from step_clock import StepClock
+from hf_tract import TrActCallback, apply_tract
+from hf_tract.metrics import compute_top_k
 
-SMALL_VIT = (
-    '{"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384, "patch_size": 8}'
-)
+mpl.use("Agg")
+from matplotlib import pyplot as plt
 
+VANILLA = "vanilla"
+TRACT = "TrAct"
 WHITENED = "TrAct, whitened start"
-NO_SETTINGS = ("lam", "seeds", "first_seed", "output_dir", "report_to")  # what a run without TrAct does not depend on
+STYLES = {VANILLA: ("#555555", "s"), TRACT: ("#0072b2", "o"), WHITENED: ("#e69f00", "^")}
 
-
-class Data(NamedTuple):
-    """Training and test images, and the names of the classes."""
-
-    train: datasets.Dataset
-    test: datasets.Dataset
-    labels: list[str]
+SMALL_VIT = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 384,
+    "patch_size": 8,
+}
+# What transformers raises for settings that are wrong or do not suit each other.
+MODEL_ERRORS = (ValueError, TypeError, KeyError, AssertionError, RuntimeError, StrictDataclassError)
+MAX_BYTES = 4 * 2**30  # of decoded images, all of which stay in memory
+TIMED_ROUNDS = 60
+WARM_UP_ROUNDS = 10
+# These options make no difference to a single run, so they are not among a record's settings.
+NOT_SETTINGS = ("seeds", "first_seed", "output_dir", "report_to", "save_dataset", "lam")
 
 
 @dataclass
-class Arguments:
-    """What to train, on what, and how long."""
+class DataOptions:
+    """Names the images.
 
-    dataset: str = field(default="photo_crops", metadata={"help": DATASET_HELP})
-    model: str = field(
-        default="vit",
-        metadata={"help": "a model type for random weights (vit, convnext, resnet, ...), or a checkpoint"},
-    )
-    model_config: str = field(
-        default="",
-        metadata={
-            "help": "JSON: settings of a model of random weights; by default a small ViT's, or the model type's own"
-        },
-    )
-    image_size: int = field(default=32, metadata={"help": "side of the images that the model gets"})
-    train_samples: int = field(
-        default=0, metadata={"help": "use that many training images, the same for each run; 0 for all"}
-    )
-    lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
+    Args:
+        dataset: photo_crops (needs no download), a folder of images or of parquet files, or a Hub id.
+        dataset_config: the Hub's name for a variant of the data set.
+        train_split: its part to train on.
+        eval_split: its part to test on; by default test, validation, or a share that is held out.
+        image_column: by default the first column of images.
+        label_column: by default the first column of classes.
+        train_samples: use that many training images; 0 for all.
+        test_samples: use that many test images; 0 for all.
+        corrupt_images: refuse images that cannot be read, or skip them.
+    """
+
+    dataset: str = "photo_crops"
+    dataset_config: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_samples: int = 0
+    test_samples: int = 0
+    corrupt_images: Literal["refuse", "skip"] = "refuse"
+
+
+@dataclass
+class Options(DataOptions):
+    """Says what is trained, and how long.
+
+    Args:
+        model: a model type of transformers (vit, convnext, resnet, ...), for random weights, or a checkpoint.
+        model_config: JSON with settings for random weights; a vit without settings is a small one.
+        image_size: height and width of the images; 0 for 32, or for what a checkpoint expects.
+        lam: TrAct's damping.
+        epochs: passes over the training images.
+        batch_size: images of each step.
+        learning_rate: of AdamW, with a cosine schedule.
+        max_grad_norm: clipping by Trainer, which sees TrAct's gradient; 0 for none.
+        seeds: number of runs of each arm.
+        first_seed: seed of the first run, after which they count up.
+        report_to: none, tensorboard, wandb, trackio, ...
+        output_dir: folder of the records and the plot.
+        save_dataset: write the photo crops into this folder, as train/CLASS/*.png and test/CLASS/*.png, and end.
+    """
+
+    model: str = "vit"
+    model_config: str = "{}"
+    image_size: int = 0
+    lam: float = 0.1
     epochs: int = 8
     batch_size: int = 128
     learning_rate: float = 1e-3
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Trainer's clipping, which sees TrAct's gradient; 0 for none"}
-    )
-    seeds: int = field(default=1, metadata={"help": "train each arm from that many seeds"})
+    max_grad_norm: float = 1.0
+    seeds: int = 1
     first_seed: int = 0
-    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ..."})
+    report_to: str = "none"
     output_dir: str = "outputs/quickstart"
+    save_dataset: str | None = None
+
+
+class Images(NamedTuple):
+    """Holds decoded images, (count, 3, height, width) in 8 bits, and the number of each one's class."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class Data(NamedTuple):
+    """Holds all images, the names of the classes, and the training images' mean and deviation on the scale 0 to 1."""
+
+    train: Images
+    test: Images
+    names: list[str]
+    mean: Tensor
+    std: Tensor
+
+
+Record = dict[str, Any]  # of a finished run: arm, seed, settings, accuracy, command, versions, hardware
 
 
 def main() -> None:
-    args: Arguments
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    args.model_config = args.model_config or (SMALL_VIT if args.model == "vit" else "{}")
-    same = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
-    data = load_images(args)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    title = f"{Path(args.dataset).name}, {args.model}, lam {args.lam:g}"
-    arms = two_arms(same, args.lam)
-    if args.model in CONFIG_MAPPING:  # whose weights are random
-        arms[WHITENED] = {**arms["TrAct"], "whiten_init": True}
-    compare(Path(args.output_dir), arms, seeds, partial(train, data=data, args=args), title)
+    """Train what has not been trained yet, and report."""
+    options = parse_options()
+    if options.save_dataset:
+        save_photo_crops(Path(options.save_dataset))
+        return
+    data = load_data(options)
+    arms = settings_of_arms(options, data)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = read_records(folder)
+    curves: dict[str, list[list[float]]] = {arm: [] for arm in arms}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for arm, settings in arms.items():
+            record = find_record(records, arm, seed, settings)
+            if record is None:
+                record = train_arm(arm, seed, settings, data, options)
+                add_record(folder, record)
+            curves[arm].append(record["accuracy"])
+    seconds = time_steps(data, options)
+    if IS_MAIN_PROCESS:
+        percent = {arm: 100 * np.array(curve) for arm, curve in curves.items()}
+        report(percent, seconds, options)
 
 
-def train(arm: str, seed: int, settings: dict[str, Any], data: Data, args: Arguments) -> Record:
-    """One run of one arm."""
+def parse_options() -> Options:
+    """Read the command line; each wrong value ends the script with one line."""
+    usage = "quickstart.py [options]; --help lists them"
+    parser = HfArgumentParser(Options, usage=usage)  # type: ignore[arg-type]
+    add_help(parser, [DataOptions, Options])
+    options, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}")
+    check_options(options)
+    if not options.image_size:
+        options.image_size = default_image_size(options)
+    return options
+
+
+def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
+    """Tell --help what the docstrings of dataclasses say of their fields."""
+    texts = {}
+    for group in groups:
+        for line in str(group.__doc__).splitlines():
+            name, _, text = line.strip().partition(": ")
+            texts[name] = text
+    for action in parser._actions:
+        if action.dest in texts:
+            action.help = texts[action.dest]
+
+
+def check_options(options: Options) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    for name in ("epochs", "batch_size", "seeds", "lam", "learning_rate"):
+        value = getattr(options, name)
+        if not 0 < value < math.inf:
+            stop(f"--{name} {value}: give a number above 0.")
+    for name in ("train_samples", "test_samples", "image_size", "max_grad_norm", "first_seed"):
+        value = getattr(options, name)
+        if not 0 <= value < math.inf:
+            stop(f"--{name} {value}: give 0 or more.")
+    tracker = options.report_to
+    trackers = get_available_reporting_integrations()
+    if tracker not in ("none", "all", *trackers):
+        stop(f"--report_to {tracker}: give one of none, all, {', '.join(trackers)}, or install it.")
+    if Path(options.output_dir).is_file():
+        stop(f"--output_dir {options.output_dir} is a file: name a folder.")
+    if options.save_dataset and options.dataset != "photo_crops":
+        stop(f"--save_dataset writes photo_crops alone: leave --dataset {options.dataset} out.")
+    if options.model not in CONFIG_MAPPING and options.model_config != "{}":
+        stop(f"--model_config is for random weights, and --model {options.model} is a checkpoint.")
+
+
+def default_image_size(options: Options) -> int:
+    """Return the side of the images that a checkpoint expects, or 32 for random weights."""
+    model = options.model
+    if model in CONFIG_MAPPING:
+        return 32
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        stop(f"--model {model} must be a model type (vit, ...) or a checkpoint: {one_line(error)}")
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        return size
+    return 224
+
+
+def settings_of_arms(options: Options, data: Data) -> dict[str, Record]:
+    """Return what each arm's result depends on; a checkpoint, whose weights are trained, gets no whitened start."""
+    shared = vars(options).copy()
+    for name in NOT_SETTINGS:
+        del shared[name]
+    shared["train_images"] = len(data.train.labels)
+    shared["test_images"] = len(data.test.labels)
+    arms = {VANILLA: shared}
+    arms[TRACT] = {**shared, "lam": options.lam}
+    if options.model in CONFIG_MAPPING:
+        arms[WHITENED] = {**arms[TRACT], "whiten_init": True}
+    return arms
+
+
+# Training
+
+
+def train_arm(arm: str, seed: int, settings: Record, data: Data, options: Options) -> Record:
+    """Train one arm from one seed, and return its record."""
     set_seed(seed)
-    model = make_transformers_model(args.model, json.loads(args.model_config), args.image_size, data.labels)
-    stem = find_first_layers(model)[0]
-    print(f"\n{arm}, seed {seed}: {model.num_parameters():,} parameters, first layer {stem.name} {stem.module}")
-    clock = StepClock()
-    tract = {name: settings[name] for name in ("lam", "whiten_init") if name in settings}
+    model = make_classifier(options, data.names)
+    count = model.num_parameters()
+    say(f"\n{arm}, seed {seed}: {options.model} with {count:,} parameters")
+    callbacks: list[TrainerCallback] = []
+    if arm != VANILLA:
+        whiten = arm == WHITENED
+        callbacks.append(TrActCallback(lam=options.lam, whiten_init=whiten))
+    run = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=os.path.join(args.output_dir, f"{arm}-{seed}"),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=2 * args.batch_size,
-            learning_rate=args.learning_rate,
+            output_dir=str(Path(options.output_dir, run)),
+            run_name=run,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=2 * options.batch_size,
+            learning_rate=options.learning_rate,
             lr_scheduler_type="cosine",
-            max_grad_norm=args.max_grad_norm,
+            max_grad_norm=options.max_grad_norm,
             eval_strategy="epoch",
             logging_strategy="epoch",
             save_strategy="no",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.accelerator.is_available(),
-            report_to=args.report_to,
+            report_to=options.report_to,
             seed=seed,
         ),
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        compute_metrics=accuracy,
-        callbacks=[clock, *([TrActCallback(**tract)] if tract else [])],
+        train_dataset=Batches(data.train, data, augment),
+        eval_dataset=Batches(data.test, data),
+        data_collator=unchanged,
+        compute_metrics=compute_top_k,
+        callbacks=callbacks,
     )
     trainer.train()
-    curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    return Record(arm, seed, curve, clock.median(), settings)
+    history = trainer.state.log_history
+    accuracy = [entry["eval_top1"] for entry in history if "eval_top1" in entry]
+    record = {"arm": arm, "seed": seed, "settings": settings}
+    return {**record, "accuracy": accuracy, **describe_run()}
 
 
-def load_images(args: Arguments) -> Data:
-    """Data sets that give `pixel_values` and `labels`, training images with flips and jitter."""
-    splits = load_splits(args.dataset, train_samples=args.train_samples)
-    mean, std = normalization(splits, args.image_size)
-    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    jitter = [v2.RandomHorizontalFlip(), v2.ColorJitter(brightness=0.3, contrast=0.3)]
+def make_classifier(options: Options, names: list[str]) -> Any:
+    """Make a classifier of random weights, or load a checkpoint with a new head, and try it on images of this size."""
+    name, size = options.model, options.image_size
+    labels = label_settings(names)
+    try:
+        if name in CONFIG_MAPPING:
+            settings = {"image_size": size, **random_model_settings(options)}
+            config = AutoConfig.for_model(name, **settings, **labels)
+            model = AutoModelForImageClassification.from_config(config)
+        else:
+            model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (*MODEL_ERRORS, OSError) as error:
+        stop(f"--model {name} cannot be made for images of --image_size {size}: {one_line(error)}")
+    return model
 
-    def give(*transforms: v2.Transform) -> Any:
-        transform = v2.Compose([*to_tensor(args.image_size), *transforms])
-        return lambda rows: {
-            "pixel_values": [transform(row) for row in rows[splits.image]],
-            "labels": rows[splits.label],
-        }
 
-    train, test = splits.train.with_transform(give(*jitter, *normalize)), splits.test.with_transform(give(*normalize))
-    return Data(train, test, splits.names)
+def label_settings(names: list[str]) -> dict[str, Any]:
+    """Return what a configuration of transformers holds about the classes."""
+    numbers = {name: number for number, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1."""
-    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+def random_model_settings(options: Options) -> dict[str, Any]:
+    """Return the settings in `--model_config`; transformers itself would ignore a misspelt one."""
+    text = options.model_config
+    try:
+        settings = dict(json.loads(text))
+    except (ValueError, TypeError):
+        stop(f"--model_config {text}: give JSON, such as '{json.dumps(SMALL_VIT)}'.")
+    known = AutoConfig.for_model(options.model)
+    for name in settings:
+        if not hasattr(known, name):
+            stop(f"--model_config: {options.model} has no setting {name!r}.")
+    if options.model == "vit" and not settings:
+        return SMALL_VIT
+    return settings
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's text in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# Images in batches
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """Yields the normalised images of a whole batch at once, which is much faster than one by one."""
+
+    def __init__(
+        self,
+        images: Images,
+        data: Data,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.images = images
+        self.mean = data.mean
+        self.std = data.std
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return a batch; PyTorch's loader calls this method where there is one."""
+        pixels = self.images.pixels[indices]
+        labels = self.images.labels[indices]
+        if self.transform:
+            pixels = self.transform(pixels)
+        pixels = (pixels / 255 - self.mean) / self.std
+        return {"pixel_values": pixels, "labels": labels}
+
+
+def unchanged(batch: Any) -> Any:
+    """Return a batch that needs no collation."""
+    return batch
+
+
+def augment(pixels: Tensor) -> Tensor:
+    """Shift, flip and jitter 8-bit images, each by draws of its own; the result is float, from 0 to 255."""
+    count, _, height, width = pixels.shape
+    margin = height // 8
+    padded = F.pad(pixels, [margin] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    top, left = torch.randint(0, 2 * margin + 1, (2, count))
+    each = torch.arange(count)
+    shifted = windows[each, :, top, left].float()
+    flip = torch.rand(count, 1, 1, 1) < 0.5
+    flipped = torch.where(flip, shifted.flip(-1), shifted)
+    brightness, contrast = 0.7 + 0.6 * torch.rand(2, count, 1, 1, 1)
+    brighter = (brightness * flipped).clamp(0, 255)
+    mean = brighter.mean((1, 2, 3), keepdim=True)
+    contrasted: Tensor = mean + contrast * (brighter - mean)
+    return contrasted.clamp(0, 255)
+
+
+def load_data(options: Options) -> Data:
+    """Decode all images once, and measure the training images' mean and deviation."""
+    found = load_images(options)
+    try:
+        train = decode(found.train, options)
+        test = decode(found.test, options)
+    except ImageError as error:
+        stop(str(error))
+    say(
+        f"{options.dataset}: {len(train.labels)} training images, "
+        f"{len(test.labels)} test images, {len(found.names)} classes"
+    )
+    chosen = np.random.default_rng(0).permutation(len(train.labels))[:1000]
+    pixels = train.pixels[chosen] / 255
+    mean = pixels.mean((0, 2, 3), keepdim=True)
+    std = pixels.std((0, 2, 3), keepdim=True)
+    std = std.clamp(min=1e-3)  # for images of one colour
+    return Data(train, test, found.names, mean, std)
+
+
+def decode(rows: datasets.Dataset, options: Options) -> Images:
+    """Decode images, resize their shorter side to `--image_size`, and crop their centre."""
+    count, size = len(rows), options.image_size
+    if 3 * size * size * count > MAX_BYTES:
+        stop(
+            f"--image_size {size}: {count} images of that size do not fit into memory; "
+            f"give a smaller one, or --train_samples and --test_samples."
+        )
+    transform = v2.Compose(to_tensor(size))
+    pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    quiet = not IS_MAIN_PROCESS
+    for index in tqdm(range(count), "decoding images", leave=False, disable=quiet):
+        pixels[index] = transform(read_image(rows, index))
+    return Images(pixels, torch.tensor(rows["label"]))
+
+
+def to_tensor(size: int) -> list[Any]:
+    """Return transforms that make an image of any shape uint8 (3, size, size)."""
+    return [v2.ToImage(), v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+
+
+# Records of finished runs
+
+
+def describe_run() -> Record:
+    """Return the command, the versions and the hardware that a result depends on."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    versions = {}
+    for name in ("hf-tract", "torch", "transformers", "accelerate", "datasets"):
+        versions[name] = version(name)
+    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    return {"command": command, "versions": versions, "hardware": hardware}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read the finished runs of earlier commands."""
+    file = folder / "records.jsonl"
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def find_record(records: list[Record], arm: str, seed: int, settings: Record) -> Record | None:
+    """Return the record of the run with just these settings, or None."""
+    wanted = (arm, seed, settings)
+    for record in records:
+        if (record["arm"], record["seed"], record["settings"]) == wanted:
+            return record
+    return None
+
+
+def add_record(folder: Path, record: Record) -> None:
+    """Write a record as soon as its run is finished, so that a later interruption does not lose it."""
+    if IS_MAIN_PROCESS:
+        line = json.dumps(record) + "\n"
+        with (folder / "records.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+# Time of a step
+
+
+def time_steps(data: Data, options: Options) -> dict[str, np.ndarray]:
+    """Return the seconds of training steps without and with TrAct.
+
+    The arms take turns in random order, so that whatever else the machine does slows both alike.
+    """
+    arms = [VANILLA, TRACT]
+    steps = {arm: make_step(arm, data, options) for arm in arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    order = random.Random(0)
+    rounds = range(WARM_UP_ROUNDS + TIMED_ROUNDS)
+    quiet = not IS_MAIN_PROCESS
+    for _ in tqdm(rounds, "timing steps", leave=False, disable=quiet):
+        order.shuffle(arms)
+        for arm in arms:
+            begin = time.perf_counter()
+            steps[arm]()
+            seconds[arm].append(time.perf_counter() - begin)
+    timed = {}
+    for arm in steps:
+        timed[arm] = np.array(seconds[arm][WARM_UP_ROUNDS:])
+    return timed
+
+
+def make_step(arm: str, data: Data, options: Options) -> Callable[[], None]:
+    """Return a function that takes one training step, always on the same batch."""
+    set_seed(0)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    model = make_classifier(options, data.names)
+    model = model.to(device or "cpu").train()
+    rate, clip = options.learning_rate, options.max_grad_norm
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    if arm == TRACT:
+        apply_tract(model, lam=options.lam)
+    count = len(data.train.labels)
+    indices = [index % count for index in range(options.batch_size)]
+    batch = Batches(data.train, data).__getitems__(indices)
+    for name in batch:
+        batch[name] = batch[name].to(model.device)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device:
+            torch.accelerator.synchronize()
+
+    return step
+
+
+# Report
+
+
+def report(curves: dict[str, np.ndarray], seconds: dict[str, np.ndarray], options: Options) -> None:
+    """Print the table of accuracies and what follows from it, and save the plot."""
+    console = Console(soft_wrap=True)
+    console.print(f"\nTest accuracy on {options.dataset} in per cent{means_over(options)}")
+    table = Table("epoch", *curves)
+    for epoch in range(options.epochs):
+        cells = [with_interval(curve[:, epoch]) for curve in curves.values()]
+        table.add_row(str(epoch + 1), *cells)
+    console.print(table)
+    for arm in curves:
+        if arm != VANILLA:
+            console.print(compare(arm, curves))
+    if options.seeds == 1:
+        console.print("One seed shows little: with --seeds 5, four more are trained, and intervals shown.")
+    console.print(compare_step_times(seconds))
+    console.print(f"Plot: {plot(curves, options)}")
+    console.print("On your own images: the same command with --dataset FOLDER.")
+
+
+def means_over(options: Options) -> str:
+    """Return in words what the figures are, where there are several seeds."""
+    if options.seeds == 1:
+        return ""
+    return f", mean ± 95 % interval (t distribution) over {options.seeds} seeds"
+
+
+def with_interval(values: np.ndarray) -> str:
+    """Return the mean and, for several seeds, half the width of its 95 % interval."""
+    text = f"{values.mean():.1f}"
+    if len(values) > 1:
+        text += f" ± {half_width(values):.1f}"
+    return text
+
+
+def half_width(values: np.ndarray) -> Any:
+    """Return half the width of the mean's 95 % interval by the t distribution, over the first dimension."""
+    count = len(values)
+    if count == 1:
+        return np.zeros(values.shape[1:])
+    factor = stats.t.ppf(0.975, count - 1)
+    return factor * values.std(0, ddof=1) / math.sqrt(count)
+
+
+def compare(arm: str, curves: dict[str, np.ndarray]) -> str:
+    """Return in words how much an arm gains by the last epoch, and when it reaches vanilla's final accuracy."""
+    goal = curves[VANILLA][:, -1].mean()
+    gains = curves[arm][:, -1] - curves[VANILLA][:, -1]
+    epochs = curves[arm].shape[1]
+    first = first_epoch_at(curves[arm].mean(0), goal)
+    when = f"after {first} of {epochs} epochs"
+    if first is None:
+        when = f"in none of the {epochs} epochs"
+    return f"{arm} gains {with_interval(gains)} points, and reaches vanilla's {goal:.1f} % {when}."
+
+
+def first_epoch_at(curve: np.ndarray, goal: float) -> int | None:
+    """Return the first epoch, counted from 1, whose accuracy is at least `goal`."""
+    for epoch, accuracy in enumerate(curve, 1):
+        if accuracy >= goal:
+            return epoch
+    return None
+
+
+def compare_step_times(seconds: dict[str, np.ndarray]) -> str:
+    """Return in words the median ratio of steps taken in turn, with its 95 % bootstrap interval."""
+    ratios = seconds[TRACT] / seconds[VANILLA]
+    count = len(ratios)
+    drawn = np.random.default_rng(0).choice(ratios, (2000, count))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    slow = 1000 * np.median(seconds[TRACT])
+    fast = 1000 * np.median(seconds[VANILLA])
+    return (
+        f"A step with TrAct takes {np.median(ratios):.2f} times as long as without: median of {count} pairs "
+        f"of steps taken in turn, 95 % bootstrap interval {low:.2f} to {high:.2f}; {slow:.1f} and {fast:.1f} ms."
+    )
+
+
+def plot(curves: dict[str, np.ndarray], options: Options) -> Path:
+    """Draw the mean accuracy of each arm over the epochs, with its interval as a band."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    final = {arm: curve[:, -1].mean() for arm, curve in curves.items()}
+    axes.axhline(final[VANILLA], color=STYLES[VANILLA][0], linewidth=1, linestyle=":")
+    for arm in sorted(final, key=final.__getitem__, reverse=True):
+        color, marker = STYLES[arm]
+        mean, half = curves[arm].mean(0), half_width(curves[arm])
+        epochs = range(1, len(mean) + 1)
+        label = f"{arm}: {final[arm]:.1f} %"
+        axes.plot(epochs, mean, color=color, marker=marker, markersize=4, label=label)
+        axes.fill_between(epochs, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+    data = Path(options.dataset).name.replace("_", " ")
+    title = f"Test accuracy on {data} ({options.model}) with and without TrAct"
+    if options.seeds > 1:
+        title += f"\nmeans over {options.seeds} seeds, and their 95 % intervals as bands"
+    axes.set(xlabel="epoch", ylabel="test accuracy in per cent", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.2)
+    figure.legend(loc="outside right center", title="after the last epoch", frameon=False)
+    file = Path(options.output_dir, "comparison.png")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
+# Photo crops: a small data set without a download
+
+CELL = 48
+CROP = 32
+PHOTOGRAPHS = [
+    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel"),
+    *("hubble_deep_field", "ihc", "moon", "motorcycle_left", "page", "retina", "rocket", "text"),
+    *("china", "flower"),  # in scikit-learn, all others in scikit-image
+]
+
+
+def photo_crops() -> datasets.DatasetDict:
+    """Make a data set of photographs: which of them is a crop of 32x32 pixels taken from?"""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=PHOTOGRAPHS)})
+    splits = datasets.DatasetDict()
+    for split, count in {"train": 300, "test": 100}.items():
+        columns: dict[str, list[Any]] = {"image": [], "label": []}
+        for label, name in enumerate(PHOTOGRAPHS):
+            columns["image"] += draw_crops(read_photograph(name), label, split, count)
+            columns["label"] += [label] * count
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def draw_crops(photograph: np.ndarray, label: int, split: str, count: int) -> list[Image.Image]:
+    """Draw crops from cells of 48x48 pixels; a quarter of a photograph's cells is for testing alone."""
+    down, across = photograph.shape[0] // CELL, photograph.shape[1] // CELL
+    cells = np.random.default_rng([0, label]).permutation(down * across)
+    test_cells, train_cells = np.split(cells, [math.ceil(len(cells) / 4)])
+    cells = {"train": train_cells, "test": test_cells}[split]
+    draw = np.random.default_rng([0, label, split == "test"])
+    crops = []
+    for _ in range(count):
+        corner = CELL * np.array(divmod(draw.choice(cells), across))
+        top, left = corner + draw.integers(0, CELL - CROP + 1, size=2)
+        crops.append(Image.fromarray(photograph[top : top + CROP, left : left + CROP]))
+    return crops
+
+
+def read_photograph(name: str) -> np.ndarray:
+    """Read a photograph out of scikit-image or scikit-learn, as RGB."""
+    folders = [Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"]
+    files = [file for folder in folders for file in folder.glob(f"{name}.*")]
+    with Image.open(files[0]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def save_photo_crops(folder: Path) -> None:
+    """Write the photo crops as `folder`/train/CLASS/*.png and `folder`/test/CLASS/*.png."""
+    is_used = folder.exists() and (folder.is_file() or any(folder.iterdir()))
+    if is_used:
+        stop(f"--save_dataset {folder} is there already: name a new folder, or remove it.")
+    for split, rows in photo_crops().items():
+        for number, row in enumerate(rows):
+            name = PHOTOGRAPHS[row["label"]]
+            file = folder / split / name / f"{number:04}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(file)
+    say(f"The photo crops are in {folder}; other scripts take them by --dataset {folder}.")
+
+
+# Images of your own
+
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"photo_crops": photo_crops}
+EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
+HELD_OUT = 0.2  # of a data set that has no split to test on
+
+
+class ImageError(ValueError):
+    """Names an image that cannot be used, and says what to do."""
+
+
+class ImageData(NamedTuple):
+    """Holds rows with the columns `image` (still encoded) and `label` (a number), and the names of the classes."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    names: list[str]
+    eval_split: str
+
+
+def say(message: str) -> None:
+    """Print a line, in the main process only."""
+    if IS_MAIN_PROCESS:
+        print(message, flush=True)
+
+
+def stop(message: str) -> NoReturn:
+    """End the script with one line, which only the main process prints."""
+    raise SystemExit(message if IS_MAIN_PROCESS else 1)
+
+
+def load_images(options: DataOptions) -> ImageData:
+    """Load the images that `options` name, and find their columns, their classes and the split to test on."""
+    splits = read_splits(options)
+    for option in ("train_split", "eval_split"):
+        split = getattr(options, option)
+        if split and split not in splits:
+            stop(f"--{option} {split}: {options.dataset} has the splits {', '.join(splits)}.")
+    train = pick_columns(splits[options.train_split], options)
+    names = class_names(train, options)
+    train = number_labels(train, names, options)
+    report_empty_classes(train, names, options)
+    eval_split = options.eval_split or find_eval_split(splits, options)
+    if eval_split:
+        test = pick_columns(splits[eval_split], options)
+        test = number_labels(test, names, options)
+    else:
+        train, test = hold_out(train, options)
+    train = sample(train, options.train_samples)
+    test = sample(test, options.test_samples)
+    if options.corrupt_images == "skip":
+        train = drop_corrupt(train)
+        test = drop_corrupt(test)
+    return ImageData(train, test, names, eval_split or "test")
+
+
+def read_splits(options: DataOptions) -> datasets.DatasetDict:
+    """Read a built-in data set, a folder that `save_to_disk` wrote, or what `datasets.load_dataset` reads."""
+    name = options.dataset
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    folder = Path(name)
+    is_path = folder.is_absolute() or name.startswith((".", "~"))
+    if is_path and not folder.exists():
+        stop(f"--dataset {name}: there is no such folder.")
+    if folder.is_file():
+        stop(f"--dataset {name} is a file: name its folder.")
+    if folder.is_dir():
+        name = str(folder.absolute())  # A folder named csv or text would mean a reader of `datasets`.
+    try:
+        if (folder / "dataset_dict.json").exists():
+            return datasets.DatasetDict.load_from_disk(name)
+        if (folder / "state.json").exists():
+            train = datasets.Dataset.load_from_disk(name)
+            return datasets.DatasetDict(train=train)
+        return datasets.load_dataset(name, options.dataset_config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        expected = "a folder of images by class or of parquet files, or a Hub id"
+        stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def pick_columns(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
+    """Return the two columns that are used as `image` and `label`; images are decoded later, one by one."""
+    images = []
+    labels = []
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            images.append(column)
+        if isinstance(feature, datasets.ClassLabel) or column in LABEL_COLUMNS:
+            labels.append(column)
+    image = find_column(rows, "image_column", images, options)
+    label = find_column(rows, "label_column", labels, options)
+    if image not in images:
+        stop(f"--image_column {image} holds no images, but {rows.features[image]}.")
+    rows = rows.select_columns([image, label])
+    rows = rows.rename_columns({image: "image", label: "label"})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def find_column(rows: datasets.Dataset, option: str, known: list[str], options: DataOptions) -> str:
+    """Return the column that an option names, or else the first of those that are known for it."""
+    named: str | None = getattr(options, option)
+    columns = ", ".join(rows.column_names)
+    if named and named not in rows.column_names:
+        stop(f"--{option} {named}: {options.dataset} has the columns {columns}.")
+    if not named and not known:
+        advice = f"name it by --{option}, or sort the images into a folder for each class"
+        stop(f"--dataset {options.dataset}: which of its columns is it ({columns})? Please {advice}.")
+    return named or known[0]
+
+
+def is_labelled(rows: datasets.Dataset) -> bool:
+    """Return whether each row has a label; the Hub's test splits often have None or -1 in place of labels."""
+    labels = set(rows["label"])
+    return len(rows) > 0 and None not in labels and -1 not in labels
+
+
+def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
+    """Return the names of the classes; labels without names are named by themselves."""
+    feature = train.features["label"]
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+        stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
+    if not is_labelled(train):
+        stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return [str(label) for label in sorted(set(train["label"]))]
+
+
+def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:
+    """Return the rows with the positions of their labels among `names`."""
+    if not is_labelled(rows):
+        stop(f"--eval_split {options.eval_split}: {options.dataset} has rows without a label there.")
+    if isinstance(rows.features["label"], datasets.ClassLabel):
+        return rows
+    words = [str(label) for label in rows["label"]]
+    unknown = sorted(set(words) - set(names))
+    if unknown:
+        stop(f"--dataset {options.dataset}: no training image has the labels {unknown[:5]}, which are tested.")
+    feature = datasets.ClassLabel(names=names)
+    numbers = feature.str2int(words)
+    return rows.remove_columns("label").add_column("label", numbers, feature=feature)
+
+
+def find_eval_split(splits: datasets.DatasetDict, options: DataOptions) -> str | None:
+    """Return the first split to test on that has labels; None if there is none."""
+    for split in EVAL_SPLITS:
+        if split in splits and is_labelled(pick_columns(splits[split], options)):
+            return split
+    return None
+
+
+def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split off a share of the rows to test on, the same at each call, and say so."""
+    if len(rows) < 2:
+        stop(f"--dataset {options.dataset} has one image, and needs others to test on.")
+    how = "the same share of each class"
+    try:
+        parts = rows.train_test_split(HELD_OUT, seed=0, stratify_by_column="label")
+    except ValueError:  # A class has fewer images than that takes.
+        how = "whatever their class"
+        parts = rows.train_test_split(HELD_OUT, seed=0)
+    count = len(parts["test"])
+    say(
+        f"{options.dataset} has no split to test on: {count} of its {len(rows)} images are held out for that, "
+        f"drawn with seed 0, {how}. To choose them yourself, make folders train and test."
+    )
+    return parts["train"], parts["test"]
+
+
+def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
+    """Say which classes have no image to learn from, and which class folders are empty."""
+    used = set(train["label"])
+    empty = {name for number, name in enumerate(names) if number not in used}
+    if Path(options.dataset).is_dir():
+        for folder, folders, files in os.walk(options.dataset):
+            if not folders and not files:
+                empty.add(Path(folder).name)
+    if empty:
+        classes = ", ".join(sorted(empty))
+        say(f"{options.dataset} has no training image of {classes}: such a class is not learned.")
+
+
+def sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """Return `count` rows drawn with seed 0, or all for 0."""
+    if not count:
+        return rows
+    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
+def drop_corrupt(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows whose images can be read, and name the others."""
+    readable = []
+    corrupt = []
+    for index in tqdm(range(len(rows)), "looking for corrupt images", leave=False, disable=not IS_MAIN_PROCESS):
+        try:
+            read_image(rows, index)
+        except ImageError as error:
+            corrupt.append(f"Left out: {error}")
+        else:
+            readable.append(index)
+    if corrupt:
+        say("\n".join(corrupt))
+    if not readable:
+        stop("--corrupt_images skip: not one image is left.")
+    return rows.select(readable)
+
+
+def read_image(rows: datasets.Dataset, index: int) -> Image.Image:
+    """Decode an image as 8-bit RGB, turned as its EXIF data say.
+
+    Transparency is dropped, as in transformers' pipelines, which later classify such images.
+
+    Raises:
+        ImageError: if the image is corrupt, or has numbers on a scale that cannot be known.
+    """
+    encoded = rows[index]["image"]
+    name = encoded["path"] or f"image {index}"
+    source = encoded["path"]
+    if encoded["bytes"]:
+        source = io.BytesIO(encoded["bytes"])
+    try:
+        with Image.open(source) as image:
+            turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith(("I", "F")):
+            return scale_to_8_bits(turned, name)
+        if turned.mode == "P":
+            turned = turned.convert("RGBA")  # which knows each way to store a palette's transparency
+        return turned.convert("RGB")
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        advice = "mend it, or leave such images out by --corrupt_images skip"
+        raise ImageError(f"{name} cannot be read ({error}): {advice}.") from error
+
+
+def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Return a 16-bit or float image as 8-bit RGB; Pillow itself cuts off all values above 255."""
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0
+    if image.mode == "F":
+        top = 1.0
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        found = f"values from {low:g} to {high:g} in Pillow's mode {image.mode}"
+        raise ImageError(f"{name} has {found}: scale integers to 0 ... 65535 and floats to 0 ... 1 before.")
+    scaled = (values * 255 / top).round().astype(np.uint8)
+    return Image.fromarray(scaled).convert("RGB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf-tract",
+#     "datasets>=4.0",
+#     "pillow>=10",
+#     "torch>=2.8",
+#     "torchvision>=0.23",
+#     "transformers[torch]>=5.0",
+# ]
+# ///
+"""Trains an image classifier on your images by transformers' Trainer, with TrAct as one callback.
+
+    python trainer_minimal.py --dataset PATH_TO_IMAGES
+
+The images are whatever `datasets.load_dataset` reads: a folder for each class, a metadata.csv beside the images,
+parquet files, or a data set on the Hub.
+"""
+
+import argparse
+from typing import Any
+
+import datasets
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from hf_tract import TrActCallback, TrActError
+from hf_tract.metrics import compute_top_k
+
+parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--dataset", required=True, help="a folder of images, or the id of a data set on the Hub")
+parser.add_argument("--image_column", default="image", help="its column of images")
+parser.add_argument("--label_column", default="label", help="its column of labels, words or numbers")
+parser.add_argument("--model", help="a checkpoint to fine-tune; a small ViT of random weights if there is none")
+parser.add_argument("--lam", type=float, default=0.1, help="TrAct's damping")
+parser.add_argument("--epochs", type=int, default=10, help="passes over the training images")
+parser.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, ...")
+parser.add_argument("--output_dir", default="outputs/minimal", help="folder of the trained model")
+
+
+def main() -> None:
+    """Train, save the model, and say what to do with it."""
+    args = parser.parse_args()
+    try:
+        callback = TrActCallback(lam=args.lam)
+        splits = load_splits(args)
+        processor, model = load_model(args.model, splits["train"].features["label"].names)
+    except (TrActError, OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        parser.error(" ".join(str(error).split()))
+
+    def prepare(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        # Images are resized and normalised when they are used. To augment the training images, do it here.
+        images = [image.convert("RGB") for image in rows["image"]]
+        return {**processor(images, return_tensors="pt"), "labels": rows["label"]}
+
+    settings = TrainingArguments(
+        output_dir=args.output_dir,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=64,
+        learning_rate=5e-4,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        report_to=args.report_to,
+    )
+    trainer = Trainer(
+        model=model,
+        args=settings,
+        train_dataset=splits["train"].with_transform(prepare),
+        eval_dataset=splits["test"].with_transform(prepare),
+        compute_metrics=compute_top_k,
+        callbacks=[callback],  # This is all that TrAct needs.
+    )
+    trainer.train()
+    trainer.save_model()
+    processor.save_pretrained(args.output_dir)
+    print(f"The model is in {args.output_dir}, with its card, and loads without hf-tract:")
+    print(f'    transformers.pipeline("image-classification", "{args.output_dir}")("IMAGE.jpg")')
+    print(f"To publish it: python push_to_hub.py {args.output_dir} --repo_id OWNER/NAME")
+
+
+def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
+    """Load the splits `train` and `test` with the columns `image` and `label`."""
+    splits = datasets.load_dataset(args.dataset)
+    splits = splits.select_columns([args.image_column, args.label_column])
+    splits = splits.rename_columns({args.image_column: "image", args.label_column: "label"})
+    if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
+        splits = splits.cast_column("label", datasets.Value("string"))
+        names = sorted(set(splits["train"]["label"]))
+        splits = splits.cast_column("label", datasets.ClassLabel(names=names))
+    if "validation" in splits:
+        splits["test"] = splits["validation"]
+    if "test" not in splits:
+        splits = splits["train"].train_test_split(0.2, seed=0)
+        print(f"No images are set aside to test on, so {len(splits['test'])}, drawn at random, are now.")
+    return splits
+
+
+def load_model(checkpoint: str | None, names: list[str]) -> tuple[Any, Any]:
+    """Return an image processor and a classifier for these classes."""
+    numbers = {name: number for number, name in enumerate(names)}
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": numbers}
+    if checkpoint:
+        model = AutoModelForImageClassification.from_pretrained(checkpoint, ignore_mismatched_sizes=True, **labels)
+        return AutoImageProcessor.from_pretrained(checkpoint), model
+    config = ViTConfig(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, **labels)
+    config.num_hidden_layers = config.num_attention_heads = 4
+    return ViTImageProcessor(size={"height": 64, "width": 64}), AutoModelForImageClassification.from_config(config)
+
+
+if __name__ == "__main__":
+    main()
