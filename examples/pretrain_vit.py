@@ -59,7 +59,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
@@ -639,6 +639,9 @@ class Look(NamedTuple):
     std: list[float]
 
 
+MODEL_ERRORS = (OSError, ValueError, TypeError, KeyError, AssertionError, RuntimeError, StrictDataclassError)
+
+
 def make_model(recipe: Recipe, names: list[str]) -> nn.Module:
     """Make the classifier that a recipe names, and try it on an image of its size."""
     name = recipe.model
@@ -654,7 +657,7 @@ def make_model(recipe: Recipe, names: list[str]) -> nn.Module:
             model = load_checkpoint(name, names)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, recipe.image_size, recipe.image_size))
-    except (OSError, ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+    except MODEL_ERRORS as error:
         kinds = "a model type of transformers (vit, ...), a name of timm or a checkpoint"
         size = f"for images of --image_size {recipe.image_size}"
         stop(f"--model {name} must be {kinds}, and cannot be made {size}: {one_line(error)}")

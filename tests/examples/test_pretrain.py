@@ -258,7 +258,7 @@ def test_a_wrong_option_is_told_without_a_list_of_all_options(options, message, 
         (["--model_config", '{"hidden_sise": 8}'], "--model_config: vit has no setting 'hidden_sise'"),
         (["--model_config", '{"hidden_size": "many"}'], "--model vit must be"),
         (["--model", "resnet18", "--model_config", '{"depth": 5}'], "--model resnet18 must be"),
-        (["--model", "test_vit"], "cannot be made for images of --image_size 32"),
+        (["--model", "vit_tiny_patch16_224"], "cannot be made for images of --image_size 32"),
         (["--optimizer", "adamm", "--model_config", json.dumps(TINY)], "--optimizer adamm: timm.optim"),
     ],
 )

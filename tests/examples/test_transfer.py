@@ -86,9 +86,10 @@ def test_any_folder_of_images_trains_with_tract_or_without(checkpoint, images, t
 
 
 def test_a_resumed_run_ends_in_the_same_weights(checkpoint, images, tmp_path, monkeypatch, capsys):
-    options = ["--checkpoint", checkpoint, "--dataset", images, "--num_train_epochs", "2", "--save_strategy", "epoch"]
+    options = ["--checkpoint", checkpoint, "--dataset", images, "--num_train_epochs", "2"]
+    options += ["--save_strategy", "steps", "--save_steps", "3"]  # within the second epoch
     run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     resume = ["--resume_from_checkpoint", "latest"]
     run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "resumed", *resume)
     states = [
@@ -97,7 +98,7 @@ def test_a_resumed_run_ends_in_the_same_weights(checkpoint, images, tmp_path, mo
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(
         states[0][STEM],
-        AutoModelForImageClassification.from_pretrained(tmp_path / "whole" / "checkpoint-2").state_dict()[STEM],
+        AutoModelForImageClassification.from_pretrained(tmp_path / "whole" / "checkpoint-3").state_dict()[STEM],
     )
 
 
