@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 def stems() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    """First layers, and the shape of an example of theirs."""
+    """Return first layers, and the shape of an example of theirs."""
     return {
         "ViT 16x16/16": (nn.Conv2d(3, 64, 16, 16), (3, 64, 64)),
         "ViT 4x4/4": (nn.Conv2d(3, 64, 4, 4), (3, 32, 32)),
@@ -53,7 +53,7 @@ def stems() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 
 
 class Net(nn.Module):
-    """A first layer and something behind it, whose loss is a sum over examples."""
+    """Runs a first layer and something behind it; its loss is a sum over examples."""
 
     def __init__(self, stem: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Net(nn.Module):
         self.head = nn.Linear(next(iter(stem.parameters())).shape[0], 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns one number for each example."""
+        """Return one number for each example."""
         out = self.stem(x)
         out = out if isinstance(self.stem, nn.Linear) else out.flatten(2).mT
         losses: Tensor = self.head(F.gelu(out)).mean(1).square().sum(-1)
@@ -69,7 +69,7 @@ class Net(nn.Module):
 
 
 def rule(model: Net, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The ordinary and the preconditioned gradient of the stem's weight, dense and in float64."""
+    """Return the ordinary and the preconditioned gradient of the stem's weight, dense and in float64."""
     model = copy.deepcopy(model).cpu().double()
     x, stem = x.cpu().double(), model.stem
     assert isinstance(stem.weight, Tensor)
@@ -89,7 +89,7 @@ def rule(model: Net, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Products as `name` rounds them."""
+    """Compute products as `name` rounds them."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     kind = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}.get(name)
@@ -101,7 +101,7 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 
 
 def gradient(model: Net, x: Tensor, name: str, form: str) -> Tensor:
-    """The gradient of the stem's weight in the second of two steps, as a training loop of this form makes it."""
+    """Return the gradient of the stem's weight in the last of three steps of a training loop of this form."""
     run: Callable[[Tensor], Tensor] = model
     if form == "compiled":
         run = torch.compile(model)
@@ -129,12 +129,12 @@ def gradient(model: Net, x: Tensor, name: str, form: str) -> Tensor:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Relative in the norm."""
+    """Return the error relative to what is wanted, in the norm."""
     return float((got - want).norm() / want.norm())
 
 
 def equality(device: torch.device, forms: list[str]) -> Iterator[Row]:
-    """Each first layer in each precision and form."""
+    """Check each first layer in each precision and form."""
     for stem_name, (stem, shape) in stems().items():
         for name, bound in PRECISIONS.items():
             if device.type == "cpu" and name in ("tf32", "fp16 autocast"):
@@ -157,7 +157,7 @@ def equality(device: torch.device, forms: list[str]) -> Iterator[Row]:
 
 
 def ranges(device: torch.device) -> Iterator[Row]:
-    """Raw pixels, of which float32 cannot hold C beside lam."""
+    """Check raw pixels, of which float32 cannot hold C beside lam."""
     for top in (1, 255, 10_000, 65_535):
         torch.manual_seed(0)
         x = torch.rand(64, 3, 64, 64, device=device) * top
@@ -170,7 +170,7 @@ def ranges(device: torch.device) -> Iterator[Row]:
 
 
 def waiting(device: torch.device) -> Iterator[Row]:
-    """No step after the first lets the host wait."""
+    """Check that no step after the first lets the host wait."""
     for stem_name, (stem, shape) in stems().items():
         for name in ("float32", "bf16 autocast"):
             for form in ("whole", "accumulated"):
@@ -202,7 +202,7 @@ def _steps_without_waiting(model: Net, x: Tensor, name: str, form: str) -> str:
 
 
 def unsolved(device: torch.device) -> Iterator[Row]:
-    """A step that cannot be factorised keeps its ordinary gradient, and a NaN stays one."""
+    """Check that a step that cannot be factorised keeps its ordinary gradient, and that a NaN stays one."""
     for value, name in ((1e18, "cannot be factorised"), (float("nan"), "a NaN pixel")):
         model = Net(nn.Conv2d(3, 8, 8, 8, bias=False)).to(device)
         x = torch.full((4, 3, 16, 16), value if value == value else 0.5, device=device)
@@ -221,7 +221,7 @@ def unsolved(device: torch.device) -> Iterator[Row]:
 
 
 def cost(device: torch.device) -> Iterator[Row]:
-    """Kernels and peak memory that TrAct adds to a step of the first layer, at a real size."""
+    """Count kernels and peak memory that TrAct adds to a step of the first layer, at a real size."""
     sizes = {
         "ViT-S/16, 256 x 224": (nn.Conv2d(3, 384, 16, 16), (256, 3, 224, 224)),
         "ViT-B/32, 256 x 224": (nn.Conv2d(3, 768, 32, 32), (256, 3, 224, 224)),
@@ -262,7 +262,7 @@ def _row(name: str, passed: bool, **figures: Any) -> Row:
 
 
 def checks(device: torch.device) -> Iterator[Row]:
-    """Every check of a device; those that need CUDA only there."""
+    """Run every check of a device; those that need CUDA only there."""
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -282,7 +282,7 @@ def _figure(key: str, value: Any) -> str:
 
 
 def main() -> None:
-    """Checks, prints and writes."""
+    """Check, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu_checks"))

@@ -263,30 +263,23 @@ def plot(results: dict[str, Result], path: Path) -> Path:
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL", help=", ".join(CASES)
-    )
-    parser.add_argument(
-        "--scopes", nargs="+", choices=["step", "layer"], default=["step", "layer"], help="(default: both)"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL", help=", ".join(CASES))
+    add("--scopes", nargs="+", choices=["step", "layer"], default=["step", "layer"], help="(default: both)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add(
         "--batch",
         type=int,
         help="images; by default the paper's 256 at 224 pixels (16 for a step on the CPU) and 128 at 32",
     )
-    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model of each arm")
-    parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
-    parser.add_argument("--no_memory", dest="memory", action="store_false", help="leave peak memory out")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/overhead"), help="(default: outputs/overhead)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results in --output_dir")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a bound is broken")
+    add("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast")
+    add("--compile", action="store_true", help="torch.compile the model of each arm")
+    add("--repeats", type=int, default=9, help="turns (default: 9)")
+    add("--no_memory", dest="memory", action="store_false", help="leave peak memory out")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--output_dir", type=Path, default=Path("outputs/overhead"), help="(default: outputs/overhead)")
+    add("--fresh", action="store_true", help="forget earlier results in --output_dir")
+    add("--check", action="store_true", help="exit with 1 when a bound is broken")
     args = parser.parse_args()
     if args.repeats < LEAST_REPEATS:
         raise SystemExit(f"--repeats {args.repeats}: it must be at least {LEAST_REPEATS}.")

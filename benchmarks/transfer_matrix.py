@@ -1,10 +1,10 @@
 """Compares TrAct in pre-training, in fine-tuning and in both: {vanilla, TrAct} squared, the paper's table 4 in full.
 
-    python -m benchmarks.transfer_matrix run --pretrain_dataset uoft-cs/cifar10 --datasets FOLDER FOLDER
-    python -m benchmarks.transfer_matrix report --results outputs/transfer_matrix/matrix.jsonl
+    python -m benchmarks.transfer_matrix --pretrain_dataset uoft-cs/cifar10 --datasets FOLDER FOLDER
 
-`run` pre-trains one ViT with TrAct and one without, and fine-tunes both with and without it from several seeds. A run
-that is done is not done again. `report` writes a table (matrix.md) and a plot (matrix.png).
+pre-trains one ViT with TrAct and one without, fine-tunes both with and without it from several seeds, and writes the
+results (matrix.jsonl), a table (matrix.md) and a plot (matrix.png) to --output_dir. A run that is done is not done
+again.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from hf_tract.integrations.training_record import without_local_path
 
 ARMS = ("vanilla", "TrAct")
 CELLS = tuple(f"{before} → {after}" for before in ARMS for after in ARMS)
+DATASETS = ["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"]
 GAINS = {"in pre-training alone": CELLS[2], "in fine-tuning alone": CELLS[1], "in both": CELLS[3]}
 Top1 = dict[str, dict[str, np.ndarray]]  # of each cell, (seeds,), by data set
 
@@ -69,27 +70,17 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run what is not done yet, and report."""
     args = parse()
-    if args.do == "run":
-        file = run(args)
-        report(file, file.parent)
-    else:
-        if not args.results.exists():
-            raise SystemExit(f"--results {args.results}: there is no such file; `run` makes it.")
-        report(args.results, args.output_dir)
-
-
-def run(args: argparse.Namespace) -> Path:
-    """Run what is not done yet; return the file of results."""
-    file: Path = args.output_dir / "matrix.jsonl"
-    run_missing("pre-training", [pretraining(arm, args) for arm in ARMS], file, args.jobs)
+    file = args.output_dir / "matrix.jsonl"
+    pretrainings = [pretraining(arm, args) for arm in ARMS]
+    run_missing("pre-training", pretrainings, file, args.jobs)
     todo = []
     for dataset in args.datasets:
         for seed in range(args.seeds):
             todo += [fine_tuning(dataset, cell, seed, args) for cell in CELLS]
     run_missing("fine-tuning", todo, file, args.jobs)
-    return file
+    report(list(read_records(file).values()), args.output_dir)
 
 
 def pretraining(arm: str, args: argparse.Namespace) -> Run:
@@ -126,11 +117,9 @@ def run_missing(what: str, runs: list[Run], file: Path, at_once: int) -> None:
         raise SystemExit(f"{len(failed)} of {len(works)} runs failed.")
 
 
-def report(file: Path, folder: Path) -> None:
+def report(records: list[RunRecord], folder: Path) -> None:
     """Write and print the table, and draw the plot."""
-    records = list(read_records(file).values())
     text = table(records)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "matrix.md").write_text(text + "\n", encoding="utf-8")
     Console().print(Markdown(text))
     print(plot(by_cell(records), folder / "matrix.png"))
@@ -190,32 +179,14 @@ def plot(top1: Top1, path: Path) -> Path:
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="do", required=True)
-    run = commands.add_parser("run", help="train what is not trained yet, and report")
-    run.add_argument(
-        "--pretrain_dataset",
-        default="uoft-cs/cifar10",
-        help="a Hub id, photo_crops, or a folder (default: uoft-cs/cifar10)",
-    )
-    run.add_argument(
-        "--datasets",
-        nargs="+",
-        default=["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"],
-        help="to fine-tune on (default: flowers and cars, from the Hub)",
-    )
-    run.add_argument("--seeds", type=int, default=3, help="of each fine-tuning (default: 3)")
-    run.add_argument("--pretrain_recipe", type=Path, default=RECIPES / "transfer_vit.yaml", help="a YAML file")
-    run.add_argument("--transfer_recipe", type=Path, default=RECIPES / "transfer_finetune.yaml", help="a YAML file")
-    run.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: 1)")
-    write = commands.add_parser("report", help="write the table and the plot of stored results")
-    write.add_argument("--results", type=Path, required=True, help="JSON lines that `run` wrote")
-    for each in (run, write):
-        each.add_argument(
-            "--output_dir",
-            type=Path,
-            default=Path("outputs/transfer_matrix"),
-            help="for results, table and plot (default: outputs/transfer_matrix)",
-        )
+    add = parser.add_argument
+    add("--pretrain_dataset", default="uoft-cs/cifar10", help="a Hub id, photo_crops, or a folder (%(default)s)")
+    add("--datasets", nargs="+", default=DATASETS, metavar="DATASET", help="to fine-tune on (%(default)s)")
+    add("--seeds", type=int, default=3, help="of each fine-tuning (%(default)s)")
+    add("--pretrain_recipe", type=Path, default=RECIPES / "transfer_vit.yaml", help="a YAML file")
+    add("--transfer_recipe", type=Path, default=RECIPES / "transfer_finetune.yaml", help="a YAML file")
+    add("--jobs", type=int, default=1, help="runs at once, which share the cores (%(default)s)")
+    add("--output_dir", type=Path, default=Path("outputs/transfer_matrix"), help="(%(default)s)")
     return parser.parse_args()
 
 

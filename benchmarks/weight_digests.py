@@ -1,4 +1,4 @@
-"""Digests of weights after four steps with TrAct: a change that is meant to change nothing leaves them as they are.
+"""Prints digests of weights after four steps with TrAct, which a change that is meant to change nothing leaves alone.
 
 A digest depends on the machine and on the version of torch, so it is compared on one machine:
 
@@ -32,7 +32,7 @@ RANKS = 2
 
 
 class Logits(nn.Module):
-    """A ViT whose forward takes pixels and returns a tensor."""
+    """Wraps a ViT so that its forward takes pixels and returns a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,24 +48,24 @@ class Logits(nn.Module):
         self.vit = ViTForImageClassification(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Returns the scores, (N, 4)."""
+        """Return the scores, (N, 4)."""
         scores: Tensor = self.vit(pixel_values).logits
         return scores
 
 
 def linear() -> nn.Module:
-    """Makes a classifier of flat images."""
+    """Make a classifier of flat images."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 24), nn.GELU(), nn.Linear(24, 4))
 
 
 def convolution(dims: int) -> nn.Module:
-    """Makes a classifier with a stem of that many dimensions and overlapping patches."""
+    """Make a classifier with a stem of that many dimensions and overlapping patches."""
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, 8, 3, stride=2, padding=1)
     return nn.Sequential(layer, nn.GELU(), nn.Flatten(), nn.LazyLinear(4))
 
 
 def resnet_stem() -> nn.Module:
-    """Makes a classifier with a ResNet's first layers."""
+    """Make a classifier with a ResNet's first layers."""
     stem = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
     return nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 4))
 
@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def digest(name: str, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> str:
-    """Trains one model and returns the digest of its weights."""
+    """Train one model and return the digest of its weights."""
     make, shape = MODELS[name]
     torch.manual_seed(0)
     model = make()
@@ -123,7 +123,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def all_digests() -> dict[str, str]:
-    """Returns the digest of each model in each way of training."""
+    """Return the digest of each model in each way of training."""
     torch.set_num_threads(1)
     found = {}
     for name in MODELS:
@@ -138,7 +138,7 @@ def all_digests() -> dict[str, str]:
 
 
 def main() -> None:
-    """Prints the digests, and compares or writes them."""
+    """Print the digests, and compare or write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="a JSON file to write the digests to")
     parser.add_argument(

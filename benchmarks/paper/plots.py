@@ -12,6 +12,7 @@ from benchmarks.paper.summary import Arm, Arms
 
 TOP1 = "test top-1, %"
 BAND = 0.12  # opacity
+MANY_SEEDS = 3
 
 
 def is_crowded(settings: dict[str, Arms]) -> bool:
@@ -55,9 +56,14 @@ def chosen_arms(arms: Arms, reference: str) -> list[str]:
         return names
     always = [name for name in [*names[:1], reference] if name in arms]
     others = [name for name in names if name not in always]
-    others.sort(key=lambda name: -float(arms[name].final.mean()))
+    others.sort(key=lambda name: _rank(arms[name]))
     best = others[: plots.MAX_LINES - len(always)]
     return always + best
+
+
+def _rank(arm: Arm) -> tuple[int, float]:
+    """Return what sorts arms of few seeds behind the others, and then by final accuracy."""
+    return -min(len(arm.runs), MANY_SEEDS), -float(arm.final.mean())
 
 
 def _lines(axis: Axes, arms: Arms, chosen: list[str], over_time: bool) -> None:

@@ -47,18 +47,15 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, required=True, help="a YAML file, as in benchmarks/training/recipes")
-    parser.add_argument("--output_dir", type=Path, required=True, help="for checkpoints and figures")
-    parser.add_argument("--no_tract", action="store_true", help="train without TrAct")
-    parser.add_argument("--variant", choices=VARIANTS, default="none", help="of the first layer (default: none)")
-    parser.add_argument(
-        "--first_learning_rate", type=float, default=0.08, help="of the first layer, for sgd_first (default: 0.08)"
-    )
-    parser.add_argument(
-        "--emulate_bf16", action="store_true", help="compute bfloat16 products in float32, on a slow CPU"
-    )
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
-    parser.add_argument("--save_model", action="store_true", help="save the model, for a run that goes on from it")
+    add = parser.add_argument
+    add("--recipe", type=Path, required=True, help="a YAML file, as in benchmarks/training/recipes")
+    add("--output_dir", type=Path, required=True, help="for checkpoints and figures")
+    add("--no_tract", action="store_true", help="train without TrAct")
+    add("--variant", choices=VARIANTS, default="none", help="of the first layer (default: none)")
+    add("--first_learning_rate", type=float, default=0.08, help="of the first layer, for sgd_first (default: 0.08)")
+    add("--emulate_bf16", action="store_true", help="compute bfloat16 products in float32, on a slow CPU")
+    add("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
+    add("--save_model", action="store_true", help="save the model, for a run that goes on from it")
     return parser.parse_args()
 
 

@@ -46,12 +46,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these classes or timm models")
-    parser.add_argument("--library", choices=LIBRARIES, help="only this one's models")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--table", type=Path, help="write the table here")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/survey"), help="(default: outputs/survey)")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results in --output_dir")
+    add = parser.add_argument
+    add("--models", nargs="+", metavar="NAME", help="only these classes or timm models")
+    add("--library", choices=LIBRARIES, help="only this one's models")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    add("--table", type=Path, help="write the table here")
+    add("--output_dir", type=Path, default=Path("outputs/survey"), help="(default: outputs/survey)")
+    add("--fresh", action="store_true", help="forget earlier results in --output_dir")
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ SCALES = (1.0, 1e12, 1e24)
 
 
 def run(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The floating-point outputs of a model, in a fixed order."""
+    """Return the floating-point outputs of a model, in a fixed order."""
     torch.manual_seed(0)
     keywords = batch if isinstance(batch, Mapping) else {}
     arguments = batch if isinstance(batch, tuple) else () if keywords else (batch,)
@@ -28,7 +28,7 @@ def run(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def objective(outputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """Returns a number that depends on every output.
+    """Return a number that depends on every output.
 
     It is a random projection, since a mean square of normalised outputs is a constant.
     """
@@ -38,7 +38,7 @@ def objective(outputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
 
 
 def met_first(model: nn.Module, batch: Any, pixels: str | None) -> list[str]:
-    """Names of the layers whose input changes with the pixels and not with any weight: what the pixels meet first."""
+    """Name the layers that the pixels meet first: their input changes with the pixels and not with any weight."""
     plain = _inputs(model, batch)
     other: Any
     if pixels:
@@ -58,7 +58,7 @@ def met_first(model: nn.Module, batch: Any, pixels: str | None) -> list[str]:
 
 
 def _inputs(model: nn.Module, batch: Any) -> dict[str, int]:
-    """The first input of each layer with a weight, as a hash, until the forward ends or fails."""
+    """Return the first input of each layer with a weight, as a hash, until the forward ends or fails."""
     seen: dict[str, int] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -81,7 +81,7 @@ def _inputs(model: nn.Module, batch: Any) -> dict[str, int]:
 
 
 class Call(NamedTuple):
-    """One operation of a layer: which, its input, the weight that it read and its other arguments."""
+    """Holds one operation of a layer: which, its input, the weight that it read and its other arguments."""
 
     layer: str
     func: Any
@@ -119,7 +119,7 @@ class _Record(TorchFunctionMode):
 
 
 def patches(call: Call) -> Tensor:
-    """(g, b, n) in float64: a convolution by one-hot kernels reads out each entry of each patch."""
+    """Return patches (g, b, n) in float64, which a convolution by one-hot kernels reads out entry by entry."""
     x, weight = call.x.double(), call.weight
     if call.func is F.linear:
         return x.reshape(1, -1, x.shape[-1])
@@ -134,7 +134,7 @@ def patches(call: Call) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """One ordinary forward and backward, and the gradients that TrAct must hand on instead."""
+    """Holds an ordinary forward and backward, and the gradients that TrAct must hand on instead."""
 
     outputs: list[Tensor]
     scale: float  # of the objective: a fresh model may leave its first layer a gradient below float32's range
@@ -143,7 +143,7 @@ class Reference:
 
 
 def reference(model: nn.Module, batch: Any, names: Sequence[str], lam: float) -> Reference:
-    """The dense formula of the paper for the named layers, in float64; one C for each layer and step."""
+    """Compute the dense formula of the paper for the named layers, in float64, by one C for each layer and step."""
     record = _Record(model, names)
     try:
         with record:
@@ -185,7 +185,7 @@ def _rows(grad: Tensor | None, groups: int) -> Tensor:
 
 
 def differences(model: nn.Module, batch: Any, want: Reference, tolerance: float = 1e-3) -> list[str]:
-    """What is not as it must be in a forward and backward of the model with TrAct on: nothing, where all is well."""
+    """Say what is wrong in a forward and backward of the model with TrAct on."""
     outputs = run(model, batch)
     model.zero_grad()
     objective(outputs, want.scale).backward()

@@ -1,4 +1,4 @@
-"""Models of other libraries for the survey, where these are installed: none of them is needed by hf-tract."""
+"""Lists models of other libraries for the survey, where these are installed; hf-tract needs none of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Family(NamedTuple):
-    """A class or function of a library, and what it is called with."""
+    """Holds a class or function of a library, and what it is called with."""
 
     path: str
     options: dict[str, Any]
@@ -74,7 +74,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
 
 
 def batch(name: str) -> dict[str, Any] | None:
-    """What the forward of a diffusion transformer takes, of which nobody could guess all."""
+    """Return what the forward of a diffusion transformer takes, of which nobody could guess all."""
     if name not in FAMILIES["diffusers"] or not name.endswith("Transformer2DModel"):
         return None
     common: dict[str, Any] = {"timestep": torch.ones(1)}
@@ -101,12 +101,12 @@ def batch(name: str) -> dict[str, Any] | None:
 
 
 def installed() -> list[str]:
-    """The libraries that are there."""
+    """Return the libraries that are there."""
     return [library for library in FAMILIES if find_spec(library)]
 
 
 def make(library: str, name: str) -> nn.Module:
-    """A model with random weights."""
+    """Return a model with random weights."""
     path, options = FAMILIES[library][name]
     module, _, attribute = path.rpartition(".")
     model: nn.Module = getattr(importlib.import_module(module), attribute)(**options)

@@ -1,4 +1,4 @@
-"""Every vision architecture of the installed transformers and timm, made from its config with random weights."""
+"""Makes every vision architecture of the installed transformers and timm from its config, with random weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import transformers
+import yaml
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -53,11 +54,19 @@ SIZE = 224
 LARGE = 320  # timm's sizes up to here are kept, since windows and position embeddings fit to them
 WIDEST = 1024  # of what a tower hands on
 DEEP = ("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam")  # timm's large
-TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+CONFIGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("configs.yaml").read_text(encoding="utf-8"))
+OCR_MODELS = ("PPOCRV5ServerDetForObjectDetection", "PPOCRV6MediumDetForObjectDetection")
+OCR = {"kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8]}
+OCR_KERNELS = {"longratio": 7, "midratio": 5, "shortratio": 3}
+OCR_KINDS = {
+    "vertical_long_to_small_conv": (True, False),
+    "horizontal_small_to_long_conv": (False, True),
+    "symmetric_conv_long": (True, True),
+}
 
 
 class Subject(NamedTuple):
-    """A model to look at: its library, family (transformers' model_type, timm's module) and name."""
+    """Describes a model to look at: its library, family (transformers' model_type, timm's module) and name."""
 
     library: str
     family: str
@@ -69,21 +78,21 @@ class Subject(NamedTuple):
         return f"{self.library} {self.name}"
 
     def make(self, small: bool) -> nn.Module:
-        """The model as its library makes it by default, or with fewer layers."""
+        """Return the model as its library makes it by default, or with fewer layers."""
         if self.library in FAMILIES:
             return others.make(self.library, self.name)
         if self.library == "timm":
             fewer = _shrunk_timm(self.family, self.name) if small else {}
             return timm.create_model(self.name, **fewer)  # type: ignore[no-any-return]
         cls = _classes()[self.name]
-        values = _merged(cls.config_class().to_dict(), OVERRIDES.get(self.name, {}))
+        values = _merged(cls.config_class().to_dict(), _corrected(self.name))
         if small:
-            values = _merged(_shrunk(values), SMALL.get(self.name, {}))
+            values = _merged(_shrunk(values), CONFIGS["small"].get(self.name, {}))
         return cls(cls.config_class.from_dict(values))  # type: ignore[no-any-return]
 
 
 def subjects() -> list[Subject]:
-    """Lists one class of each model type of `TASKS`, or all that classify images; vision towers; each timm family."""
+    """List one class of each model type of `TASKS`, or all that classify images; vision towers; each timm family."""
     found = [Subject("transformers", family, name) for family, name in _by_task()]
     named = {subject.name for subject in found}
     found += [Subject("transformers", family, name) for name, (family, _) in _towers().items() if name not in named]
@@ -111,7 +120,7 @@ def _by_task() -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def _towers() -> dict[str, tuple[str, Any]]:
-    """Finds family and class by name in modelling files with a vision config that takes pixels: few are exported."""
+    """Find family and class by name in modelling files with a vision config that takes pixels: few are exported."""
     towers: dict[str, tuple[str, Any]] = {}
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         names = re.findall(
@@ -148,38 +157,54 @@ def _smallest(names: list[str]) -> str:
 
 
 def _shrunk_timm(family: str, name: str) -> dict[str, Any]:
-    """Arguments of a timm model with fewer layers and smaller images."""
+    """Return arguments of a timm model with fewer layers and smaller images."""
     size = timm.get_pretrained_cfg(name).input_size
     smaller = {"pretrained_cfg_overlay": {"input_size": (size[0], SIZE, SIZE)}} if size[-1] > LARGE else {}
     return smaller | ({"depth": LEAST} if family in DEEP else {})
 
 
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config and of its parts with fewer layers and smaller images."""
+    """Return the values of a config and of its parts with fewer layers and smaller images."""
     values = dict(config)
     maps = values.get("out_indices") or values.get("out_features") or []
     layers = max(LEAST, len(maps))  # as many as are asked for
     for name, value in config.items():
         if isinstance(value, dict):
             values[name] = _shrunk(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and value > layers and DEPTH.fullmatch(name):
+        elif _is_depth(name, value) and value > layers:
             values[name] = layers
             if maps and name == "num_hidden_layers":
-                values |= {"out_features": None, "out_indices": list(range(1, layers + 1))}
+                values["out_features"] = None
+                values["out_indices"] = list(range(1, layers + 1))
             values.pop("layer_types", None)
-        elif name in STAGES and isinstance(value, (list, tuple)) and all(isinstance(depth, int) for depth in value):
-            values[name] = [1] * len(value)
-        elif name == "out_hidden_size" and value:
-            values[name] = min(value, WIDEST)
-        elif name in FRAMES and value:
-            values[name] = min(value, FEW_FRAMES)
-        elif name in SIZES and value and side_lengths(value) > (SIZE, SIZE):
-            values[name] = [SIZE, SIZE] if isinstance(value, (list, tuple)) else SIZE
+        else:
+            values[name] = _smaller(name, value)
     return values
 
 
+def _is_depth(name: str, value: Any) -> bool:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return is_number and bool(DEPTH.fullmatch(name))
+
+
+def _smaller(name: str, value: Any) -> Any:
+    """Return the value of a config for a model of few blocks, frames and pixels."""
+    is_list = isinstance(value, (list, tuple))
+    if name in STAGES and is_list and all(isinstance(depth, int) for depth in value):
+        return [1] * len(value)
+    if not value:
+        return value
+    if name == "out_hidden_size":
+        return min(value, WIDEST)
+    if name in FRAMES:
+        return min(value, FEW_FRAMES)
+    if name in SIZES and side_lengths(value) > (SIZE, SIZE):
+        return [SIZE, SIZE] if is_list else SIZE
+    return value
+
+
 def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """`others` over `values`, also inside of parts."""
+    """Return `others` over `values`, also inside of parts."""
     parts = {
         k: _merged(values[k], v) for k, v in others.items() if isinstance(v, dict) and isinstance(values.get(k), dict)
     }
@@ -187,98 +212,25 @@ def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ocr_block() -> dict[str, list[Any]]:
-    """Kernel, stride and padding of a detector's convolutions, which its config leaves out."""
+    """Return kernel, stride and padding of a detector's convolutions, which its config leaves out."""
     block: dict[str, list[Any]] = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
-    kinds = {
-        "vertical_long_to_small_conv": (1, 0),
-        "horizontal_small_to_long_conv": (0, 1),
-        "symmetric_conv_long": (1, 1),
-    }
-    for kind, (down, across) in kinds.items():
-        for ratio, k in (("longratio", 7), ("midratio", 5), ("shortratio", 3)):
-            kernel = [k if down else 1, k if across else 1]
-            block[f"{kind}_{ratio}"] = [kernel, 1, [kernel[0] // 2, kernel[1] // 2]]
+    for ratio, k in OCR_KERNELS.items():
+        for kind, kernel in OCR_KINDS.items():
+            size = [k if side else 1 for side in kernel]
+            block[f"{kind}_{ratio}"] = [size, 1, [size[0] // 2, size[1] // 2]]
     return block
 
 
-_OCR = {"intraclass_block_config": _ocr_block(), "kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8]}
-# What a default config lacks or has wrong.
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "Blip2ForImageTextRetrieval": {"qformer_config": {"use_qformer_text_input": True}},
-    "Llama4VisionModel": {"projector_input_dim": 768, "projector_output_dim": 768, "intermediate_size": 3072},
-    "PPDocLayoutV2ForObjectDetection": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
-    "PPOCRV5ServerDetForObjectDetection": _OCR,
-    "PPOCRV6MediumDetForObjectDetection": {
-        **_OCR,
-        "backbone_config": {"out_features": [f"stage{i}" for i in range(1, 5)], "out_indices": None},
-    },
-    "PerceiverForImageClassificationConvProcessing": {"num_cross_attention_heads": 1},
-    "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
-    "Sapiens2ForSemanticSegmentation": {
-        "head_config": {
-            "upsample_out_channels": [64],
-            "upsample_kernel_sizes": [4],
-            "conv_out_channels": [64],
-            "conv_kernel_sizes": [1],
-        }
-    },
-    "TimmBackbone": {"backbone": "resnet18"},
-    "VitMatteForImageMatting": {"fusion_hidden_sizes": [256, 128, 64, 32], "hidden_size": 768},
-}
-_MAPS = {"backbone_feature_sizes": [[56, 56], [28, 28], [14, 14]]}
-_MAPS_14 = {"backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
-_PROMPTS = {"prompt_encoder_config": {"image_size": SIZE, "image_embedding_size": SIZE // 16}}
-_TOWER = {"hidden_size": 448, "out_hidden_size": 448}
-_PERCEIVER = {"num_self_attends_per_block": 1, "num_latents": 64}
-# Beside fewer layers and smaller images.
-SMALL: dict[str, dict[str, Any]] = {
-    "AltCLIPModel": {"text_config": {"vocab_size": 1000}},
-    "CHMv2ForDepthEstimation": {"fusion_hidden_size": 64, "backbone_config": {"image_size": 112}},
-    "Cohere2VisionModel": {
-        "alignment_intermediate_size": 1024,
-        "image_token_id": 7,
-        "text_config": {**TEXT, "vocab_size": 1000},
-    },
-    "DepthProModel": {"patch_size": 96, "intermediate_hook_ids": [1, 0]},
-    "Dots3NoteVisionModel": {"per_layer_config": None},
-    "EdgeTamModel": {"vision_config": {"backbone_channel_list": [1024, 512, 256, 64], **_MAPS}, **_PROMPTS},
-    "EfficientNetForImageClassification": {"depth_coefficient": 0.1, "width_coefficient": 1.0, "hidden_dim": 1280},
-    "Exaone4_5_VisionModel": _TOWER,
-    "GraniteDoclingVisionModel": {"image_size": 384},
-    "LwDetrForObjectDetection": {
-        "backbone_config": {"image_size": 256},
-        "projector_scale_factors": [1.0],
-        "num_feature_levels": 1,
-        "num_queries": 20,
-    },
-    "LwDetrViTBackbone": {"image_size": 256},
-    "EomtDinov3ForUniversalSegmentation": {"num_blocks": 1},
-    "EomtForUniversalSegmentation": {"num_blocks": 1},
-    "MllamaVisionModel": {"intermediate_layers_indices": [0, 1], "image_size": 56},
-    **{f"PerceiverForImageClassification{kind}": _PERCEIVER for kind in ("ConvProcessing", "Fourier", "Learned")},
-    "PromptDepthAnythingForDepthEstimation": {"depth_estimation_type": "metric"},  # a fresh relative head is all zeros
-    "Qwen2_5OmniVisionEncoder": _TOWER,
-    "Qwen2_5_VisionTransformerPretrainedModel": _TOWER,
-    "RfDetrForObjectDetection": {"num_queries": 20},
-    "Sam2Model": {"vision_config": _MAPS, **_PROMPTS},
-    "Sam3TrackerModel": {"vision_config": _MAPS_14, "prompt_encoder_config": {"image_size": SIZE}},
-    "SamHQModel": _PROMPTS,
-    "SamModel": _PROMPTS,
-    "SuperGlueForKeypointMatching": {"keypoint_detector_config": {"max_keypoints": 64}},
-    "ShieldGemma2ForImageClassification": {"text_config": TEXT, "mm_tokens_per_image": 16, "image_token_index": 7},
-    "Step3p7VisionModel": {"hidden_size": 384, "image_size": 112},
-    "UperNetForSemanticSegmentation": {"hidden_size": 64, "auxiliary_channels": 64},
-    "VideomtForUniversalSegmentation": {"image_size": 64, "num_queries": 20},
-    "ZoeDepthForDepthEstimation": {
-        "fusion_hidden_size": 64,
-        "bottleneck_features": 64,
-        "backbone_config": {"image_size": 112},
-    },
-}
+def _corrected(name: str) -> dict[str, Any]:
+    """Return what the default config of a class lacks or has wrong."""
+    values: dict[str, Any] = dict(CONFIGS["corrected"].get(name, {}))
+    if name in OCR_MODELS:
+        values |= OCR | {"intraclass_block_config": _ocr_block()}
+    return values
 
 
 def special_batch(name: str, model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """For those few whose input nothing in their config tells."""
+    """Return a batch for those few whose input nothing in their config tells."""
     config: Any = getattr(model, "config", None)
     if name == "XCLIPVisionModel":
         return {"pixel_values": torch.rand(config.num_frames, 3, config.image_size, config.image_size)}

@@ -15,7 +15,6 @@ from benchmarks.training.data import Normalization, Splits
 from benchmarks.training.images import CachedImages, Images, as_it_is
 from benchmarks.training.recipe import Recipe
 
-FLIP = 0.5
 INTERPOLATION = "bicubic"
 # What images in memory cannot have: their augmentation is of whole batches.
 NOT_IN_MEMORY = {
@@ -78,7 +77,7 @@ def _augmentation(recipe: Recipe, look: Normalization) -> Any:
         is_training=True,
         scale=(recipe.crop_scale, 1.0),
         ratio=ratio,
-        hflip=FLIP,
+        hflip=recipe.flip,
         color_jitter=recipe.color_jitter,
         auto_augment=policy,
         interpolation=INTERPOLATION,
@@ -97,7 +96,7 @@ def _in_memory(recipe: Recipe, splits: Splits, look: Normalization, options: dic
         recipe.image_size, interpolation=INTERPOLATION, crop_pct=recipe.crop_pct, normalize=False
     )
     images = CachedImages(splits.train, splits, to_size, look, recipe.seed)
-    images.augment(recipe.crop_padding, FLIP)
+    images.augment(recipe.crop_padding, recipe.flip)
     test_images = CachedImages(splits.test, splits, to_size, look)
     options = {**options, "collate_fn": as_it_is}
     train = DataLoader(images, recipe.batch_size, shuffle=True, drop_last=True, **options)

@@ -1,4 +1,4 @@
-"""Photo crops: a small real-image data set that needs no download.
+"""Makes photo crops, a small data set of real images that needs no download.
 
 "Which photograph is this 32x32 crop from?", over the real photographs that scikit-image and scikit-learn ship inside
 their wheels. Each photograph is cut into cells of 48 pixels; a quarter of its cells is held out for testing.
@@ -27,7 +27,7 @@ VERSION = 1
 
 
 def photo_crops(train_per_photo: int = 300, test_per_photo: int = 100, seed: int = 0) -> datasets.DatasetDict:
-    """The data set, made at the first call and read from the datasets cache after that.
+    """Return the data set, made at the first call and read from the datasets cache after that.
 
     Args:
         train_per_photo: training crops of each of the 20 photographs.
@@ -53,25 +53,35 @@ def photo_crops(train_per_photo: int = 300, test_per_photo: int = 100, seed: int
 
 
 def _split(split: str, count: int, seed: int) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=PHOTOGRAPHS)})
-    rows = [row for label in range(len(PHOTOGRAPHS)) for row in _crops(label, split, count, seed)]
+    names = datasets.ClassLabel(names=PHOTOGRAPHS)
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    rows: list[dict[str, Any]] = []
+    for label in range(len(PHOTOGRAPHS)):
+        rows += _crops(label, split, count, seed)
     return datasets.Dataset.from_list(rows, features=features)
 
 
 def _crops(label: int, split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     photo = _photograph(PHOTOGRAPHS[label])
-    down, across = photo.shape[0] // CELL, photo.shape[1] // CELL
+    down = photo.shape[0] // CELL
+    across = photo.shape[1] // CELL
     cells = np.random.default_rng([seed, label]).permutation(down * across)
     held_out = -(-len(cells) // 4)
-    cells = cells[:held_out] if split == "test" else cells[held_out:]
+    chosen = cells[held_out:]
+    if split == "test":
+        chosen = cells[:held_out]
     random = np.random.default_rng([seed, label, split == "test"])
     for _ in range(count):
-        y, x = np.divmod(random.choice(cells), across) * np.array(CELL) + random.integers(0, CELL - CROP + 1, size=2)
-        yield {"image": Image.fromarray(photo[y : y + CROP, x : x + CROP]), "label": label}
+        cell = np.array(np.divmod(random.choice(chosen), across))
+        y, x = cell * CELL + random.integers(0, CELL - CROP + 1, size=2)
+        crop = photo[y : y + CROP, x : x + CROP]
+        yield {"image": Image.fromarray(crop), "label": label}
 
 
 def _photograph(name: str) -> np.ndarray:
-    root = Path(skimage.data.__file__).parent
-    files = [*root.glob(f"{name}.*"), *(Path(sklearn.datasets.__file__).parent / "images").glob(f"{name}.*")]
-    with Image.open(files[0]) as image:
-        return np.asarray(image.convert("RGB"))
+    for package in (skimage.data, sklearn.datasets):
+        folder = Path(package.__file__).parent
+        for file in folder.rglob(f"{name}.*"):
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB"))
+    raise FileNotFoundError(f"scikit-image and scikit-learn have no photograph {name}.")

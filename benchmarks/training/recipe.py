@@ -43,6 +43,7 @@ class Recipe:
     crop_scale: float = 0.6  # least part of the image that a random crop keeps; 1 for no crop
     crop_pct: float = 1.0  # part of a test image's side that its centre crop keeps
     crop_padding: int = 0  # zeros around the image before a crop of its size, as for CIFAR
+    flip: float = 0.5  # probability of a mirrored image
     rotation: float = 0.0  # the most degrees by which an image is turned
     color_jitter: float = 0.3
     auto_augment: str | None = None  # timm's notation (rand-m9-mstd0.5-inc1, 3a), or cifar10

@@ -43,7 +43,7 @@ def ran(tmp_path, monkeypatch):
 def test_the_matrix_runs_each_cell_from_each_seed_once(tmp_path, monkeypatch, ran):
     arguments = ["--pretrain_dataset", "photo_crops", "--datasets", "/data/digits", "--seeds", "2"]
     options = [*arguments, "--output_dir", str(tmp_path / "m")]
-    monkeypatch.setattr(sys, "argv", [transfer_matrix.__file__, "run", *options])
+    monkeypatch.setattr(sys, "argv", [transfer_matrix.__file__, *options])
     transfer_matrix.main()
     assert len(ran) == 2 + 4 * 2
     assert sum("--save_model" in command for command in ran) == 2
@@ -60,7 +60,7 @@ def test_the_matrix_runs_each_cell_from_each_seed_once(tmp_path, monkeypatch, ra
 
 
 def test_the_matrix_ends_where_a_run_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["transfer_matrix", "run", "--output_dir", str(tmp_path / "m")])
+    monkeypatch.setattr(sys, "argv", ["transfer_matrix", "--output_dir", str(tmp_path / "m")])
     monkeypatch.setattr(transfer_matrix, "run_all", lambda what, works, at_once, done: ["why"])
     with pytest.raises(SystemExit, match="1 of 2 runs failed"):
         transfer_matrix.main()
