@@ -2,4 +2,5 @@
 
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]  # of the repository
+# The folder of the repository.
+ROOT = Path(__file__).parents[1]

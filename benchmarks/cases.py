@@ -15,13 +15,19 @@ class Case:
     """Holds a model as it is trained, and how much more than without TrAct it may take."""
 
     make: Callable[[], nn.Module]
-    first: str  # name of the first layer
-    size: int  # of the images
+    # Name of the first layer.
+    first: str
+    # Side of the images.
+    size: int
     classes: int
-    batch: dict[str, int]  # of a step, by device
-    layer_batch: int  # of the first layer alone: the paper's
-    step_bound: dict[str, float]  # time of a step over vanilla's, by device
-    layer_bound: float  # time that the first layer takes above vanilla's, over torch_tract's
+    # Images of a step, by device.
+    batch: dict[str, int]
+    # Images where the first layer is measured alone: the paper's.
+    layer_batch: int
+    # Time of a step over vanilla's, by device.
+    step_bound: dict[str, float]
+    # Time that the first layer takes above vanilla's, over torch_tract's.
+    layer_bound: float
 
     def batch_of(self, scope: str, device: torch.device) -> int:
         """Return the usual number of images, for a step or for the first layer alone."""

@@ -32,8 +32,10 @@ LAM = 0.1
 ARMS = ("vanilla", "hf-tract", "torch_tract")
 TICKS = (0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4)
 LEAST_REPEATS = 7
-Measured = tuple[list[float], list[float]]  # seconds of each turn, peak bytes
-Result = dict[str, RunRecord]  # of each arm, where it does not fail
+# The seconds of each turn, and the peak bytes.
+Measured = tuple[list[float], list[float]]
+# The record of each arm that does not fail.
+Result = dict[str, RunRecord]
 HEADS = ("measurement", "vanilla, ms", *ARMS[1:], "ms above vanilla", "theirs", "MiB above", "theirs")
 NOTE = "Times: median (quartiles); ratios and differences: medians over the turns of one run."
 

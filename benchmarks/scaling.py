@@ -36,7 +36,8 @@ from hf_tract.core.patches import PatchSpec
 from hf_tract.core.solve import DampedInverse
 
 CPU = torch.device("cpu")
-Stem = tuple[int, int, int]  # kernel, stride, padding
+# Kernel, stride, padding.
+Stem = tuple[int, int, int]
 STEMS: dict[str, Stem] = {"3x3/1": (3, 1, 1), "7x7/2": (7, 2, 3), "16x16/16": (16, 16, 0)}
 SIZE, BATCH, KERNEL, CHANNELS = (
     "image size (batch 16)",
@@ -46,10 +47,14 @@ SIZE, BATCH, KERNEL, CHANNELS = (
 )
 SWEEPS = (SIZE, BATCH, KERNEL, CHANNELS)
 HEADS = ("curve", "at", "n", "GFLOP", "MB", "least, ms", "moment, ms", "times least", "factor and solve, ms")
-REDUCED = (27, 48, 147, 192, 588, 768, 1536)  # n of the all-reduces
-MACHINE = "machine"  # the measurement of products and copies
-PRODUCT = 2048  # side of the matrices
-COPY = 16 * 2**20  # numbers
+# The sizes n of the all-reduces.
+REDUCED = (27, 48, 147, 192, 588, 768, 1536)
+# The name of the measurement of products and copies.
+MACHINE = "machine"
+# Side of the matrices that are multiplied.
+PRODUCT = 2048
+# Numbers that are copied.
+COPY = 16 * 2**20
 
 
 class Point(NamedTuple):
@@ -79,8 +84,10 @@ class Point(NamedTuple):
 class Rates(NamedTuple):
     """Holds what the machine can do at best, per second."""
 
-    operations: float  # of a large float32 product
-    moved: float  # bytes read and written, of a large copy
+    # The operations of a large float32 product.
+    operations: float
+    # The bytes that a large copy reads and writes.
+    moved: float
 
     def least_seconds(self, point: Point) -> float:
         """Return the time that a second moment takes at least."""

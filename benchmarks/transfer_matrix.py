@@ -30,7 +30,8 @@ ARMS = ("vanilla", "TrAct")
 CELLS = tuple(f"{before} → {after}" for before in ARMS for after in ARMS)
 DATASETS = ["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"]
 GAINS = {"in pre-training alone": CELLS[2], "in fine-tuning alone": CELLS[1], "in both": CELLS[3]}
-Top1 = dict[str, dict[str, np.ndarray]]  # of each cell, (seeds,), by data set
+# The accuracies (seeds,) of each cell, by data set.
+Top1 = dict[str, dict[str, np.ndarray]]
 
 
 class Run(NamedTuple):
@@ -52,7 +53,8 @@ class Run(NamedTuple):
         settings = {**self.recipe, "dataset": without_local_path(self.recipe["dataset"])}
         settings.pop("seed", None)
         if self.arm in CELLS:
-            del settings["model"]  # which is in a folder
+            # The model is in a folder of this machine.
+            del settings["model"]
         return settings
 
     def command(self) -> list[str]:

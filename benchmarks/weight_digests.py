@@ -85,7 +85,8 @@ def digest(name: str, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> st
     make, shape = MODELS[name]
     torch.manual_seed(0)
     model = make()
-    model(torch.zeros(2, *shape))  # sizes of lazy layers
+    # This sets the sizes of lazy layers.
+    model(torch.zeros(2, *shape))
     apply_tract(model, lam=0.1, layers="auto" if name == "ViT" else next(iter(_layer_names(model))))
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)

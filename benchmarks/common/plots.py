@@ -9,8 +9,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-MAX_LINES = 6  # of one pair of axes: a reader tells no more apart
-BASE = "#6b6b6b"  # what everything else is compared with
+# A reader cannot tell more lines apart on one pair of axes.
+MAX_LINES = 6
+# The color of what everything else is compared with.
+BASE = "#6b6b6b"
 # From the palette of Okabe and Ito, which people with any kind of colour vision can tell apart; no red beside green.
 COLORS = (BASE, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")

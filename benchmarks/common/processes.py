@@ -46,7 +46,8 @@ def run_all(
         What failed, in words.
     """
     runner = _Runner(at_once, devices)
-    before = signal.signal(signal.SIGTERM, _exit)  # else the processes would outlive this one
+    # Otherwise the processes would outlive this one.
+    before = signal.signal(signal.SIGTERM, _exit)
     failed = []
     with ThreadPoolExecutor(at_once) as pool:
         running = {pool.submit(runner.run, work): work for work in todo}

@@ -21,13 +21,17 @@ Row = dict[str, Any]
 class RunRecord:
     """Describes one finished run, or one measurement."""
 
-    key: str  # equal for runs that are the same
+    # Two runs that are the same have the same key.
+    key: str
     arm: str
     settings: dict[str, Any]
     seed: int
-    curve: dict[str, list[float]]  # each figure of a run by its name, after each epoch or in each turn
-    seconds: list[float]  # since the beginning, at the end of each epoch; or of each turn of a measurement
-    data: str = ""  # fingerprint of the data set
+    # Each figure by its name: after each epoch of a run, or in each turn of a measurement.
+    curve: dict[str, list[float]]
+    # The time until the end of each epoch of a run, or that of each turn of a measurement.
+    seconds: list[float]
+    # The fingerprint of the data set.
+    data: str = ""
     command: str = ""
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -12,8 +12,10 @@ class Interval(NamedTuple):
     """Holds the mean of some runs, and what their number says about it."""
 
     mean: float
-    half_width: float | None  # of the 95 % confidence interval; None for one run
-    p: float | None  # of the two-sided t-test that the mean is 0
+    # That of the 95 % confidence interval; None for one run.
+    half_width: float | None
+    # That of the two-sided t-test of a mean of 0; None where all runs are equal.
+    p: float | None
 
     def text(self, sign: str = "") -> str:
         """Return the mean and the half width of the interval with one digit each."""

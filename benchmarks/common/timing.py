@@ -36,7 +36,8 @@ def interleaved(
     names = list(arms)
     for turn in range(repeats):
         start = turn % len(names)
-        for name in names[start:] + names[:start]:  # nobody always follows the same one
+        # The order changes, so that no arm always follows the same one.
+        for name in names[start:] + names[:start]:
             times[name].append(_timed(arms[name], calls[name], device))
     return times
 

@@ -29,7 +29,8 @@ RULES: dict[str, dict[str, Any]] = {
 SAME_MODEL = ("none", "sgd_first", "rounded")
 OF_PATCHES = ("patch_norm", "dual_patch_norm", "whitening")
 VARIANTS = (*SAME_MODEL, *OF_PATCHES, "torch_tract", *RULES)
-WHITENED_IMAGES = 2000  # whose patches the whitening is taken from
+# The whitening is taken from the patches of so many images.
+WHITENED_IMAGES = 2000
 
 
 def maker(variant: str) -> MakeModel:

@@ -30,11 +30,16 @@ class Experiment:
     small: Changes
     smoke: Changes
     full_seeds: int = 5
-    at_most: Mapping[str, int] = field(default_factory=dict)  # seeds of arms that are there to be looked at
-    few: tuple[str, ...] = ()  # the settings of smaller scales, where they are not all
-    left_out: tuple[str, ...] = ()  # arms of the full scale alone
-    reference: str = ""  # another arm that gains are told from, beside the first
-    then: str | None = None  # the recipe of a second stage, which goes on from the first one's model
+    # The most seeds of arms that are only there to be looked at.
+    at_most: Mapping[str, int] = field(default_factory=dict)
+    # The settings of smaller scales, where they are not all.
+    few: tuple[str, ...] = ()
+    # Arms that only the full scale has.
+    left_out: tuple[str, ...] = ()
+    # Another arm that gains are told from, beside the first.
+    reference: str = ""
+    # The recipe of a second stage, which goes on from the first one's model.
+    then: str | None = None
 
     def jobs(self, scale: str, seeds: int | None = None) -> Iterator[Job]:
         """List what is to be run: the first seed of everything before the second."""
@@ -88,7 +93,8 @@ class Experiment:
         changes = self.arms[arm]
         shrunk: Changes = {"full": {}, "small": self.small, "smoke": self.smoke}[scale]
         config = {**whole, **shrunk, **changes}
-        if shrunk and "epochs" in changes:  # an arm that is shorter stays so
+        # An arm that is shorter stays so.
+        if shrunk and "epochs" in changes:
             part = shrunk["epochs"] / whole["epochs"]
             config["epochs"] = round(part * changes["epochs"])
             if "decay_milestones" in changes:

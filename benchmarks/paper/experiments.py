@@ -37,7 +37,8 @@ TINY = {
     "learning_rate": 1e-3,
 }
 SMALL = {"train_samples": 20_000, "epochs": 15}
-IN_MEMORY = SMALL | {"in_memory": True, "auto_augment": None}  # else half of the time goes into the images
+# Otherwise half of the time would go into the images.
+IN_MEMORY = SMALL | {"in_memory": True, "auto_augment": None}
 VIT_SMALL = IN_MEMORY | {
     "warmup_epochs": 1,
     "learning_rate": 4e-3,
@@ -98,7 +99,8 @@ CIFAR100 = {
     **{f"SE-ResNet{depth}": cifar100(f"seresnet{depth}") for depth in (18, 34, 50, 101, 152)},
     **{f"StochD-RN-{depth}": cifar100(f"resnet{depth}", drop_path_rate=0.5) for depth in (18, 34, 50, 101)},
 }
-SHORT = {"epochs": 133, "decay_milestones": [40, 80, 107]}  # the milestones of 200 epochs, in proportion
+# The milestones of 200 epochs, in proportion.
+SHORT = {"epochs": 133, "decay_milestones": [40, 80, 107]}
 
 EXPERIMENTS = {
     "cifar10_resnet18_sgd": Experiment(

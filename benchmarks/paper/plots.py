@@ -11,7 +11,8 @@ from benchmarks.common.statistics import half_widths, interval
 from benchmarks.paper.summary import Arm, Arms
 
 TOP1 = "test top-1, %"
-BAND = 0.12  # opacity
+# Opacity of the intervals.
+BAND = 0.12
 MANY_SEEDS = 3
 
 

@@ -24,7 +24,7 @@ of the process on a CPU. Dotted lines in the plots are the first arm's final acc
 """
 LINES_ONLY = "test accuracy against epochs and against time"
 WITH_ENDS = (
-    "on the left the test accuracy of the first arm, {reference}the best others (first those of three seeds) by epochs; "
+    "on the left the test accuracy by epochs of the first arm, {reference}the best others (of three seeds first); "
     "on the right the final accuracy of every arm"
 )
 

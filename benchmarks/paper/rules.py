@@ -25,7 +25,8 @@ class Rule(NamedTuple):
     power: float = 1.0
     relative: bool = False
     center: bool = False
-    lam_end: float | None = None  # where None, lam stays
+    # The damping of the last step; where it is None, lam stays.
+    lam_end: float | None = None
 
     def apply(
         self, grad: Tensor, bias_grad: Tensor | None, moment: Tensor, mean: Tensor
@@ -95,7 +96,8 @@ class RuledConv2d(nn.Conv2d):
         if rule.lam_end is None:
             return rule
         progress = min(1.0, float(self.step) / max(1, self.last))
-        self.step = self.step + 1  # not in place: copies that find the first layer share it
+        # This is not done in place, since copies of the model share the tensor.
+        self.step = self.step + 1
         return rule._replace(lam=rule.lam ** (1 - progress) * rule.lam_end**progress)
 
 
@@ -105,5 +107,6 @@ def ruled(layer: nn.Conv2d, rule: Rule, steps: int = 1) -> nn.Conv2d:
         raise ValueError(f"`layer` (={layer}) must be an ungrouped convolution with padding of zeros in numbers.")
     layer.__class__ = RuledConv2d
     layer.__dict__ |= {"rule": rule, "last": steps - 1}
-    layer.register_buffer("step", torch.zeros(()))  # in checkpoints, for runs that are resumed
+    # The step is in checkpoints, for runs that are resumed.
+    layer.register_buffer("step", torch.zeros(()))
     return layer

@@ -24,14 +24,21 @@ TRAIN = ("-m", "benchmarks.paper.train")
 class Launch:
     """Says where and how runs are started."""
 
-    folder: Path  # for checkpoints and logs
-    datasets: Mapping[str, str] = field(default_factory=dict)  # where a data set lies, by its name in the recipes
+    # The folder for checkpoints and logs.
+    folder: Path
+    # The folder of a data set, by its name in the recipes.
+    datasets: Mapping[str, str] = field(default_factory=dict)
     at_once: int = 1
-    processes: int = 1  # of each run, by accelerate launch
-    devices: Sequence[str] = ()  # CUDA_VISIBLE_DEVICES of the runs in turn
-    options: Sequence[str] = ()  # more of benchmarks.paper.train
-    launch_options: Sequence[str] = ()  # more of accelerate launch
-    keep: bool = False  # the folders of runs that are done
+    # The processes of each run, by accelerate launch.
+    processes: int = 1
+    # CUDA_VISIBLE_DEVICES of the runs, in turn.
+    devices: Sequence[str] = ()
+    # More options of benchmarks.paper.train.
+    options: Sequence[str] = ()
+    # More options of accelerate launch.
+    launch_options: Sequence[str] = ()
+    # Keep the folders of runs that are done.
+    keep: bool = False
 
     def command(self, options: Sequence[str]) -> list[str]:
         """Return the command of a run with these options."""

@@ -20,7 +20,8 @@ from benchmarks.training.loop import Options, train
 from benchmarks.training.models import save_model
 from benchmarks.training.recipe import read_recipe
 
-RUN_FILE = "run.json"  # what a run leaves in its folder
+# The file that a run leaves in its folder.
+RUN_FILE = "run.json"
 
 
 def main() -> None:

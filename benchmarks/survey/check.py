@@ -72,7 +72,8 @@ def _inputs(model: nn.Module, batch: Any) -> dict[str, int]:
     named = [(name, module) for name, module in model.named_modules() if isinstance(module, layers)]
     handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in named]
     try:
-        with torch.no_grad(), contextlib.suppress(Exception):  # weights of 1.5 times their size may lead anywhere
+        # Weights of 1.5 times their size may lead anywhere.
+        with torch.no_grad(), contextlib.suppress(Exception):
             run(model, batch)
     finally:
         for handle in handles:
@@ -137,9 +138,12 @@ class Reference:
     """Holds an ordinary forward and backward, and the gradients that TrAct must hand on instead."""
 
     outputs: list[Tensor]
-    scale: float  # of the objective: a fresh model may leave its first layer a gradient below float32's range
-    gradients: dict[str, Tensor]  # of every parameter, ordinary
-    expected: dict[str, Tensor]  # of what the layers' weights are made of, preconditioned
+    # The objective is scaled, since a fresh model may leave its first layer a gradient below float32's range.
+    scale: float
+    # The ordinary gradient of every parameter.
+    gradients: dict[str, Tensor]
+    # The preconditioned gradients of what the layers' weights are made of.
+    expected: dict[str, Tensor]
 
 
 def reference(model: nn.Module, batch: Any, names: Sequence[str], lam: float) -> Reference:

@@ -27,8 +27,10 @@ from hf_tract.cli.report import inspect_model
 from hf_tract.discovery.inputs import guess_inputs, pixel_argument_name
 
 LAM = 0.1
-BATCH = 64  # of the share of operations
-LARGEST = 4 * 10**6  # numbers of a batch
+# The batch whose share of operations is computed.
+BATCH = 64
+# The most numbers of a batch.
+LARGEST = 4 * 10**6
 WORKS = "ok"
 
 
@@ -71,7 +73,8 @@ def _checked(subject: Subject, model: nn.Module, found: list[str]) -> str:
     wrong = []
     pixels = pixel_argument_name(model) if isinstance(batch, dict) else None
     first = met_first(copy.deepcopy(model), batch, pixels)
-    if set(first) != set(found):  # timm's order is its own
+    # The order is not compared, since timm has its own.
+    if set(first) != set(found):
         wrong.append(f"the pixels meet {', '.join(first) or 'no layer'} first")
     want = reference(model, batch, found, LAM)
     if not want.expected:
@@ -90,7 +93,8 @@ def _batch_for(subject: Subject, model: nn.Module) -> Any:
     special = families.batch(subject.name) or special_batch(subject.name, model)
     if special is not None:
         return special
-    return _accepted(copy.deepcopy(model))  # a forward may leave a cache behind
+    # A forward may leave a cache behind.
+    return _accepted(copy.deepcopy(model))
 
 
 def _accepted(model: nn.Module) -> Any:
@@ -101,7 +105,8 @@ def _accepted(model: nn.Module) -> Any:
             continue
         try:
             objective(run(model, batch))
-        except Exception as error:  # a guess; the next may fit
+        # This was a guess; the next may fit.
+        except Exception as error:
             errors.append(error)
         else:
             return batch
@@ -128,7 +133,8 @@ def _remark(model: nn.Module, found: list[str]) -> str:
 def _figures(subject: Subject, found: list[str]) -> Row:
     """Return the layers' sizes and TrAct's share, of the model as its library makes it by default."""
     place: contextlib.AbstractContextManager[Any] = torch.device("meta")
-    if subject.library in FAMILIES:  # some of which compute with numbers while they build
+    # Some of these libraries compute with numbers while they build.
+    if subject.library in FAMILIES:
         place = contextlib.nullcontext()
     with place:
         model = subject.make(small=False)
@@ -151,7 +157,8 @@ def look_in_worker(subject: Subject) -> Row:
     start = time.perf_counter()
     try:
         return {**look(subject), "seconds": round(time.perf_counter() - start, 1)}
-    except Exception as error:  # the table says so, and the others go on
+    # The table says so, and the others go on.
+    except Exception as error:
         return {**_blank(subject), "status": f"failed: {_brief(error)}", "seconds": 0}
     finally:
         gc.collect()

@@ -44,16 +44,20 @@ TASKS = (
     "ZERO_SHOT_OBJECT_DETECTION",
 )
 OTHER_PIXELS = ("ASTForAudioClassification", "PatchTSTForClassification", "PatchTSMixerForTimeSeriesClassification")
-SMALLEST = ("atto", "femto", "pico", "nano", "xxs", "tiny", "xs", "small", "_s", "base")  # of timm's names
+# Parts of the names of timm's small models.
+SMALLEST = ("atto", "femto", "pico", "nano", "xxs", "tiny", "xs", "small", "_s", "base")
 
 # The first layer does not depend on how many follow: they are cut, so that any CPU takes a step in a moment.
 DEPTH = re.compile(r"(\w+_)?(num_)?(\w+_)?(layers|layer|depth)")
 STAGES = ("depths", "layer_depths")
 LEAST = 2
 SIZE = 224
-LARGE = 320  # timm's sizes up to here are kept, since windows and position embeddings fit to them
-WIDEST = 1024  # of what a tower hands on
-DEEP = ("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam")  # timm's large
+# Timm's sizes up to here are kept, since windows and position embeddings fit to them.
+LARGE = 320
+# The most outputs of a tower.
+WIDEST = 1024
+# The timm modules that have no small model.
+DEEP = ("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam")
 CONFIGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("configs.yaml").read_text(encoding="utf-8"))
 OCR_MODELS = ("PPOCRV5ServerDetForObjectDetection", "PPOCRV6MediumDetForObjectDetection")
 OCR = {"kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8]}
@@ -167,7 +171,8 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a config and of its parts with fewer layers and smaller images."""
     values = dict(config)
     maps = values.get("out_indices") or values.get("out_features") or []
-    layers = max(LEAST, len(maps))  # as many as are asked for
+    # A model has at least as many layers as feature maps are asked for.
+    layers = max(LEAST, len(maps))
     for name, value in config.items():
         if isinstance(value, dict):
             values[name] = _shrunk(value)

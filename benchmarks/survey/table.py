@@ -42,7 +42,8 @@ def rows(chosen: list[Subject], path: Path, workers: int) -> list[Row]:
     known = read_rows(path)
     todo = [subject for subject in chosen if subject.key not in known]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, maxtasksperchild=100) as pool:  # models leave memory behind in a worker
+    # A worker is made anew after some models, which leave memory behind.
+    with context.Pool(workers, maxtasksperchild=100) as pool:
         for row in track(pool.imap(look_in_worker, todo), "models", len(todo), disable=not todo):
             known[row["key"]] = row
             add_row(path, row)

@@ -13,9 +13,12 @@ from benchmarks.training.photo_crops import photo_crops
 from benchmarks.training.recipe import Recipe
 
 TEST_SPLITS = ("test", "validation")
-SECRET = -1  # the label of test images, in data sets that are competitions
-MEASURED = 1000  # images whose mean and deviation are taken
-FINGERPRINTED = 100  # images of a split that its fingerprint looks at
+# The label of test images, in data sets that are competitions.
+SECRET = -1
+# Mean and deviation are taken from so many images.
+MEASURED = 1000
+# A fingerprint looks at so many images of each split.
+FINGERPRINTED = 100
 
 
 class Splits(NamedTuple):

@@ -52,11 +52,13 @@ class Images(Dataset[tuple[Tensor, int]]):
 @contextlib.contextmanager
 def drawn_from(*entropy: int) -> Iterator[None]:
     """Draw the random numbers of torch, numpy and `random` from these integers inside, and go on as before outside."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # timm draws from all three
+    # All three are saved, since timm draws from all of them.
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # which alone transforms draw from; torch.manual_seed takes 0.1 ms
+    # Transforms draw from this generator alone, and torch.manual_seed would take 0.1 ms.
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

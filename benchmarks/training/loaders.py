@@ -65,7 +65,8 @@ def _augmentation(recipe: Recipe, look: Normalization) -> Any:
     ratio = None
     if recipe.crop_padding:
         first.append(v2.RandomCrop(recipe.image_size, padding=recipe.crop_padding))
-    if policy == "cifar10":  # which timm does not have
+    # timm does not have this policy.
+    if policy == "cifar10":
         first.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
         policy = None
     if recipe.rotation:

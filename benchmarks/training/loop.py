@@ -83,7 +83,8 @@ def train(
         model = model.to(memory_format=torch.channels_last)
     if recipe.whiten_init:
         whiten_first_layer(model, loaders.train, recipe.lam, match_scale=not recipe.whiten_unscaled)
-    set_seed(recipe.seed, device_specific=True)  # the same weights on every rank, and other draws of dropout and mixup
+    # Every rank has the same weights, and draws other numbers for dropout and mixup.
+    set_seed(recipe.seed, device_specific=True)
     optimizer = make_optimizer(recipe, model)
     if options.tract:
         accelerator.print(apply_tract(model, recipe.lam))
@@ -92,13 +93,15 @@ def train(
     training.run(options.output_dir / "checkpoints")
     trained = accelerator.unwrap_model(model)
     if recipe.channels_last:
-        trained = trained.to(memory_format=torch.contiguous_format)  # which is what safetensors saves
+        # safetensors saves this format.
+        trained = trained.to(memory_format=torch.contiguous_format)
     return Trained(trained, look, training.history.figures, fingerprint(splits))
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on CPU
+        # Otherwise torchrun's processes would not find each other on CPU.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=recipe.mixed_precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
         step_scheduler_with_optimizer=False,

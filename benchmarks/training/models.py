@@ -42,7 +42,8 @@ def _fresh_transformers_model(recipe: Recipe, labels: list[str]) -> nn.Module:
 
 def _from_checkpoint(name: str, labels: list[str]) -> nn.Module:
     maps = _label_maps(labels)
-    if AutoConfig.from_pretrained(name).model_type == "timm_wrapper":  # which does not count the names
+    # This wrapper does not count the names.
+    if AutoConfig.from_pretrained(name).model_type == "timm_wrapper":
         maps["num_labels"] = len(labels)
     model: nn.Module = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **maps)
     return model
@@ -65,5 +66,6 @@ def save_model(model: nn.Module, folder: Path, look: Normalization) -> None:
     timm.models.save_for_hf(model, folder, safe_serialization=True)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config.get("model_args", {}).pop("num_classes", None)  # transformers' wrapper of timm would give it twice
+    # transformers' wrapper of timm would give it twice.
+    config.get("model_args", {}).pop("num_classes", None)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -17,11 +17,12 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image
 
-PHOTOGRAPHS = [
-    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel"),
-    *("hubble_deep_field", "ihc", "moon", "motorcycle_left", "page", "retina", "rocket", "text"),  # scikit-image
-    *("china", "flower"),  # scikit-learn
-]
+SCIKIT_IMAGE = (
+    "astronaut brick camera cell chelsea clock_motion coffee coins grass gravel "
+    "hubble_deep_field ihc moon motorcycle_left page retina rocket text"
+)
+SCIKIT_LEARN = "china flower"
+PHOTOGRAPHS = [*SCIKIT_IMAGE.split(), *SCIKIT_LEARN.split()]
 CELL, CROP = 48, 32
 VERSION = 1
 
@@ -46,7 +47,8 @@ def photo_crops(train_per_photo: int = 300, test_per_photo: int = 100, seed: int
         partial = tempfile.mkdtemp(dir=folder.parent)
         datasets.DatasetDict(made).save_to_disk(partial)
         try:
-            os.rename(partial, folder)  # all or nothing: another process may be making it too
+            # All or nothing: another process may be making it too.
+            os.rename(partial, folder)
         except OSError:
             shutil.rmtree(partial)
     return datasets.DatasetDict.load_from_disk(folder)
@@ -80,7 +82,7 @@ def _crops(label: int, split: str, count: int, seed: int) -> Iterator[dict[str, 
 
 def _photograph(name: str) -> np.ndarray:
     for package in (skimage.data, sklearn.datasets):
-        folder = Path(package.__file__).parent
+        folder = Path(str(package.__file__)).parent
         for file in folder.rglob(f"{name}.*"):
             with Image.open(file) as image:
                 return np.asarray(image.convert("RGB"))
