@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measure import peak_bytes
 from torch import nn
 
+from benchmarks.common.timing import peak_bytes
 from helpers import oracle
 from helpers.strategies import cases
 from hf_tract.core.moments import MEMORY_LIMIT, patch_moments

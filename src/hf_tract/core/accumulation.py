@@ -35,9 +35,12 @@ def was_emptied(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def holds_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Return whether `.grad` holds more than zeros, as a tensor on its device; None if the host knows without it."""
+    """Return whether `.grad` holds more than zeros, as a tensor on its device; None if the host knows without it.
+
+    This is for parameters whose `.grad` holds what has been accumulated.
+    """
     grads = _grads(parameters)
-    if not lives_in_grad(parameters) or all(on_host(grad) for grad in grads):
+    if all(on_host(grad) for grad in grads):
         return None
     device = grads[0].device
     return torch.stack([grad.any().to(device) for grad in grads]).any()

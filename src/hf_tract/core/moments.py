@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_tract.core.neighbours import MAX_WIDENING, sums_by_neighbours
 from hf_tract.core.overlap import best_overlap, overlapping_sums
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.pieces import (
@@ -80,7 +81,10 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
     if dim is not None and (x.is_cpu or count * len(out) * out.shape[-1] > FEW_NUMBERS):
         block = out.numel() * spec.stride[dim] // spec.kernel[dim]
         if 4 * block <= max_numbers:
-            overlapping_sums(x, spec, dim, out, max_numbers)
+            if x.is_cpu and MAX_WIDENING * out.numel() <= max_numbers:
+                sums_by_neighbours(x, spec, dim, out, max_numbers)
+            else:
+                overlapping_sums(x, spec, dim, out, max_numbers)
             return count
     _patch_products(x, spec, out, max_numbers)
     return count

@@ -84,14 +84,15 @@ class LayerPreconditioner:
             return grad.clone()
         backward_pass = _backward_pass_of(call)
         parameters = self._parameters(call)
+        in_grad = accumulation.lives_in_grad(parameters)
         with self._lock:
-            step = self._find_step(backward_pass, parameters)
+            step = self._find_step(backward_pass, parameters, in_grad)
             self.last_step = step
             keep = None
             if step.backward_pass != backward_pass:
                 step.backward_pass = backward_pass
                 # `zero_grad(set_to_none=False)` begins a step too; only the device knows, and masks the old totals.
-                keep = accumulation.holds_gradient(parameters)
+                keep = accumulation.holds_gradient(parameters) if in_grad else None
             returned = step.returned(keep)
             new = self._uncounted_sums(step, call, x, spec, keep)
             dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -122,32 +123,36 @@ class LayerPreconditioner:
         This is the parameter that the forward call used, since the layer may have another one by now. Where an engine
         keeps gradients outside of `.grad`, it is the layer's own parameters, as only these show that.
         """
-        parameters = weight_parameters(self._layer())
+        layer = self._layer()
+        weight = layer._parameters.get("weight") if layer else None
+        if call is not None and weight is not None and call.leaf is weight:
+            return [weight]
+        parameters = weight_parameters(layer)
         if call is None or not isinstance(call.leaf, nn.Parameter):
             return parameters
         if parameters and not accumulation.lives_in_grad(parameters):
             return parameters
         return [call.leaf]
 
-    def _find_step(self, backward_pass: int, parameters: list[nn.Parameter]) -> Step:
+    def _find_step(self, backward_pass: int, parameters: list[nn.Parameter], in_grad: bool) -> Step:
         """Return the step that this backward belongs to, a new one if it begins one."""
-        if accumulation.lives_in_grad(parameters) and not accumulation.adds_to_grad(parameters):
+        if in_grad and not accumulation.adds_to_grad(parameters):
             step = self._returned_step
             if step is None or step.backward_pass != backward_pass or self.config.scope == "local":
                 step = self._returned_step = Step(backward_pass)
             return step
         step = self._step
-        if step is None or self._is_over(step, backward_pass, parameters):
+        if step is None or self._is_over(step, backward_pass, parameters, in_grad):
             step = self._step = Step(backward_pass)
             self.steps += 1
         return step
 
-    def _is_over(self, step: Step, backward_pass: int, parameters: list[nn.Parameter]) -> bool:
+    def _is_over(self, step: Step, backward_pass: int, parameters: list[nn.Parameter], in_grad: bool) -> bool:
         if self.config.scope == "local":
             return True
         if step.backward_pass == backward_pass:
             return False
-        if accumulation.lives_in_grad(parameters):
+        if in_grad:
             return accumulation.was_emptied(parameters)
         return step.closed
 
