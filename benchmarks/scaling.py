@@ -225,23 +225,25 @@ def plot(found: dict[str, RunRecord], path: Path) -> Path:
     """Draw measured times, and the least time dotted, of each sweep."""
     figure, rows = plots.new_figure(2, 2, 11, 7)
     for axis, sweep in zip([*rows[0], *rows[1]], SWEEPS, strict=True):
-        _plot_sweep(axis, [point for point in points() if point.sweep == sweep], found)
+        _plot_sweep(axis, sweep, found)
         axis.set_xlabel(sweep)
     figure.suptitle("Time of a second moment; dotted: the least that this machine could take")
     return plots.save(figure, path)
 
 
-def _plot_sweep(axis: Axes, swept: list[Point], found: dict[str, RunRecord]) -> None:
+def _plot_sweep(axis: Axes, sweep: str, found: dict[str, RunRecord]) -> None:
     best = rates(found)
-    names = dict.fromkeys(point.curve for point in swept)
-    for name, color, marker in zip(names, plots.COLORS[1:], plots.MARKERS, strict=False):
-        curve = [point for point in swept if point.curve == name]
-        at = [point.at for point in curve]
-        measured = [milliseconds(found, f"{point.key} | moment") for point in curve]
-        least = [1000 * best.least_seconds(point) for point in curve]
-        axis.plot(at, measured, color=color, marker=marker, markersize=4, label=name)
-        axis.plot(at, least, ":", color=color)
-    places = sorted({point.at for point in swept})
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    for point in points():
+        if point.sweep == sweep:
+            measured = milliseconds(found, f"{point.key} | moment")
+            least = 1000 * best.least_seconds(point)
+            curves.setdefault(point.curve, []).append((point.at, measured, least))
+    places: tuple[int, ...] = ()
+    for name, color, marker in zip(curves, plots.COLORS[1:], plots.MARKERS, strict=False):
+        places, times, least_times = zip(*curves[name], strict=True)
+        axis.plot(places, times, color=color, marker=marker, markersize=4, label=name)
+        axis.plot(places, least_times, ":", color=color)
     axis.set(xscale="log", yscale="log", ylabel="milliseconds")
     axis.set_xticks(places, [str(place) for place in places])
     axis.minorticks_off()

@@ -27,7 +27,7 @@ from benchmarks.training.recipe import RECIPES
 from hf_tract.integrations.training_record import without_local_path
 
 ARMS = ("vanilla", "TrAct")
-CELLS = tuple(f"{before} → {after}" for before in ARMS for after in ARMS)
+CELLS = ("vanilla → vanilla", "vanilla → TrAct", "TrAct → vanilla", "TrAct → TrAct")
 DATASETS = ["dpdl-benchmark/oxford_flowers102", "tanganke/stanford_cars"]
 GAINS = {"in pre-training alone": CELLS[2], "in fine-tuning alone": CELLS[1], "in both": CELLS[3]}
 # The accuracies (seeds,) of each cell, by data set.
@@ -112,9 +112,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def run_missing(what: str, runs: list[Run], file: Path, at_once: int) -> None:
     """Run what is not in the file yet; what a run prints goes into a file beside its folder."""
     have = read_records(file)
-    todo = {each.key: each for each in runs if each.key not in have}
-    works = [Work([each.command()], each.folder.with_suffix(".log"), key) for key, each in todo.items()]
-    failed = run_all(what, works, at_once, lambda work: add_record(file, todo[work.name].record()))
+    todo = {}
+    works = []
+    for each in runs:
+        if each.key not in have:
+            todo[each.key] = each
+            log = each.folder.with_suffix(".log")
+            works.append(Work([each.command()], log, each.key))
+
+    def done(work: Work) -> None:
+        add_record(file, todo[work.name].record())
+
+    failed = run_all(what, works, at_once, done)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(works)} runs failed.")
 
@@ -134,14 +143,11 @@ def final(record: RunRecord) -> float:
 
 def by_cell(records: list[RunRecord]) -> Top1:
     """Return the accuracies of the fine-tunings, (seeds,), of each cell of each data set."""
-    found: dict[str, dict[str, list[float]]] = {}
+    top1: Top1 = {}
     for record in sorted(records, key=lambda record: record.seed):
         if record.arm in CELLS:
-            cells = found.setdefault(record.settings["dataset"], {cell: [] for cell in CELLS})
-            cells[record.arm].append(final(record))
-    top1: Top1 = {}
-    for dataset, cells in found.items():
-        top1[dataset] = {cell: np.array(values) for cell, values in cells.items()}
+            cells = top1.setdefault(record.settings["dataset"], dict.fromkeys(CELLS, np.array([])))
+            cells[record.arm] = np.append(cells[record.arm], final(record))
     return top1
 
 
@@ -150,14 +156,18 @@ def table(records: list[RunRecord]) -> str:
     top1 = by_cell(records)
     lines = [f"| top-1, % | {' | '.join(CELLS)} |", "|---" * (1 + len(CELLS)) + "|"]
     for dataset, cells in top1.items():
-        means = [interval(cells[cell]).text() for cell in CELLS]
-        lines.append(f"| {dataset} | {' | '.join(means)} |")
+        row = [dataset]
+        for cell in CELLS:
+            row.append(interval(cells[cell]).text())
+        lines.append(f"| {' | '.join(row)} |")
     lines += ["", f"| gain, points | {' | '.join(GAINS)} |", "|---|---|---|---|"]
     for dataset, cells in top1.items():
-        gains = [interval(cells[cell] - cells[CELLS[0]]).text("+") for cell in GAINS.values()]
-        lines.append(f"| {dataset} | {' | '.join(gains)} |")
-    seeds = {len(values) for cells in top1.values() for values in cells.values()}
-    lines += ["", f"Mean ± the half width of its 95 % confidence interval (Student's t) over {max(seeds)} seeds."]
+        row = [dataset]
+        for cell in GAINS.values():
+            gains = cells[cell] - cells[CELLS[0]]
+            row.append(interval(gains).text("+"))
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["", "Mean ± the half width of its 95 % confidence interval (Student's t) over seeds of fine-tuning."]
     for record in records:
         if record.arm in ARMS:
             lines.append(f"Pre-training ({record.arm}) reached {final(record):.1f} % on {record.settings['dataset']}.")

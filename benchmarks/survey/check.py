@@ -33,28 +33,39 @@ def objective(outputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     It is a random projection, since a mean square of normalised outputs is a constant.
     """
     generator = torch.Generator().manual_seed(0)
-    terms = [t.float() * torch.randn(t.shape, generator=generator) for t in outputs if t.requires_grad]
-    return scale * torch.stack([term.nan_to_num(0, 0, 0).mean() for term in terms]).sum()
+    terms = []
+    for output in outputs:
+        if output.requires_grad:
+            term = output.float() * torch.randn(output.shape, generator=generator)
+            terms.append(term.nan_to_num(0, 0, 0).mean())
+    return scale * torch.stack(terms).sum()
 
 
 def met_first(model: nn.Module, batch: Any, pixels: str | None) -> list[str]:
     """Name the layers that the pixels meet first: their input changes with the pixels and not with any weight."""
     plain = _inputs(model, batch)
-    other: Any
-    if pixels:
-        other = {**batch, pixels: 1 - batch[pixels]}
-    else:
-        other = (1 - batch[0], *batch[1:]) if isinstance(batch, tuple) else 1 - batch
-    moved = _inputs(model, other)
-    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
-    kept = {name: parameter.detach().clone() for name, parameter in weights.items()}
+    moved = _inputs(model, _with_other_pixels(batch, pixels))
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
-        for parameter in weights.values():
-            parameter.mul_(1.5).add_(0.01)
+        for weight in weights:
+            weight.mul_(1.5).add_(0.01)
         changed = _inputs(model, batch)
-        for name, parameter in weights.items():
-            parameter.copy_(kept[name])
-    return [name for name, x in plain.items() if changed.get(name) == x != moved.get(name)]
+        for weight, values in zip(weights, before, strict=True):
+            weight.copy_(values)
+    first = []
+    for name, x in plain.items():
+        if changed.get(name) == x != moved.get(name):
+            first.append(name)
+    return first
+
+
+def _with_other_pixels(batch: Any, pixels: str | None) -> Any:
+    if pixels:
+        return {**batch, pixels: 1 - batch[pixels]}
+    if isinstance(batch, tuple):
+        return (1 - batch[0], *batch[1:])
+    return 1 - batch
 
 
 def _inputs(model: nn.Module, batch: Any) -> dict[str, int]:
@@ -69,8 +80,10 @@ def _inputs(model: nn.Module, batch: Any) -> dict[str, int]:
         return hook
 
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, layers)]
-    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in named]
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, layers):
+            handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
     try:
         # Weights of 1.5 times their size may lead anywhere.
         with torch.no_grad(), contextlib.suppress(Exception):
@@ -155,32 +168,53 @@ def reference(model: nn.Module, batch: Any, names: Sequence[str], lam: float) ->
     finally:
         for handle in record.handles:
             handle.remove()
+    scale = _backward(model, record.calls, outputs)
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
+    expected: dict[str, Tensor] = {}
+    for layer in names:
+        calls = [call for call in record.calls if call.layer == layer and call.weight.grad is not None]
+        if calls:
+            expected |= _expected(model, layer, calls, lam)
+    detached = [output.detach() for output in outputs]
+    return Reference(detached, scale, gradients, expected)
+
+
+def _backward(model: nn.Module, calls: Sequence[Call], outputs: Sequence[Tensor]) -> float:
+    """Run a backward whose gradients are in float32's range; return the scale of the objective."""
     for scale in SCALES:
         model.zero_grad()
-        for call in record.calls:
+        for call in calls:
             call.weight.grad = None
         objective(outputs, scale).backward(retain_graph=True)
-        if any(
-            call.weight.grad is not None and call.weight.grad.norm() > 1e-12 * math.sqrt(scale)
-            for call in record.calls
-        ):
+        if any(_is_large(call.weight.grad, scale) for call in calls):
             break
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    expected: dict[str, Tensor] = {}
-    for layer in dict.fromkeys(call.layer for call in record.calls):
-        calls = [call for call in record.calls if call.layer == layer and call.weight.grad is not None]
-        if not calls:
-            continue
-        p = torch.cat([patches(call) for call in calls], 1)
-        inverse = torch.linalg.inv(p.mT @ p / p.shape[1] + lam * torch.eye(p.shape[-1], dtype=torch.float64))
-        # A weight may be made of the parameters, as standardised ones are: the chain rule goes on from the gradient.
-        leaves = {n: q for n, q in model.named_parameters() if n.startswith(f"{layer}.") and q.requires_grad}
-        weights = [call.weight for call in calls]
-        handed = [_rows(call.weight.grad, len(inverse)) @ inverse for call in calls]
-        grads = [grad.reshape(weight.shape).to(weight.dtype) for grad, weight in zip(handed, weights, strict=True)]
-        parts = torch.autograd.grad(weights, list(leaves.values()), grads, retain_graph=True, allow_unused=True)
-        expected |= {name: part for name, part in zip(leaves, parts, strict=True) if part is not None}
-    return Reference([out.detach() for out in outputs], scale, gradients, expected)
+    return scale
+
+
+def _is_large(grad: Tensor | None, scale: float) -> bool:
+    return grad is not None and bool(grad.norm() > 1e-12 * math.sqrt(scale))
+
+
+def _expected(model: nn.Module, layer: str, calls: Sequence[Call], lam: float) -> dict[str, Tensor]:
+    """Return the preconditioned gradients of what the weight of one layer is made of."""
+    p = torch.cat([patches(call) for call in calls], 1)
+    damped = p.mT @ p / p.shape[1] + lam * torch.eye(p.shape[-1], dtype=torch.float64)
+    inverse = torch.linalg.inv(damped)
+    weights, grads = [], []
+    for call in calls:
+        new = _rows(call.weight.grad, len(inverse)) @ inverse
+        weights.append(call.weight)
+        grads.append(new.reshape(call.weight.shape).to(call.weight.dtype))
+    # A weight may be made of the parameters, as standardised ones are: the chain rule goes on from the gradient.
+    leaves = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{layer}.") and parameter.requires_grad:
+            leaves[name] = parameter
+    parts = torch.autograd.grad(weights, list(leaves.values()), grads, retain_graph=True, allow_unused=True)
+    return {name: part for name, part in zip(leaves, parts, strict=True) if part is not None}
 
 
 def _rows(grad: Tensor | None, groups: int) -> Tensor:
@@ -193,25 +227,37 @@ def differences(model: nn.Module, batch: Any, want: Reference, tolerance: float 
     outputs = run(model, batch)
     model.zero_grad()
     objective(outputs, want.scale).backward()
-    wrong = [
-        f"output {i} differs" for i, (a, b) in enumerate(zip(outputs, want.outputs, strict=True)) if not _equal(a, b)
-    ]
+    wrong = []
+    for index, (output, wanted) in enumerate(zip(outputs, want.outputs, strict=True)):
+        if not _equal(output, wanted):
+            wrong.append(f"output {index} differs")
     for name, parameter in model.named_parameters():
-        got, ordinary = parameter.grad, want.gradients.get(name)
+        problem = ""
         if name in want.expected:
-            target = want.expected[name].double()
-            if not bool(target.any()):
-                wrong.append(f"{name}: no gradient reaches it")
-                continue
-            error = (
-                float(torch.linalg.norm(got.double() - target) / torch.linalg.norm(target))
-                if got is not None
-                else math.inf
-            )
-            wrong += [] if error <= tolerance else [f"{name}: relative error {error:.1e}"]
-        elif (got is None) != (ordinary is None) or (got is not None and not _equal(got, ordinary)):
-            wrong.append(f"{name}: another gradient")
+            problem = _gradient_problem(parameter.grad, want.expected[name].double(), tolerance)
+        elif not _same(parameter.grad, want.gradients.get(name)):
+            problem = "another gradient"
+        if problem:
+            wrong.append(f"{name}: {problem}")
     return wrong
+
+
+def _gradient_problem(got: Tensor | None, target: Tensor, tolerance: float) -> str:
+    """Return how a gradient differs from what it must be, in words."""
+    if not bool(target.any()):
+        return "no gradient reaches it"
+    error = math.inf
+    if got is not None:
+        error = float((got.double() - target).norm() / target.norm())
+    if error <= tolerance:
+        return ""
+    return f"relative error {error:.1e}"
+
+
+def _same(got: Tensor | None, ordinary: Tensor | None) -> bool:
+    if got is None:
+        return ordinary is None
+    return _equal(got, ordinary)
 
 
 def _equal(a: Tensor, b: Tensor | None) -> bool:

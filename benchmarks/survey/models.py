@@ -62,10 +62,11 @@ CONFIGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("configs.yaml"
 OCR_MODELS = ("PPOCRV5ServerDetForObjectDetection", "PPOCRV6MediumDetForObjectDetection")
 OCR = {"kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8]}
 OCR_KERNELS = {"longratio": 7, "midratio": 5, "shortratio": 3}
+# Whether a kernel is long downwards and across.
 OCR_KINDS = {
-    "vertical_long_to_small_conv": (True, False),
-    "horizontal_small_to_long_conv": (False, True),
-    "symmetric_conv_long": (True, True),
+    "vertical_long_to_small_conv": (1, 0),
+    "horizontal_small_to_long_conv": (0, 1),
+    "symmetric_conv_long": (1, 1),
 }
 
 
@@ -99,14 +100,17 @@ def subjects() -> list[Subject]:
     """List one class of each model type of `TASKS`, or all that classify images; vision towers; each timm family."""
     found = [Subject("transformers", family, name) for family, name in _by_task()]
     named = {subject.name for subject in found}
-    found += [Subject("transformers", family, name) for name, (family, _) in _towers().items() if name not in named]
-    families = ((family, timm.list_models(module=family)) for family in timm.list_modules())
-    found += [Subject("timm", family, _smallest(names)) for family, names in families if names]
-    return found + [
-        Subject(library, f"{library} {version(library)}", name)
-        for library in others.installed()
-        for name in FAMILIES[library]
-    ]
+    for name, (family, _) in _towers().items():
+        if name not in named:
+            found.append(Subject("transformers", family, name))
+    for family in timm.list_modules():
+        names = timm.list_models(module=family)
+        if names:
+            found.append(Subject("timm", family, _smallest(names)))
+    for library in others.installed():
+        for name in FAMILIES[library]:
+            found.append(Subject(library, f"{library} {version(library)}", name))
+    return found
 
 
 def _by_task() -> Iterator[tuple[str, str]]:
@@ -148,8 +152,12 @@ def _sees(cls: type) -> bool:
 
 @functools.cache
 def _classes() -> dict[str, Any]:
-    towers = {name: cls for name, (_, cls) in _towers().items()}
-    return {**towers, **{name: getattr(transformers, name) for _, name in _by_task()}}
+    classes: dict[str, Any] = {}
+    for name, (_, cls) in _towers().items():
+        classes[name] = cls
+    for _, name in _by_task():
+        classes[name] = getattr(transformers, name)
+    return classes
 
 
 def _smallest(names: list[str]) -> str:
@@ -210,10 +218,11 @@ def _smaller(name: str, value: Any) -> Any:
 
 def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """Return `others` over `values`, also inside of parts."""
-    parts = {
-        k: _merged(values[k], v) for k, v in others.items() if isinstance(v, dict) and isinstance(values.get(k), dict)
-    }
-    return {**values, **others, **parts}
+    merged = {**values, **others}
+    for name, value in others.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            merged[name] = _merged(values[name], value)
+    return merged
 
 
 def _ocr_block() -> dict[str, list[Any]]:
@@ -221,8 +230,8 @@ def _ocr_block() -> dict[str, list[Any]]:
     block: dict[str, list[Any]] = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
     for ratio, k in OCR_KERNELS.items():
         for kind, kernel in OCR_KINDS.items():
-            size = [k if side else 1 for side in kernel]
-            block[f"{kind}_{ratio}"] = [size, 1, [size[0] // 2, size[1] // 2]]
+            down, across = (k**side for side in kernel)
+            block[f"{kind}_{ratio}"] = [[down, across], 1, [down // 2, across // 2]]
     return block
 
 
