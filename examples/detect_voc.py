@@ -1,215 +1,797 @@
-"""Faster R-CNN with a VGG-16 backbone, vanilla and with TrAct from the same seeds, compared by mean average precision.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf-tract",
+#     "accelerate>=1.10",
+#     "datasets>=4.0",
+#     "matplotlib>=3.9",
+#     "numpy",
+#     "pillow>=10",
+#     "pycocotools>=2.0.8",
+#     "rich>=13",
+#     "scikit-learn>=1.5",
+#     "scipy>=1.11",
+#     "torch>=2.8",
+#     "torchmetrics>=1.4",
+#     "torchvision>=0.23",
+#     "tqdm>=4.66",
+#     "transformers>=5.0",
+# ]
+# ///
+"""Trains Faster R-CNN with a VGG-16 backbone without and with TrAct, and compares their mean average precision.
 
-    accelerate launch examples/detect_voc.py                           # digit scenes, a narrow VGG-16, a few minutes
-    accelerate launch examples/detect_voc.py --seeds 3
-    accelerate launch examples/detect_voc.py --recipe examples/recipes/detection/voc_faster_rcnn.yaml --dataset FOLDER
+    python detect_voc.py                               # scenes of digits, no download, minutes on two cores
+    python detect_voc.py --seeds 3                     # means with their 95 % intervals
+    python detect_voc.py --paper --dataset FOLDER      # the paper's table 5; FOLDER holds VOCdevkit/VOC2007
+    accelerate launch detect_voc.py                    # on several devices
 
-Both arms train every layer, the first ones too, which detectors usually freeze. Runs that have finished are kept in
-OUTPUT_DIR/records.jsonl and not run again; a run that was killed goes on from its last epoch.
+Both arms train every layer, also the first ones, which detectors usually freeze. Finished runs are stored in
+OUTPUT_DIR/records.jsonl and not run again; an interrupted run goes on from its last epoch.
 """
 
-import time
-from dataclasses import dataclass, field
-from functools import partial
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import datasets
+import matplotlib as mpl
+import numpy as np
+import sklearn.datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed, tqdm
-from PIL.Image import Image
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models import VGG16_Weights
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.datasets import VOCDetection
+from torchvision.models import VGG16_Weights, vgg16
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.vgg import make_layers, vgg16
+from torchvision.models.vgg import make_layers
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.v2 import functional as transforms
-from transformers import get_scheduler
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, get_scheduler
 
-from comparison import Record, compare, two_arms
-from detection_data import DetectionArguments, Detections, Examples
-from detection_metrics import MEASURES, Found, evaluate
 from hf_tract import apply_tract
-from image_data import drawn_from
-from progress import Progress, add_epoch, read_epochs, start
-from recipe import parse_with_recipe
 
-RECIPES = Path(__file__).with_name("recipes") / "detection"
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+VANILLA = "vanilla"
+TRACT = "TrAct"
+STYLES = {VANILLA: ("#555555", "s"), TRACT: ("#0072b2", "o")}
+MEASURES = {
+    "map_50": "mAP at IoU .5",
+    "map": "mAP, mean over IoU .5 to .95",
+    "map_voc07": "mAP, VOC 2007's 11 points",
+}
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 VGG16: list[int | str] = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
+VOC_NAMES = [
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
+# The names that data sets on the Hub give to what they know about an object.
+BOX_KEYS = ("bbox", "bboxes")
+CATEGORY_KEYS = ("category", "categories", "category_id", "classes", "label")
+
+# Table 5 of the paper (arXiv 2410.23970). It tells the data, the model, that all layers are trained, and two seeds;
+# the rest is usual for Faster R-CNN on VOC.
+PAPER: dict[str, Any] = {
+    "width": 1.0,
+    "batch_norm": False,
+    "imagenet": True,
+    "head_size": 4096,
+    "min_size": 600,
+    "max_size": 1000,
+    "anchor_sizes": [128, 256, 512],
+    "proposals": 2000,
+    "regions": 128,
+    "epochs": 14,
+    "batch_size": 2,
+    "optimizer": "sgd",
+    "weight_decay": 5e-4,
+    "warmup_steps": 500,
+    "flip": 0.5,
+    "mixed_precision": "bf16",
+    "seeds": 2,
+}
+# These options make no difference to a single run, so they are not among a record's settings.
+NOT_SETTINGS = ("seeds", "first_seed", "output_dir", "num_workers", "cpu", "lam", "paper")
+
+
+def option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+    """Return the field of an option with its default, its help, and what it may be."""
+    metadata: dict[str, Any] = {"help": text}
+    if choices:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
-class Recipe(DetectionArguments):
-    """What is trained and how: the fields of a recipe file."""
+class DetectionOptions:
+    """Says what is trained, on what, and how long. The defaults suit the scenes of digits."""
 
-    width: float = field(default=1.0, metadata={"help": "of the backbone's layers, over VGG-16's"})
-    batch_norm: bool = field(default=False, metadata={"help": "in the backbone; VGG-16 itself has none"})
-    head_size: int = field(default=4096, metadata={"help": "of the two hidden layers that see a region"})
-    imagenet: bool = field(
-        default=False, metadata={"help": "begin with torchvision's VGG-16 of ImageNet (a download)"}
+    dataset: str = option(
+        "digit_scenes", "digit_scenes, a folder with VOCdevkit in it, a Hub id, or a folder of parquet"
     )
-    min_size: int = field(default=600, metadata={"help": "to which the shorter side of an image is resized"})
-    max_size: int = field(default=1000, metadata={"help": "which the longer side does not exceed"})
+    paper: bool = option(False, "change the other defaults to those of the paper's table 5")
+    train_split: str = option("", "by default train, of a VOC folder trainval")
+    eval_split: str = option("", "by default test, else validation")
+    voc_year: str = option("2007", "of a VOC folder")
+    bbox_format: str = option("coco", "on the Hub: x, y, width, height; or corners", ("coco", "pascal_voc"))
+    train_samples: int = option(0, "use that many training images; 0 for all")
+    test_samples: int = option(0, "use that many test images; 0 for all")
+    width: float = option(0.125, "of the backbone's layers; VGG-16 has 1")
+    batch_norm: bool = option(True, "in the backbone; VGG-16 has none")
+    head_size: int = option(128, "of the head's two hidden layers; VGG-16 has 4096")
+    imagenet: bool = option(False, "start from torchvision's VGG-16, a download")
+    min_size: int = option(160, "pixels to which an image's shorter side is resized")
+    max_size: int = option(240, "pixels that its longer side does not exceed")
     anchor_sizes: list[int] = field(
-        default_factory=lambda: [128, 256, 512], metadata={"help": "in pixels of resized images"}
+        default_factory=lambda: [27, 40, 64], metadata={"help": "in pixels of the resized image"}
     )
-    proposals: int = field(default=2000, metadata={"help": "that the first stage makes for an image"})
-    regions: int = field(default=512, metadata={"help": "of them that the second stage learns from"})
-    epochs: int = 12
-    batch_size: int = field(default=8, metadata={"help": "images of one process"})
-    optimizer: str = field(
-        default="sgd", metadata={"help": "sgd with a momentum of 0.9, or adamw", "choices": ["sgd", "adamw"]}
-    )
-    learning_rate: float = 1e-3
-    weight_decay: float = 5e-4
-    schedule: str = field(default="cosine", metadata={"help": "any name of transformers.get_scheduler"})
-    warmup_steps: int = 100
-    clip_grad_norm: float = field(default=10.0, metadata={"help": "0 for none; it sees TrAct's gradient"})
-    flip: float = field(default=0.0, metadata={"help": "share of mirrored training images"})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    lam: float = field(default=0.1, metadata={"help": "TrAct's damping"})
+    proposals: int = option(100, "of the first stage, for an image")
+    regions: int = option(32, "of an image, from which the second stage learns")
+    epochs: int = option(4, "passes over the training images")
+    batch_size: int = option(4, "images in a step of one process")
+    optimizer: str = option("adamw", "sgd has a momentum of 0.9", ("sgd", "adamw"))
+    learning_rate: float = option(1e-3, "after the warm-up, with a cosine schedule")
+    weight_decay: float = option(1e-4, "of all parameters")
+    warmup_steps: int = option(50, "over which the learning rate rises")
+    clip_grad_norm: float = option(10.0, "clipping, which sees TrAct's gradient; 0 for none")
+    flip: float = option(0.0, "share of training images that are mirrored")
+    mixed_precision: str = option("no", "of the model's operations", ("no", "bf16", "fp16"))
+    lam: float = option(0.1, "TrAct's damping")
+    seeds: int = option(1, "number of runs of each arm")
+    first_seed: int = option(0, "seed of the first run; the others follow")
+    num_workers: int = option(0, "processes that load images")
+    cpu: bool = option(False, "train on the CPU")
+    output_dir: str = option("outputs/detect_voc", "folder of records, models and the plot")
 
 
-@dataclass
-class Run:
-    """Which runs, and where they go."""
+class Example(NamedTuple):
+    """Holds an image and its objects."""
 
-    recipe: str | None = field(default=None, metadata={"help": "a YAML file; digit scenes where none is given"})
-    seeds: int = field(default=1, metadata={"help": "train each arm from that many seeds"})
-    first_seed: int = 0
-    num_workers: int = 0
-    cpu: bool = False
-    output_dir: str = "outputs/detect_voc"
+    image: Image.Image
+    boxes: Tensor  # (objects, 4): left, top, right, bottom in pixels
+    labels: Tensor  # (objects,), from 0
+    difficult: Tensor  # (objects,), which neither count as a hit nor as a miss
+
+
+class Detections(NamedTuple):
+    """Holds training and test examples, and the names of the classes."""
+
+    train: Any
+    test: Any
+    names: Sequence[str]
+
+
+class Progress:
+    """Holds what a run has come to; accelerate saves and restores it."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the figures of the finished epochs."""
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the figures of the finished epochs."""
+        self.epochs = state["epochs"]
 
 
 def main() -> None:
-    recipe, run = parse_with_recipe("detection/digit_scenes.yaml", Recipe, Run)
-    same = {key: value for key, value in vars(recipe).items() if key != "lam"}
-    seeds = range(run.first_seed, run.first_seed + run.seeds)
-    title = f"{Path(recipe.dataset).name}, Faster R-CNN, lam {recipe.lam:g}"
-    run_one = partial(train, data=recipe.load(), recipe=recipe, run=run)
-    compare(Path(run.output_dir), two_arms(same, recipe.lam), seeds, run_one, title, MEASURES["map_50"])
+    """Train what has not been trained yet, and report."""
+    options = parse_detection_options()
+    data = load_detections(options)
+    if len(data.train) < options.batch_size:
+        stop(f"--batch_size {options.batch_size}: there are only {len(data.train)} images to train on.")
+    shared = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
+    shared |= {"train_images": len(data.train), "test_images": len(data.test)}
+    arms = {VANILLA: shared, TRACT: {**shared, "lam": options.lam}}
+    file = Path(options.output_dir) / "records.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    records = read_records(file)
+    found: dict[str, list[dict[str, Any]]] = {VANILLA: [], TRACT: []}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for arm, settings in arms.items():
+            record = find_record(records, arm, seed, settings)
+            if record is None:
+                record = train_detector(arm, seed, settings, data, options)
+                add_record(file, record)
+            found[arm].append(record)
+    if IS_MAIN_PROCESS:
+        report_precision(found, options)
 
 
-def train(arm: str, seed: int, settings: dict[str, Any], data: Detections, recipe: Recipe, run: Run) -> Record:
-    """One run of one arm; it goes on from its last epoch where there is one."""
-    folder = Path(run.output_dir) / f"{arm}-{seed}"
+def parse_detection_options() -> DetectionOptions:
+    """Read the command line; each wrong value ends the script with one line."""
+    usage = "detect_voc.py [options]; --help lists them"
+    parser = HfArgumentParser(DetectionOptions, usage=usage)  # type: ignore[arg-type]
+    if "--paper" in sys.argv:
+        parser.set_defaults(**PAPER)
+    (options,) = parser.parse_dict(vars(parser.parse_args()))
+    for name in ("head_size", "min_size", "max_size", "proposals", "regions", "epochs", "batch_size", "seeds"):
+        if getattr(options, name) < 1:
+            stop(f"--{name} {getattr(options, name)}: give 1 or more.")
+    for name in ("width", "lam", "learning_rate"):
+        if not 0 < getattr(options, name) < math.inf:
+            stop(f"--{name} {getattr(options, name)}: give a number above 0.")
+    for name in ("train_samples", "test_samples", "first_seed", "warmup_steps", "weight_decay", "clip_grad_norm"):
+        if not 0 <= getattr(options, name) < math.inf:
+            stop(f"--{name} {getattr(options, name)}: give 0 or more.")
+    if not 0 <= options.flip <= 1:
+        stop(f"--flip {options.flip}: give a share from 0 to 1.")
+    if min(options.anchor_sizes) < 1:
+        stop(f"--anchor_sizes {options.anchor_sizes}: give sizes of 1 or more.")
+    if options.imagenet and (options.width, options.batch_norm, options.head_size) != (1, False, 4096):
+        stop("--imagenet: VGG-16's weights need --width 1 --batch_norm False --head_size 4096.")
+    if options.mixed_precision == "fp16" and (options.cpu or not torch.accelerator.is_available()):
+        stop("--mixed_precision fp16 needs an accelerator: use no or bf16.")
+    if options.paper and options.dataset == "digit_scenes":
+        stop("--paper needs --dataset FOLDER, which holds VOCdevkit/VOC2007.")
+    return options
+
+
+# Training
+
+
+def train_detector(
+    arm: str, seed: int, settings: dict[str, Any], data: Detections, options: DetectionOptions
+) -> dict[str, Any]:
+    """Train one arm from one seed, from its last finished epoch if there is one, and return its record."""
+    # Another run of the same arm and seed, with other settings, has a folder of its own.
+    folder = Path(options.output_dir) / f"{arm}-{seed}-{zlib.crc32(json.dumps(settings).encode()):08x}"
     accelerator = Accelerator(
-        cpu=run.cpu or not torch.accelerator.is_available(),
-        mixed_precision=recipe.mixed_precision,
-        project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=1),
+        cpu=options.cpu or not torch.accelerator.is_available(),
+        mixed_precision=options.mixed_precision,
+        project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=2),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
         step_scheduler_with_optimizer=False,
     )
     set_seed(seed)
-    model: Any = faster_rcnn(len(data.names), recipe)
-    handle = apply_tract(model, settings["lam"]) if "lam" in settings else None
-    accelerator.print(f"\n{arm}, seed {seed}: {handle or 'without TrAct'}")
-    images = Augmented(data.train, recipe.flip, seed)
+    model: Any = faster_rcnn(len(data.names), options)
+    say(f"\n{arm}, seed {seed}")
+    if arm == TRACT:
+        say(apply_tract(model, options.lam).summary())
+    images = TrainingImages(data.train, options.flip, seed)
+    workers = options.num_workers
     loader: Any = DataLoader(
-        images, recipe.batch_size, shuffle=True, drop_last=True, collate_fn=list, num_workers=run.num_workers
+        images, options.batch_size, shuffle=True, drop_last=True, collate_fn=list, num_workers=workers
     )
-    groups = {"params": model.parameters(), "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-    optimizer = torch.optim.SGD([groups], momentum=0.9) if recipe.optimizer == "sgd" else torch.optim.AdamW([groups])
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = recipe.epochs * len(loader)
-    schedule = get_scheduler(recipe.schedule, optimizer, recipe.warmup_steps, steps)
-    progress, history = Progress(), folder / "history.jsonl"
+    model, optimizer, loader = accelerator.prepare(model, make_optimizer(model, options), loader)
+    steps = options.epochs * len(loader)
+    schedule = get_scheduler("cosine", optimizer, options.warmup_steps, steps)
+    progress = Progress()
     accelerator.register_for_checkpointing(schedule, progress)
-    start(accelerator, "latest", 2, history, progress)
-    bar = tqdm(total=steps, initial=progress.step, desc="training", disable=not accelerator.is_main_process)
-    for epoch in range(progress.epoch, recipe.epochs):
+    resume(accelerator, folder)
+    begin = len(progress.epochs)
+    bar = tqdm(total=steps, initial=begin * len(loader), desc="training", disable=not IS_MAIN_PROCESS)
+    for epoch in range(begin, options.epochs):
         images.epoch = epoch
         loader.set_epoch(epoch)
         model.train()
         for batch in loader:
-            began = time.perf_counter()
-            losses = model([pixels for pixels, _ in batch], [target for _, target in batch])
-            accelerator.backward(sum(losses.values()))
-            if recipe.clip_grad_norm:
-                accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            train_step(model, batch, optimizer, accelerator, options.clip_grad_norm)
             schedule.step()
-            progress.step += 1
-            progress.seconds += time.perf_counter() - began
             bar.update()
-        progress.epoch = epoch + 1
-        figures = evaluate(partial(detect, accelerator.unwrap_model(model)), data.test, recipe.batch_size)
-        bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
-        add_epoch(history, {"epoch": epoch + 1, **figures}, accelerator)
+        plain_model = accelerator.unwrap_model(model)
+        figures = measure_precision(plain_model, data.test, accelerator, options.batch_size)
+        progress.epochs.append(figures)
+        bar.set_postfix(figures)
         accelerator.save_state()
     bar.close()
     accelerator.save_model(model, folder / "model")
     accelerator.free_memory()
-    rows = read_epochs(history)
-    more = {MEASURES[name]: rows[-1][name] for name in MEASURES if name != "map_50"}
-    return Record(arm, seed, [row["map_50"] for row in rows], progress.seconds / progress.step, settings, more)
+    return {"arm": arm, "seed": seed, "settings": settings, "epochs": progress.epochs, **describe_run()}
 
 
-def faster_rcnn(classes: int, recipe: Recipe) -> FasterRCNN:
-    """Builds Faster R-CNN on VGG-16 without its last pooling; VGG-16's two hidden layers are the head; all train."""
-    widths = [each if isinstance(each, str) else round(recipe.width * each) for each in VGG16]
-    features = make_layers(widths, batch_norm=recipe.batch_norm)
+def train_step(
+    model: Any,
+    batch: list[tuple[Tensor, dict[str, Tensor]]],
+    optimizer: Any,
+    accelerator: Accelerator,
+    max_norm: float,
+) -> None:
+    """Take one optimizer step."""
+    pixels, targets = zip(*batch, strict=True)
+    losses = model(list(pixels), list(targets))
+    accelerator.backward(sum(losses.values()))
+    if max_norm:
+        accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def faster_rcnn(classes: int, options: DetectionOptions) -> FasterRCNN:
+    """Build Faster R-CNN on VGG-16 without its last pooling; VGG-16's two hidden layers are the head; all train."""
+    widths = list(VGG16)
+    for index, width in enumerate(VGG16):
+        if not isinstance(width, str):
+            widths[index] = max(1, round(options.width * width))
+    features = make_layers(widths, batch_norm=options.batch_norm)
     features.out_channels = widths[-1]
-    head = TwoMLPHead(7 * 7 * int(widths[-1]), recipe.head_size)
-    if recipe.imagenet:
+    head = TwoMLPHead(7 * 7 * int(widths[-1]), options.head_size)
+    if options.imagenet:
         source = vgg16(weights=VGG16_Weights.IMAGENET1K_V1)
         features.load_state_dict(source.features[:-1].state_dict())
         head.fc6.load_state_dict(source.classifier[0].state_dict())
         head.fc7.load_state_dict(source.classifier[3].state_dict())
-    anchors = AnchorGenerator((tuple(recipe.anchor_sizes),), ((0.5, 1.0, 2.0),))
     return FasterRCNN(
         features,
         None,
-        recipe.min_size,
-        recipe.max_size,
-        rpn_anchor_generator=anchors,
+        options.min_size,
+        options.max_size,
+        rpn_anchor_generator=AnchorGenerator((tuple(options.anchor_sizes),), ((0.5, 1.0, 2.0),)),
         box_head=head,
-        rpn_post_nms_top_n_train=recipe.proposals,
-        rpn_post_nms_top_n_test=recipe.proposals,
-        box_batch_size_per_image=recipe.regions,
+        rpn_post_nms_top_n_train=options.proposals,
+        rpn_post_nms_top_n_test=options.proposals,
+        box_batch_size_per_image=options.regions,
         box_roi_pool=MultiScaleRoIAlign(["0"], 7, 2),
-        box_predictor=FastRCNNPredictor(recipe.head_size, classes + 1),
+        box_predictor=FastRCNNPredictor(options.head_size, classes + 1),  # 0 is the background
     )
 
 
-class Augmented(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Images and targets as torchvision's detectors take them, mirrored at random by seed, epoch and index alone."""
+def make_optimizer(model: torch.nn.Module, options: DetectionOptions) -> torch.optim.Optimizer:
+    """Make the optimizer of all parameters."""
+    rate, decay = options.learning_rate, options.weight_decay
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
 
-    def __init__(self, examples: Examples, flip: float, seed: int) -> None:
-        self.examples, self.flip, self.seed, self.epoch = examples, flip, seed, 0
+
+def resume(accelerator: Accelerator, folder: Path) -> None:
+    """Load the newest checkpoint that was written to its end, and remove those that were not."""
+    found = list(folder.glob("checkpoints/checkpoint_*"))
+    accelerator.wait_for_everyone()
+    for path in sorted(found, key=checkpoint_number, reverse=True):
+        if (path / "custom_checkpoint_1.pkl").exists():  # which is written last
+            accelerator.load_state(str(path))
+            accelerator.project_configuration.iteration = checkpoint_number(path) + 1
+            say(f"Resumed from {path}.")
+            break
+        if IS_MAIN_PROCESS:
+            shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+
+
+def checkpoint_number(path: Path) -> int:
+    """Return N of `checkpoint_N`."""
+    return int(path.name.split("_")[1])
+
+
+class TrainingImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Yields images and targets as torchvision's detectors take them, mirrored by seed, epoch and index alone."""
+
+    def __init__(self, examples: Any, flip: float, seed: int) -> None:
+        self.examples = examples
+        self.flip = flip
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image, (boxes, labels, difficult) = self.examples[index]
-        pixels = pixels_of(image)
-        with drawn_from(self.seed, self.epoch, index):
-            mirrored = bool(torch.rand(()) < self.flip)
-        if mirrored:
+        image, boxes, labels, difficult = self.examples[index]
+        pixels = to_pixels(image)
+        if np.random.default_rng([self.seed, self.epoch, index]).random() < self.flip:
             left, top, right, bottom = boxes.unbind(1)
-            pixels, boxes = pixels.flip(-1), torch.stack([image.width - right, top, image.width - left, bottom], 1)
-        return pixels, {"boxes": boxes[~difficult], "labels": labels[~difficult] + 1}  # 0 is the background
+            pixels = pixels.flip(-1)
+            boxes = torch.stack([image.width - right, top, image.width - left, bottom], 1)
+        return pixels, {"boxes": boxes[~difficult], "labels": labels[~difficult] + 1}
 
 
-def pixels_of(image: Image) -> Tensor:
-    """float32 (3, height, width) from 0 to 1, which the model normalises itself."""
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return (3, height, width) from 0 to 1, which the model normalises itself."""
     pixels: Tensor = transforms.to_dtype(transforms.pil_to_tensor(image), torch.float32, scale=True)
     return pixels
 
 
-def detect(model: FasterRCNN, images: list[Image]) -> list[Found]:
-    """What a model finds in images."""
+# Mean average precision
+
+
+class Seen(NamedTuple):
+    """Holds what a model finds in an image and what is there, in torchmetrics' form."""
+
+    found: dict[str, Tensor]
+    wanted: dict[str, Tensor]
+
+
+@torch.no_grad()
+def measure_precision(model: FasterRCNN, examples: Any, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+    """Return the mean average precisions on all test images, of which each process looks at its share."""
     model.eval()
-    device = next(model.parameters()).device
-    return [
-        {**found, "labels": found["labels"] - 1} for found in model([pixels_of(image).to(device) for image in images])
-    ]
+    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    seen: list[Seen] = []
+    for first in range(0, len(mine), batch_size):
+        batch = [examples[index] for index in mine[first : first + batch_size]]
+        pixels = [to_pixels(example.image).to(accelerator.device) for example in batch]
+        for example, found in zip(batch, model(pixels), strict=True):
+            boxes, scores = found["boxes"].float().cpu(), found["scores"].float().cpu()
+            labels = found["labels"].cpu() - 1
+            seen.append(Seen({"boxes": boxes, "scores": scores, "labels": labels}, wanted_of(example)))
+    return mean_average_precision(gather_object(seen))
+
+
+def wanted_of(example: Example) -> dict[str, Tensor]:
+    """Return an image's objects; the difficult ones are COCO's crowds, which count neither as hits nor as misses."""
+    crowds = example.difficult.int()
+    return {"boxes": example.boxes, "labels": example.labels, "iscrowd": crowds}
+
+
+def mean_average_precision(seen: Sequence[Seen]) -> dict[str, float]:
+    """Compute the figures of MEASURES.
+
+    VOC's own program measures boxes one pixel larger, and matches difficult objects by IoU.
+    """
+    coco = MeanAveragePrecision(backend="pycocotools")
+    recalls = np.linspace(0, 1, 11).round(1).tolist()
+    voc = MeanAveragePrecision(iou_thresholds=[0.5], rec_thresholds=recalls, backend="pycocotools")
+    for metric in (coco, voc):
+        metric.warn_on_many_detections = False
+        for found, wanted in seen:
+            metric.update([found], [wanted])
+    figures = coco.compute()
+    map_voc07 = voc.compute()["map"]
+    return {"map_50": figures["map_50"].item(), "map": figures["map"].item(), "map_voc07": map_voc07.item()}
+
+
+# Records and report
+
+
+def describe_run() -> dict[str, Any]:
+    """Return the command, the versions and the hardware that a result depends on."""
+    names = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "versions": {name: version(name) for name in names}, "hardware": device}
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Read the finished runs of earlier commands."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def find_record(records: list[dict[str, Any]], arm: str, seed: int, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of the run with just these settings, or None."""
+    for record in records:
+        if (record["arm"], record["seed"], record["settings"]) == (arm, seed, settings):
+            return record
+    return None
+
+
+def add_record(file: Path, record: dict[str, Any]) -> None:
+    """Write a record as soon as its run is finished, so that a later interruption does not lose it."""
+    if IS_MAIN_PROCESS:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+
+def report_precision(records: dict[str, list[dict[str, Any]]], options: DetectionOptions) -> None:
+    """Print the table of mean average precisions and the gain of each seed, and save the plot."""
+    curves = {arm: curves_of(records[arm], "map_50") for arm in records}
+    console = Console(soft_wrap=True)
+    over = ""
+    if options.seeds > 1:
+        over = f", mean and 95 % interval (t distribution) over {options.seeds} seeds"
+    console.print(f"\n{MEASURES['map_50']} on {options.dataset}, in per cent{over}")
+    table = Table("", *curves)
+    for epoch in range(options.epochs):
+        cells = [with_interval(curve[:, epoch]) for curve in curves.values()]
+        table.add_row(f"epoch {epoch + 1}", *cells)
+    table.add_section()
+    for name in ("map", "map_voc07"):
+        cells = [with_interval(curves_of(found, name)[:, -1]) for found in records.values()]
+        table.add_row(MEASURES[name], *cells)
+    console.print(table)
+    gains = curves[TRACT][:, -1] - curves[VANILLA][:, -1]
+    by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
+    console.print(f"{TRACT}: {with_interval(gains, sign='+')} points at IoU .5 at the end; by seed {by_seed}.")
+    console.print(f"Plot: {plot_precision(curves, options)}")
+
+
+def curves_of(records: list[dict[str, Any]], name: str) -> np.ndarray:
+    """Return a figure in per cent, (seeds, epochs)."""
+    curves = []
+    for record in records:
+        curves.append([epoch[name] for epoch in record["epochs"]])
+    return 100 * np.array(curves)
+
+
+def with_interval(values: np.ndarray, sign: str = "") -> str:
+    """Return the mean and, for several seeds, half the width of its 95 % interval by the t distribution."""
+    text = f"{values.mean():{sign}.1f}"
+    if len(values) > 1:
+        text += f" ± {half_width(values):.1f}"
+    return text
+
+
+def half_width(values: np.ndarray) -> Any:
+    """Return half the width of the mean's 95 % interval by the t distribution, over the first dimension."""
+    count = len(values)
+    if count == 1:
+        return np.zeros(values.shape[1:])
+    return stats.t.ppf(0.975, count - 1) * values.std(0, ddof=1) / math.sqrt(count)
+
+
+def plot_precision(curves: dict[str, np.ndarray], options: DetectionOptions) -> Path:
+    """Draw the mean average precision of both arms over the epochs, with its interval as a band."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    epochs = np.arange(1, options.epochs + 1)
+    for arm, (color, marker) in STYLES.items():
+        mean, half = curves[arm].mean(0), half_width(curves[arm])
+        axes.plot(epochs, mean, color=color, marker=marker, markersize=4, label=f"{arm}: {mean[-1]:.1f} %")
+        axes.fill_between(epochs, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+    title = f"Faster R-CNN on {Path(options.dataset).name.replace('_', ' ')} with and without TrAct"
+    if options.seeds > 1:
+        title += f"\nmean over {options.seeds} seeds; the band is the mean's 95 % interval"
+    axes.set(xlabel="epoch", ylabel=f"{MEASURES['map_50']} in per cent", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.2)
+    figure.legend(loc="outside right center", title="after the last epoch", frameon=False)
+    file = Path(options.output_dir) / "comparison.png"
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
+def say(message: str) -> None:
+    """Print a line, in the main process only."""
+    if IS_MAIN_PROCESS:
+        print(message, flush=True)
+
+
+def stop(message: str) -> NoReturn:
+    """End the script with one line, which only the main process prints."""
+    raise SystemExit(message if IS_MAIN_PROCESS else 1)
+
+
+# Images with boxes
+
+
+def load_detections(options: DetectionOptions) -> Detections:
+    """Load the scenes of digits, a VOC folder, or a data set of the Hub's form."""
+    if options.dataset == "digit_scenes":
+        train: Any = digit_scenes(1000, "train")
+        test: Any = digit_scenes(200, "test")
+        names = list("0123456789")
+    elif Path(options.dataset, "VOCdevkit").is_dir():
+        train = VocFolder(options, options.train_split or "trainval")
+        test = VocFolder(options, options.eval_split or "test")
+        names = VOC_NAMES
+    else:
+        train_rows, test_rows = read_rows(options)
+        names = class_names_of_objects(train_rows, options)
+        train = Rows(train_rows, options.bbox_format)
+        test = Rows(test_rows, options.bbox_format)
+    return Detections(sample_of(train, options.train_samples), sample_of(test, options.test_samples), names)
+
+
+def sample_of(examples: Any, count: int) -> Any:
+    """Return `count` examples drawn with seed 0, or all for 0."""
+    if not count:
+        return examples
+    order = np.random.default_rng(0).permutation(len(examples))
+    return torch.utils.data.Subset(examples, order[:count].tolist())
+
+
+class VocFolder(Dataset[Example]):
+    """Reads a VOCdevkit, whose boxes count pixels from 1 and include both ends."""
+
+    def __init__(self, options: DetectionOptions, split: str) -> None:
+        try:
+            self.all = VOCDetection(options.dataset, options.voc_year, split)
+        except (ValueError, RuntimeError, OSError) as error:
+            stop(f"--dataset {options.dataset}, --voc_year {options.voc_year}, split {split}: {error}")
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __getitem__(self, index: int) -> Example:
+        image, tree = self.all[index]
+        boxes, labels, difficult = [], [], []
+        for thing in tree["annotation"]["object"]:
+            box = thing["bndbox"]
+            left, top = float(box["xmin"]) - 1, float(box["ymin"]) - 1
+            boxes.append([left, top, float(box["xmax"]), float(box["ymax"])])
+            labels.append(VOC_NAMES.index(thing["name"]))
+            difficult.append(thing.get("difficult") == "1")
+        return Example(image.convert("RGB"), *to_tensors(boxes, labels, difficult))
+
+
+class Rows(Dataset[Example]):
+    """Reads rows with a column of images and one named `objects`, as detection data sets on the Hub have them."""
+
+    def __init__(self, rows: datasets.Dataset, bbox_format: str) -> None:
+        self.rows = rows
+        self.bbox_format = bbox_format
+        self.image = image_column(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        objects = row["objects"]
+        labels = objects[key_among(objects, CATEGORY_KEYS)]
+        difficult = objects.get("difficult", [False] * len(labels))
+        boxes, *others = to_tensors(objects[key_among(objects, BOX_KEYS)], labels, difficult)
+        if self.bbox_format == "coco":
+            boxes[:, 2:] += boxes[:, :2]
+        return Example(row[self.image].convert("RGB"), boxes, *others)
+
+
+def to_tensors(boxes: Any, labels: Any, difficult: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return boxes, labels and marks of an image's objects, of which there may be none."""
+    corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return corners, torch.tensor(labels, dtype=torch.int64), torch.tensor(difficult, dtype=torch.bool)
+
+
+def read_rows(options: DetectionOptions) -> list[datasets.Dataset]:
+    """Read the training and the test split of a data set on the Hub, or of a folder."""
+    try:
+        splits = datasets.load_dataset(options.dataset)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        expected = "digit_scenes, a folder with VOCdevkit in it, a Hub id or a folder of parquet files"
+        stop(f"--dataset {options.dataset} cannot be read; it must be {expected}. The reason: {reason}")
+    wanted = {"train_split": options.train_split or "train", "eval_split": options.eval_split or "test"}
+    if not options.eval_split and "test" not in splits:
+        wanted["eval_split"] = "validation"
+    for name, split in wanted.items():
+        if split not in splits:
+            stop(f"--{name} {split}: {options.dataset} has the splits {', '.join(splits)}.")
+    return [splits[split] for split in wanted.values()]
+
+
+def image_column(rows: datasets.Dataset) -> str | None:
+    """Return the first column of images, or None."""
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            return str(name)
+    return None
+
+
+def key_among(objects: Any, keys: Sequence[str]) -> str | None:
+    """Return the first of `keys` that the objects have, or None."""
+    for key in keys:
+        if key in objects:
+            return key
+    return None
+
+
+def class_names_of_objects(rows: datasets.Dataset, options: DetectionOptions) -> list[str]:
+    """Return the names of the classes; numbers without names are named by themselves."""
+    objects = rows.features.get("objects", {})
+    objects = getattr(objects, "feature", objects)
+    category, box = key_among(objects, CATEGORY_KEYS), key_among(objects, BOX_KEYS)
+    if not image_column(rows) or not category or not box:
+        needed = f"a column of images and one named objects with {BOX_KEYS[0]} and {CATEGORY_KEYS[0]}"
+        stop(f"--dataset {options.dataset} needs {needed}; it has {rows.features}.")
+    feature: Any = getattr(objects[category], "feature", objects[category])
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    numbers = np.concatenate([each[category] for each in rows["objects"]])
+    return [str(number) for number in range(int(numbers.max()) + 1)]
+
+
+# Scenes of digits: scikit-learn's scans, two to four times as large, in colours of their own on a smooth background
+
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def digit_scenes(count: int, split: str) -> list[Example]:
+    """Draw scenes, always the same; no scan of a test scene is in a training scene."""
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
+    part = {"train": train, "test": test}[split]
+    scans = np.round(pixels[part].reshape(-1, 8, 8) * 255 / 16).astype(np.float32) / 255
+    scenes = []
+    for index in range(count):
+        draw = np.random.default_rng([0, int(split == "test"), index])
+        scenes.append(draw_scene(scans, labels[part], draw))
+    return scenes
+
+
+def draw_scene(scans: np.ndarray, labels: np.ndarray, draw: np.random.Generator) -> Example:
+    """Draw up to four digits whose boxes do not overlap, on a canvas of 64 to 96 pixels a side, with noise."""
+    height, width = draw.choice((64, 80, 96), 2)
+    corners = (255 * draw.uniform(0, 1, (2, 2, 3))).astype(np.uint8)
+    canvas = enlarge(corners, width, height).astype(np.float32) / 255
+    boxes: list[Box] = []
+    digits = []
+    for _ in range(draw.integers(1, 5)):
+        scan = draw.integers(len(scans))
+        side = 8 * draw.choice((2, 3, 4))
+        ink = crop_to_ink(enlarge(scans[scan], side, side).clip(0, 1))
+        box = place_box(ink.shape, canvas.shape, boxes, draw)
+        if box is None:
+            continue
+        left, top, right, bottom = box
+        part = canvas[top:bottom, left:right]
+        colour = draw.uniform(0, 1, 3)
+        while np.abs(colour - part.mean((0, 1))).mean() <= 0.3:  # too like the background
+            colour = draw.uniform(0, 1, 3)
+        part[:] = (1 - ink[..., None]) * part + ink[..., None] * colour
+        boxes.append(box)
+        digits.append(int(labels[scan]))
+    canvas += draw.normal(0, 0.03, canvas.shape)
+    image = Image.fromarray((255 * canvas.clip(0, 1)).astype(np.uint8))
+    return Example(image, *to_tensors(boxes, digits, [False] * len(digits)))
+
+
+def enlarge(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return pixels interpolated to another size."""
+    return np.asarray(Image.fromarray(pixels).resize((int(width), int(height)), Image.Resampling.BILINEAR))
+
+
+def crop_to_ink(mask: np.ndarray) -> np.ndarray:
+    """Return the rows and columns between the first and the last that have ink."""
+    rows = np.flatnonzero((mask > 0.15).any(1))
+    columns = np.flatnonzero((mask > 0.15).any(0))
+    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def place_box(shape: Sequence[int], canvas: Sequence[int], others: list[Box], draw: np.random.Generator) -> Box | None:
+    """Return a place for a box that meets no other, or None if 20 draws find none."""
+    for _ in range(20):
+        top = int(draw.integers(canvas[0] - shape[0] + 1))
+        left = int(draw.integers(canvas[1] - shape[1] + 1))
+        box = left, top, left + shape[1], top + shape[0]
+        if not any(overlap(box, other) for other in others):
+            return box
+    return None
+
+
+def overlap(first: Box, second: Box) -> bool:
+    """Return whether two boxes overlap."""
+    across = first[0] < second[2] and second[0] < first[2]
+    down = first[1] < second[3] and second[1] < first[3]
+    return across and down
 
 
 if __name__ == "__main__":

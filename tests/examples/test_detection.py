@@ -1,4 +1,4 @@
-"""Detectors: their first layer, its gradient where a batch's images differ in size, and the two examples."""
+"""Detectors: their first layer, its gradient where a batch's images differ in size, and the example."""
 
 import contextlib
 import json
@@ -11,20 +11,15 @@ import pytest
 import torch
 import torchvision
 import transformers as hf
-import yaml
 from PIL import Image
 from torch import nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-import detect_detr
 import detect_voc
-import detection_data
-from detection_data import VOC_NAMES, DetectionArguments, Objects
-from detection_metrics import mean_average_precision
-from digit_scenes import digit_scenes
+from detect_voc import VOC_NAMES, DetectionOptions, Example, Seen, load_detections, mean_average_precision
+from helpers.documents import ROOT, snippets_of
 from helpers.oracle import assert_close, expected
-from hf_tract import apply_tract, find_first_layers
-from recipe import Run
+from hf_tract import TrActCallback, apply_tract, find_first_layers
 
 TINY_DETR = {
     "use_timm_backbone": False,
@@ -48,44 +43,26 @@ TINY_DETR = {
         "out_features": ["stage4"],
     },
 }
-TINY_YOLOS = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": [64, 64],
-    "num_detection_tokens": 5,
-    "use_mid_position_embeddings": False,
-}
 SIZES = ((64, 96), (80, 48), (64, 64))  # height, width
-
-
-def objects(count: int) -> list[Objects]:
-    boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 44.0, 44.0]])
-    return [
-        Objects(boxes[: 1 + i % 2], torch.arange(1 + i % 2), torch.zeros(1 + i % 2, dtype=torch.bool))
-        for i in range(count)
-    ]
-
-
-def detr_inputs(processor) -> dict:
-    random = np.random.default_rng(0)
-    images = [Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in SIZES]
-    examples = [detect_detr.Example(image, each) for image, each in zip(images, objects(3), strict=True)]
-    return detect_detr.collate(processor, examples)
+BOXES = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 44.0, 44.0]])
 
 
 def faster_rcnn() -> tuple[nn.Module, list]:
     values = {"width": 0.125, "head_size": 16, "min_size": 64, "max_size": 96, "anchor_sizes": [16, 32], "regions": 8}
-    model = detect_voc.faster_rcnn(3, detect_voc.Recipe(**values))
-    targets = [{"boxes": each.boxes, "labels": each.labels + 1} for each in objects(3)]
+    model = detect_voc.faster_rcnn(3, DetectionOptions(**values, batch_norm=False))
+    targets = [{"boxes": BOXES[: 1 + i % 2], "labels": 1 + torch.arange(1 + i % 2)} for i in range(3)]
     return model, [[torch.rand(3, *size) for size in SIZES], targets]
 
 
 def detr() -> tuple[nn.Module, dict]:
     model = hf.DetrForObjectDetection(hf.AutoConfig.for_model("detr", **TINY_DETR))
     find_first_layers(model)[0].module.requires_grad_(True)
-    return model, detr_inputs(hf.DetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 64}))
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in SIZES]
+    thing = {"bbox": [4, 4, 26, 36], "category_id": 0, "area": 936, "iscrowd": 0}
+    processor = hf.DetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 64})
+    annotations = [{"image_id": 0, "annotations": [thing]}] * 3
+    return model, dict(processor(images, annotations=annotations, return_tensors="pt"))
 
 
 def stem_gradients(model, batch, **tract) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -165,38 +142,53 @@ def test_a_stem_that_the_library_froze_is_told_with_how_to_train_it(make, caplog
         assert not caplog.records
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_the_document_s_snippet_trains_detr_by_trainer_and_its_frozen_stem_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, unfreeze = snippets_of(ROOT / "docs" / "detection.md")
+    names = {}
+    exec(train, names)
+    model, stem = names["model"], names["stem"]
+    assert stem.name.endswith("embedder.embedder.convolution")
+    assert names["trainer"].state.global_step == 2
+    callbacks = names["trainer"].callback_handler.callbacks
+    (tract,) = [callback for callback in callbacks if isinstance(callback, TrActCallback)]
+    assert tract.handle_of(model) is not None  # which a frozen stem has not
+    stem.module.requires_grad_(False)
+    exec(unfreeze, names)
+    assert stem.module.weight.requires_grad
+
+
 def test_mean_average_precision_is_that_by_hand():
     """Of two objects one is found exactly and first, one not at all; a false hit comes last. Eleven recalls: 6/11."""
-    wanted = [
-        Objects(
-            torch.tensor([[0.0, 0, 20, 20], [40.0, 40, 60, 60]]), torch.tensor([1, 1]), torch.tensor([False, False])
-        )
-    ]
-    boxes = torch.tensor([[0.0, 0, 20, 20], [70.0, 70, 90, 90]])
-    found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([1, 1])}]
-    figures = mean_average_precision(found, wanted)
-    assert figures["map_voc07"] == pytest.approx(6 / 11)
-    assert figures["map_50"] == pytest.approx(51 / 101)
-    hard = [wanted[0]._replace(difficult=torch.tensor([False, True]))]
-    assert mean_average_precision(found, hard)["map_voc07"] == pytest.approx(1.0)
+    boxes = torch.tensor([[0.0, 0, 20, 20], [40.0, 40, 60, 60]])
+    labels = torch.tensor([1, 1])
+    guessed = torch.tensor([[0.0, 0, 20, 20], [70.0, 70, 90, 90]])
+    found = {"boxes": guessed, "scores": torch.tensor([0.9, 0.8]), "labels": labels}
+    image = Image.new("RGB", (100, 100))
+
+    def figures(difficult: list[bool]) -> dict[str, float]:
+        example = Example(image, boxes, labels, torch.tensor(difficult))
+        return mean_average_precision([Seen(found, detect_voc.wanted_of(example))])
+
+    assert figures([False, False])["map_voc07"] == pytest.approx(6 / 11)
+    assert figures([False, False])["map_50"] == pytest.approx(51 / 101)
+    assert figures([False, True])["map_voc07"] == pytest.approx(1.0)
 
 
-def test_digit_scenes_are_the_same_for_a_seed_and_their_boxes_hold_digits():
-    data = digit_scenes(train=12, test=4)
-    again = digit_scenes(train=12, test=4)
-    assert data["train"].features["objects"]["category"].feature.names == list("0123456789")
-    for row, same in zip(data["train"], again["train"], strict=True):
-        assert np.array_equal(row["image"], same["image"])
-        assert row["objects"] == same["objects"]
-        pixels = np.asarray(row["image"], dtype=float)
-        assert 1 <= len(row["objects"]["bbox"]) <= 4
-        for x, y, width, height in np.array(row["objects"]["bbox"], dtype=int):
-            assert 0 <= x < x + width <= row["image"].width
-            assert 0 <= y < y + height <= row["image"].height
-            assert pixels[y : y + height, x : x + width].std() > 1.5 * 255 * 0.03  # more than the noise
-    assert len({row["image"].size for row in data["train"]}) > 3
-    other = digit_scenes(train=12, test=4, seed=1)
-    assert not np.array_equal(data["train"][0]["image"], other["train"][0]["image"])
+def test_digit_scenes_are_the_same_at_each_call_and_their_boxes_hold_digits():
+    scenes = detect_voc.digit_scenes(12, "train")
+    for scene, again in zip(scenes, detect_voc.digit_scenes(12, "train"), strict=True):
+        assert np.array_equal(scene.image, again.image)
+        assert torch.equal(scene.boxes, again.boxes)
+        pixels = np.asarray(scene.image, dtype=float)
+        assert 1 <= len(scene.boxes) == len(scene.labels) <= 4
+        for left, top, right, bottom in scene.boxes.int().tolist():
+            assert 0 <= left < right <= scene.image.width
+            assert 0 <= top < bottom <= scene.image.height
+            assert pixels[top:bottom, left:right].std() > 1.5 * 255 * 0.03  # more than the noise
+    assert len({scene.image.size for scene in scenes}) > 3
+    assert not np.array_equal(detect_voc.digit_scenes(1, "test")[0].image, scenes[0].image)
 
 
 @pytest.fixture
@@ -217,13 +209,13 @@ def voc(tmp_path):
 
 
 def test_a_voc_folder_is_read(voc):
-    data = DetectionArguments(dataset=str(voc)).load()
+    data = load_detections(DetectionOptions(dataset=str(voc)))
     assert (len(data.train), len(data.test), data.names) == (2, 2, VOC_NAMES)
-    boxes, labels, difficult = data.train[1].objects
-    assert boxes.tolist() == [[10, 20, 40, 50]] * 2
-    assert [VOC_NAMES[label] for label in labels] == ["dog", "person"]
-    assert difficult.tolist() == [False, True]
-    _, target = detect_voc.Augmented(data.train, flip=1.0, seed=0)[0]
+    example = data.train[1]
+    assert example.boxes.tolist() == [[10, 20, 40, 50]] * 2
+    assert [VOC_NAMES[label] for label in example.labels] == ["dog", "person"]
+    assert example.difficult.tolist() == [False, True]
+    _, target = detect_voc.TrainingImages(data.train, flip=1.0, seed=0)[0]
     assert target["boxes"].tolist() == [[40, 20, 70, 50]]
     assert target["labels"].tolist() == [VOC_NAMES.index("dog") + 1]
 
@@ -235,125 +227,100 @@ def test_a_data_set_of_the_hub_s_form_is_read(tmp_path, box):
     for split in ("train", "validation"):
         (tmp_path / "data").mkdir(exist_ok=True)
         data.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    found = DetectionArguments(dataset=str(tmp_path / "data"), bbox_format=box).load()
-    boxes = found.test[0].objects.boxes.tolist()
-    assert boxes == ([[5, 6, 25, 22]] if box == "coco" else [[5, 6, 20, 16]])
+    found = load_detections(DetectionOptions(dataset=str(tmp_path / "data"), bbox_format=box))
+    assert found.test[0].boxes.tolist() == ([[5, 6, 25, 22]] if box == "coco" else [[5, 6, 20, 16]])
     assert found.names == ["0", "1"]
     assert found.train[0].image.mode == "RGB"
+
+
+def test_a_data_set_without_boxes_is_refused(tmp_path):
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict({"label": [0]}).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(SystemExit, match=r"needs a column of images and one named objects with bbox and category"):
+        load_detections(DetectionOptions(dataset=str(tmp_path)))
+
+
+def run(monkeypatch, folder, *options) -> list[dict]:
+    monkeypatch.setattr(sys, "argv", ["detect_voc.py", *options, "--output_dir", str(folder)])
+    detect_voc.main()
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"bbox_format": "yolo"}, "--bbox_format yolo: it must be coco or pascal_voc"),
-        ({"train_split": "all"}, "digit_scenes has no split all, it has"),
+        (["--epochs", "0"], "--epochs 0: give 1 or more"),
+        (["--lam", "nan"], "--lam nan: give a number above 0"),
+        (["--warmup_steps", "-1"], "--warmup_steps -1: give 0 or more"),
+        (["--flip", "2"], "--flip 2.0: give a share from 0 to 1"),
+        (["--anchor_sizes", "16", "0"], r"--anchor_sizes \[16, 0\]: give sizes of 1 or more"),
+        (["--imagenet"], "--imagenet: VGG-16's weights need --width 1 --batch_norm False --head_size 4096"),
+        (["--cpu", "--mixed_precision", "fp16"], "--mixed_precision fp16 needs an accelerator"),
+        (["--paper"], "--paper needs --dataset FOLDER"),
+        (["--train_samples", "2"], "--batch_size 4: there are only 2 images to train on"),
+        (["--dataset", "/no/such/folder"], "--dataset /no/such/folder cannot be read; it must be digit_scenes, "),
     ],
 )
-def test_what_cannot_be_meant_is_refused(wrong, message):
-    with pytest.raises(SystemExit, match=message):
-        DetectionArguments(**wrong).load()
+def test_each_wrong_option_is_told_in_one_line(wrong, message, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=message) as error:
+        run(monkeypatch, tmp_path, *wrong)
+    assert "\n" not in str(error.value)
 
 
-def test_a_data_set_without_boxes_is_refused(tmp_path):
-    datasets.Dataset.from_dict({"label": [0]}).to_parquet(tmp_path / "train.parquet")
-    datasets.Dataset.from_dict({"label": [0]}).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(SystemExit, match=r"has no column of images or none named objects; it has \['label'\]"):
-        DetectionArguments(dataset=str(tmp_path)).load()
+def test_a_split_that_is_not_there_is_told_with_those_that_are(voc, tmp_path):
+    with pytest.raises(SystemExit, match=f"--dataset {voc}, --voc_year 2007, split all: "):
+        load_detections(DetectionOptions(dataset=str(voc), train_split="all"))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_scenes():
     """Draws the scenes once and few of them, which are most of the time of a run."""
-    scenes = digit_scenes(train=8, test=4)
+    scenes = {"train": detect_voc.digit_scenes(8, "train"), "test": detect_voc.digit_scenes(4, "test")}
+    draw = detect_voc.digit_scenes
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(detection_data, "digit_scenes", lambda: scenes)
+        few = lambda count, split: scenes[split] if count >= 200 else draw(count, split)  # noqa: E731
+        monkeypatch.setattr(detect_voc, "digit_scenes", few)
         yield
 
 
-VOC_FAST = ["--epochs", "2", "--batch_size", "4", "--width", "0.03", "--head_size", "16", "--warmup_steps", "2"]
-DETR_FAST = ["--image_size", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
+FAST = ["--epochs", "2", "--width", "0.03", "--head_size", "16", "--warmup_steps", "2", "--flip", "0.5", "--cpu"]
 
 
-def run(script, monkeypatch, folder, *options) -> list[dict]:
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *options, "--output_dir", str(folder)])
-    script.main()
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-
-
-def test_faster_rcnn_trains_both_arms_goes_on_and_reports(tmp_path, monkeypatch, capsys):
-    records = run(detect_voc, monkeypatch, tmp_path, *VOC_FAST)
-    assert [(record["arm"], len(record["scores"])) for record in records] == [("vanilla", 2), ("TrAct", 2)]
-    assert set(records[0]["more"]) == {"mAP, COCO", "mAP, VOC 2007"}
+def test_an_interrupted_run_goes_on_and_ends_in_the_weights_of_a_whole_one(tmp_path, monkeypatch, capsys):
+    records = run(monkeypatch, tmp_path / "whole", *FAST)
+    assert [(record["arm"], len(record["epochs"])) for record in records] == [("vanilla", 2), ("TrAct", 2)]
+    assert set(records[0]["epochs"][0]) == {"map_50", "map", "map_voc07"}
     out = " ".join(capsys.readouterr().out.split())
     assert "backbone.0: Conv2d, n=27" in out
-    assert "mAP at IoU .5 in per cent" in out
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000
-    assert run(detect_voc, monkeypatch, tmp_path, *VOC_FAST) == records
-
-
-def test_faster_rcnn_killed_after_an_epoch_ends_in_the_same_weights(tmp_path, monkeypatch):
-    run(detect_voc, monkeypatch, tmp_path / "whole", *VOC_FAST, "--flip", "0.5")
+    assert "mAP at IoU .5 on digit_scenes, in per cent" in out
+    assert (tmp_path / "whole/comparison.png").stat().st_size > 10_000
+    assert run(monkeypatch, tmp_path / "whole", *FAST) == records
+    assert "training" not in capsys.readouterr().err
 
     class Killed(BaseException):
         pass
 
-    add_epoch, calls = detect_voc.add_epoch, []
-
-    def add_and_die(*args):
-        calls.append(add_epoch(*args))
-        if len(calls) == 2:
-            raise Killed
-
-    monkeypatch.setattr(detect_voc, "add_epoch", add_and_die)
-    with pytest.raises(Killed):
-        run(detect_voc, monkeypatch, tmp_path / "killed", *VOC_FAST, "--flip", "0.5")
-    monkeypatch.setattr(detect_voc, "add_epoch", add_epoch)
-    run(detect_voc, monkeypatch, tmp_path / "killed", *VOC_FAST, "--flip", "0.5")
-    for arm in ("vanilla-0", "TrAct-0"):
-        file = f"{arm}/model/model.safetensors"
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
-
-
-@pytest.mark.parametrize("model, config", [("rt_detr", None), ("detr", TINY_DETR), ("yolos", TINY_YOLOS)])
-def test_the_detr_family_trains_both_arms_and_reports(model, config, tmp_path, monkeypatch, capsys):
-    options = [*DETR_FAST, "--model", model, *(["--model_config", json.dumps(config)] if config else [])]
-    records = run(detect_detr, monkeypatch, tmp_path, *options)
-    assert [(record["arm"], len(record["scores"])) for record in records] == [("vanilla", 2), ("TrAct", 2)]
-    assert all(0 <= score <= 1 for record in records for score in record["scores"])
-    assert ("freezes its first layer" in capsys.readouterr().out) == (model == "detr")
-    state = json.loads(next((tmp_path / "TrAct-0").glob("checkpoint-*/trainer_state.json")).read_text())
-    assert any("tract/condition" in entry for entry in state["log_history"])
-
-
-def test_rt_detr_killed_within_an_epoch_ends_in_the_same_weights(tmp_path, monkeypatch):
-    run(detect_detr, monkeypatch, tmp_path / "whole", *DETR_FAST)
-
-    class Killed(BaseException):
-        pass
-
-    evaluate, calls = detect_detr.evaluate, []
+    measure, calls = detect_voc.measure_precision, []
 
     def die_at_the_second(*args):
         calls.append(args)
         if len(calls) == 2:
             raise Killed
-        return evaluate(*args)
+        return measure(*args)
 
-    monkeypatch.setattr(detect_detr, "evaluate", die_at_the_second)
+    monkeypatch.setattr(detect_voc, "measure_precision", die_at_the_second)
     with pytest.raises(Killed):
-        run(detect_detr, monkeypatch, tmp_path / "killed", *DETR_FAST)
-    monkeypatch.setattr(detect_detr, "evaluate", evaluate)
-    run(detect_detr, monkeypatch, tmp_path / "killed", *DETR_FAST)
+        run(monkeypatch, tmp_path / "killed", *FAST)
+    monkeypatch.setattr(detect_voc, "measure_precision", measure)
+    run(monkeypatch, tmp_path / "killed", *FAST)
+    assert "Resumed from" in capsys.readouterr().out
     for arm in ("vanilla-0", "TrAct-0"):
-        whole, killed = (next((tmp_path / name / arm).rglob("model.safetensors")) for name in ("whole", "killed"))
+        whole, killed = (next((tmp_path / name).glob(f"{arm}-*/model/*")) for name in ("whole", "killed"))
         assert whole.read_bytes() == killed.read_bytes()
 
 
-@pytest.mark.parametrize("file", sorted(detect_voc.RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
-def test_recipes_name_what_exists(file, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["detect_voc.py", "--recipe", str(file)])
-    recipe, _ = detect_voc.parse_with_recipe("detection/digit_scenes.yaml", detect_voc.Recipe, detect_voc.Run)
-    assert isinstance(_, detect_voc.Run)
-    assert not isinstance(_, Run)
-    written = yaml.safe_load(file.read_text())
-    assert {key: getattr(recipe, key) for key in written} == written
+def test_the_paper_s_setting_changes_the_defaults_and_yields_to_options(voc, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["detect_voc.py", "--paper", "--dataset", str(voc), "--epochs", "3"])
+    options = detect_voc.parse_detection_options()
+    assert {name: getattr(options, name) for name in detect_voc.PAPER} == {**detect_voc.PAPER, "epochs": 3}
+    assert options.optimizer == "sgd"
