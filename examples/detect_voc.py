@@ -218,6 +218,9 @@ class Progress:
         self.epochs = state["epochs"]
 
 
+Record = dict[str, Any]  # of a finished run: arm, seed, settings, epochs, command, versions, hardware
+
+
 def main() -> None:
     """Train what has not been trained yet, and report."""
     options = parse_detection_options()
@@ -227,16 +230,16 @@ def main() -> None:
     shared = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     shared |= {"train_images": len(data.train), "test_images": len(data.test)}
     arms = {VANILLA: shared, TRACT: {**shared, "lam": options.lam}}
-    file = Path(options.output_dir) / "records.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    records = read_records(file)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = read_records(folder)
     found: dict[str, list[dict[str, Any]]] = {VANILLA: [], TRACT: []}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for arm, settings in arms.items():
             record = find_record(records, arm, seed, settings)
             if record is None:
                 record = train_detector(arm, seed, settings, data, options)
-                add_record(file, record)
+                add_record(folder, record)
             found[arm].append(record)
     if IS_MAIN_PROCESS:
         report_precision(found, options)
@@ -393,9 +396,9 @@ def resume(accelerator: Accelerator, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def checkpoint_number(path: Path) -> int:
-    """Return N of `checkpoint_N`."""
-    return int(path.name.split("_")[1])
+def checkpoint_number(folder: Path) -> int:
+    """Return the number in the name of a checkpoint's folder."""
+    return int(folder.name.rpartition("_")[2])
 
 
 class TrainingImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -478,36 +481,42 @@ def mean_average_precision(seen: Sequence[Seen]) -> dict[str, float]:
 # Records and report
 
 
-def describe_run() -> dict[str, Any]:
+def describe_run() -> Record:
     """Return the command, the versions and the hardware that a result depends on."""
-    names = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
-    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "versions": {name: version(name) for name in names}, "hardware": device}
+    versions = {}
+    for name in ("hf-tract", "torch", "transformers", "accelerate", "datasets"):
+        versions[name] = version(name)
+    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    return {"command": command, "versions": versions, "hardware": hardware}
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
+def read_records(folder: Path) -> list[Record]:
     """Read the finished runs of earlier commands."""
+    file = folder / "records.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def find_record(records: list[dict[str, Any]], arm: str, seed: int, settings: dict[str, Any]) -> dict[str, Any] | None:
+def find_record(records: list[Record], arm: str, seed: int, settings: Record) -> Record | None:
     """Return the record of the run with just these settings, or None."""
+    wanted = (arm, seed, settings)
     for record in records:
-        if (record["arm"], record["seed"], record["settings"]) == (arm, seed, settings):
+        if (record["arm"], record["seed"], record["settings"]) == wanted:
             return record
     return None
 
 
-def add_record(file: Path, record: dict[str, Any]) -> None:
+def add_record(folder: Path, record: Record) -> None:
     """Write a record as soon as its run is finished, so that a later interruption does not lose it."""
     if IS_MAIN_PROCESS:
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        with (folder / "records.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
 def report_precision(records: dict[str, list[dict[str, Any]]], options: DetectionOptions) -> None:
@@ -542,7 +551,7 @@ def curves_of(records: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def with_interval(values: np.ndarray, sign: str = "") -> str:
-    """Return the mean and, for several seeds, half the width of its 95 % interval by the t distribution."""
+    """Return the mean and, for several seeds, half the width of its 95 % interval."""
     text = f"{values.mean():{sign}.1f}"
     if len(values) > 1:
         text += f" ± {half_width(values):.1f}"
@@ -554,7 +563,8 @@ def half_width(values: np.ndarray) -> Any:
     count = len(values)
     if count == 1:
         return np.zeros(values.shape[1:])
-    return stats.t.ppf(0.975, count - 1) * values.std(0, ddof=1) / math.sqrt(count)
+    factor = stats.t.ppf(0.975, count - 1)
+    return factor * values.std(0, ddof=1) / math.sqrt(count)
 
 
 def plot_precision(curves: dict[str, np.ndarray], options: DetectionOptions) -> Path:

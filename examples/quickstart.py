@@ -597,9 +597,9 @@ def means_over(options: Options) -> str:
     return f", mean ± 95 % interval (t distribution) over {options.seeds} seeds"
 
 
-def with_interval(values: np.ndarray) -> str:
+def with_interval(values: np.ndarray, sign: str = "") -> str:
     """Return the mean and, for several seeds, half the width of its 95 % interval."""
-    text = f"{values.mean():.1f}"
+    text = f"{values.mean():{sign}.1f}"
     if len(values) > 1:
         text += f" ± {half_width(values):.1f}"
     return text
@@ -623,7 +623,8 @@ def compare(arm: str, curves: dict[str, np.ndarray]) -> str:
     when = f"after {first} of {epochs} epochs"
     if first is None:
         when = f"in none of the {epochs} epochs"
-    return f"{arm} gains {with_interval(gains)} points, and reaches vanilla's {goal:.1f} % {when}."
+    gain = with_interval(gains, "+")
+    return f"{arm}: {gain} points at the end; reaches vanilla's {goal:.1f} % {when}."
 
 
 def first_epoch_at(curve: np.ndarray, goal: float) -> int | None:

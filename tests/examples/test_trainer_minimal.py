@@ -1,0 +1,113 @@
+"""The script that people copy: own images in each of their usual forms, and a model that loads without hf-tract."""
+
+import csv
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+import trainer_minimal
+from hf_tract.integrations import TrainingRecord
+
+WORDS = ("dark", "light")
+
+
+def draw(number: int) -> Image.Image:
+    """Return a grey image of a shape of its own, dark for even numbers and light for odd ones."""
+    brightness = (60, 250)[number % 2]
+    shape = (20 + number % 3, 24)
+    return Image.fromarray(np.random.default_rng(number).integers(0, brightness, shape, dtype=np.uint8))
+
+
+def class_folders(folder):
+    for number in range(20):
+        file = folder / WORDS[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw(number).save(file)
+
+
+def split_folders(folder):
+    for part in ("train", "validation"):
+        class_folders(folder / part)
+
+
+def metadata(folder):
+    folder.mkdir()
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "label"])
+        for number in range(20):
+            draw(number).save(folder / f"{number}.png")
+            rows.writerow([f"{number}.png", WORDS[number % 2]])
+
+
+def parquet_with_distant_numbers(folder):
+    folder.mkdir()
+    columns = {
+        "image": [draw(number) for number in range(20)],
+        "label": [7 + 2 * (number % 2) for number in range(20)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for part in ("train", "test"):
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        rows.to_parquet(folder / f"{part}-00000-of-00001.parquet")
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer_minimal.py", *map(str, arguments)])
+    trainer_minimal.main()
+
+
+# datasets leaves metadata.csv open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("write", [class_folders, split_folders, metadata, parquet_with_distant_numbers])
+def test_each_form_of_images_is_split_and_has_its_classes(write, tmp_path, capsys):
+    write(tmp_path / "images")
+    args = trainer_minimal.parser.parse_args(["--dataset", str(tmp_path / "images")])
+    splits = trainer_minimal.load_splits(args)
+    names = splits["train"].features["label"].names
+    is_parquet = write is parquet_with_distant_numbers
+    assert names == (["7", "9"] if is_parquet else list(WORDS))
+    held_out = write in (class_folders, metadata)
+    assert (len(splits["train"]), len(splits["test"])) == ((16, 4) if held_out else (20, 20))
+    assert ("set aside" in capsys.readouterr().out) == held_out
+    for row in splits["test"]:
+        is_light = np.asarray(row["image"]).mean() > 60
+        assert row["label"] == is_light
+
+
+def test_it_trains_a_model_that_loads_elsewhere_and_that_is_trained_on(tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "images")
+    first = ["--dataset", tmp_path / "images", "--epochs", "2", "--output_dir", tmp_path / "model"]
+    run(monkeypatch, *first)
+    out = capsys.readouterr().out
+    assert f"The model is in {tmp_path / 'model'}" in out
+    assert "tract/grad_norm" in out
+    assert TrainingRecord.from_json_file(next((tmp_path / "model").glob("*record*.json"))).tract.lam == 0.1
+    classify = pipeline("image-classification", str(tmp_path / "model"))
+    assert {answer["label"] for answer in classify(draw(0).convert("RGB"))} == set(WORDS)
+    second = ["--dataset", tmp_path / "images", "--epochs", "1", "--output_dir", tmp_path / "tuned"]
+    run(monkeypatch, *second, "--model", tmp_path / "model")
+    assert (tmp_path / "tuned" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "the following arguments are required: --dataset"),
+        (["--dataset", "IMAGES", "--lam", "-1"], "`lam` (=-1.0) must be"),
+        (["--dataset", "IMAGES", "--label_column", "kind"], "kind"),
+        (["--dataset", "IMAGES", "--model", "./nowhere"], "nowhere"),
+        (["--dataset", "./nowhere"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told_in_one_line(arguments, says, tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "images")
+    given = [str(tmp_path / "images") if each == "IMAGES" else each for each in arguments]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *given)
+    assert says in capsys.readouterr().err.splitlines()[-1]
