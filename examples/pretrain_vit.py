@@ -350,7 +350,7 @@ def check_run(run: Run) -> None:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Counts what is done, and keeps the figures of each epoch; accelerate saves and restores it."""
 
     epoch: int = 0
@@ -386,7 +386,7 @@ class Training:
         if recipe.whiten_init:
             whiten_first_layer(model, train_loader, recipe.lam)
         set_seed(recipe.seed, device_specific=True)  # so that dropout and mixup differ between processes
-        optimizer = make_optimizer(recipe, model)
+        optimizer = make_timm_optimizer(recipe, model)
         self.handle = None
         if not run.no_tract:
             self.handle = apply_tract(model, recipe.lam)
@@ -396,7 +396,7 @@ class Training:
         self.steps_per_epoch = math.ceil(len(self.train_loader) / recipe.gradient_accumulation_steps)
         self.schedule = make_schedule(recipe, self.optimizer, self.steps_per_epoch)
         self.criterion, self.mixup = make_loss(recipe, len(self.data.names))
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.ema = None
         if recipe.ema_decay:
             self.ema = ModelEmaV3(self.accelerator.unwrap_model(self.model), decay=recipe.ema_decay)
@@ -500,20 +500,20 @@ class Training:
     def resume(self) -> None:
         """Restore the checkpoint that is asked for, and remove those that a killed run made after it."""
         folder = Path(self.run.output_dir) / "checkpoints"
-        found = sorted(folder.glob("checkpoint_*"), key=checkpoint_number)
+        found = sorted(folder.glob("checkpoint_*"), key=number_of_checkpoint)
         chosen = self.find_checkpoint(found)
         if chosen:
             try:
                 self.accelerator.load_state(str(chosen))
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 stop(f"--resume_from_checkpoint {chosen} does not belong to these options: {one_line(error)}")
-            self.accelerator.project_configuration.iteration = checkpoint_number(chosen) + 1
+            self.accelerator.project_configuration.iteration = number_of_checkpoint(chosen) + 1
             say(f"Resumed from {chosen}: epoch {self.progress.epoch + 1}, step {self.progress.step}.")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             Path(self.run.output_dir).mkdir(parents=True, exist_ok=True)
             for path in found:
-                if checkpoint_number(path) >= self.accelerator.project_configuration.iteration:
+                if number_of_checkpoint(path) >= self.accelerator.project_configuration.iteration:
                     shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
 
@@ -573,7 +573,7 @@ class Training:
         return dataclasses.replace(record, **changes)
 
 
-def checkpoint_number(folder: Path) -> int:
+def number_of_checkpoint(folder: Path) -> int:
     """Return the number in the name of a checkpoint's folder."""
     return int(folder.name.rpartition("_")[2])
 
@@ -595,7 +595,7 @@ def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
         stop(f"--mixed_precision {recipe.mixed_precision} or --report_to {run.report_to}: {one_line(error)}")
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def make_timm_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Make an optimizer by its name in timm."""
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from hf_tract.integrations import TrainingRecord
 RECORD_FILE = "training_record.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 IGNORED = ("_*", "checkpoint-*", "checkpoints/*", "seed-*")
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:
@@ -161,8 +163,8 @@ def one_line(error: Exception) -> str:
 
 
 def stop(message: str) -> NoReturn:
-    """End the script with one line."""
-    raise SystemExit(message)
+    """End the script with one line, which only the main process prints."""
+    raise SystemExit(message if IS_MAIN_PROCESS else 1)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class DataOptions:
     """Names the images.
 
     Args:
-        dataset: digits (needs no download), a folder of images or of parquet files, or a Hub id.
+        dataset: photo_crops (needs no download), a folder of images or of parquet files, or a Hub id.
         dataset_config: the Hub's name for a variant of the data set.
         train_split: its part to train on.
         eval_split: its part to test on; by default test, validation, or a share that is held out.
@@ -107,7 +107,7 @@ class DataOptions:
         corrupt_images: refuse images that cannot be read, or skip them.
     """
 
-    dataset: str = "digits"
+    dataset: str = "photo_crops"
     dataset_config: str | None = None
     train_split: str = "train"
     eval_split: str | None = None
@@ -183,6 +183,7 @@ class Arguments(DataOptions):
     """Says what is fine-tuned.
 
     Args:
+        dataset: digits (needs no download), a folder of images or of parquet files, or a Hub id.
         checkpoint: a folder, a Hub id, or timm's hf-hub:ID; by default the model of pretrain_vit.py.
         crop_scale: least share of an image's area in a random crop.
         flip: probability of a mirrored training image; by default 0.5, and 0 for digits.
@@ -193,6 +194,7 @@ class Arguments(DataOptions):
         license: of the model, for its card.
     """
 
+    dataset: str = "digits"
     checkpoint: str = CHECKPOINT
     crop_scale: float = 0.6
     flip: float | None = None
@@ -224,7 +226,7 @@ def main() -> None:
     if not IS_MAIN_PROCESS:
         return
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    report(results)
+    print_accuracy(results)
     print(f"The model is in {folder}, with its card.")
     print(f"To publish it: python push_to_hub.py {folder} --repo_id OWNER/NAME")
 
@@ -279,7 +281,7 @@ class EpochCallback(TrainerCallback):
         self.images.set_epoch(int(state.epoch))
 
 
-def report(results: list[dict[str, float]]) -> None:
+def print_accuracy(results: list[dict[str, float]]) -> None:
     """Print the accuracy, from several seeds with the 95 % interval of their mean."""
     accuracy = 100 * np.array([result["eval_top1"] for result in results])
     text = f"Test accuracy: top-1 {accuracy.mean():.1f} %"

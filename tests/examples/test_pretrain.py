@@ -265,7 +265,7 @@ def test_a_wrong_option_is_told_without_a_list_of_all_options(options, message, 
 def test_what_is_no_model_and_no_optimizer_is_told_in_one_line(options, message, monkeypatch):
     recipe, _ = parse(monkeypatch, *options)
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
-        pretrain_vit.make_optimizer(recipe, pretrain_vit.make_model(recipe, ["a", "b"]))
+        pretrain_vit.make_timm_optimizer(recipe, pretrain_vit.make_model(recipe, ["a", "b"]))
     assert "\n" not in str(error.value)
 
 
