@@ -1,8 +1,9 @@
 """Holds the autograd functions around a layer's operation: identities whose backward preconditions.
 
-In eager mode `PreconditionWeightGrad` is applied to the weight and, for 16-bit operations, `KeepOutputGrad` to the
-output. A compiled graph has no second derivatives and shares no objects with Python, so there `PreconditionFromOutput`
-does both.
+`PreconditionWeightGrad` is applied to the weight. A 16-bit operation reads the detached weight instead, so that it
+does not compute a rounded gradient that nobody uses, and `PreconditionFromOutput` computes the gradient from the
+output's. If the input of such an operation requires a gradient, second derivatives need how that depends on the
+weight; then the operation reads the weight by `PreconditionWeightGrad`, and `KeepOutputGrad` is applied to the output.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hf_tract.core.ops import precondition
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall, Step
+from hf_tract.core.weight_grad import differentiable_weight_grad
 
 # Stands for the number of a forward call in a compiled graph, whose runs cannot be told apart.
 UNTRACKED = -1
@@ -121,26 +123,47 @@ class KeepOutputGrad(torch.autograd.Function):
 
 
 class PreconditionFromOutput(torch.autograd.Function):
-    """Returns the output of a 16-bit operation in a compiled graph; its backward also returns the weight's gradient.
+    """Returns the output of a 16-bit operation unchanged; its backward also returns the weight's gradient.
 
     The operation itself reads the detached weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weight: Tensor, x: Tensor, key: int, spec: PatchSpec) -> Tensor:
-        """Return a copy of `out`; the other arguments are those of `PreconditionWeightGrad`."""
+    def forward(  # noqa: PLR0913 an autograd function takes all that it needs
+        ctx: Any, out: Tensor, weight: Tensor, x: Tensor, key: int, call: ForwardCall | None, spec: PatchSpec
+    ) -> Tensor:
+        """Return `out`; the other arguments are those of `PreconditionWeightGrad`."""
         ctx.save_for_backward(x)
         ctx.key = key
+        ctx.call = call
         ctx.spec = spec
         ctx.shape = weight.shape
         ctx.dtype = weight.dtype
-        # A view could not be modified in place. The compiler fuses this copy with the next operations.
-        return out.clone()
+        if call is None:
+            # A compiler cannot return its argument, and fuses this copy with the next operations.
+            return out.clone()
+        # An activation may modify it in place.
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and the weight's."""
         (x,) = ctx.saved_tensors
-        like = output_grad.new_zeros(ctx.shape, dtype=torch.float32)
-        out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.spec)
-        return output_grad, out.to(ctx.dtype), None, None, None
+        if ctx.call is None:
+            like = output_grad.new_empty(ctx.shape, dtype=torch.float32)
+            out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.spec)
+        else:
+            out = _eager_from_output(ctx, output_grad, x)
+        return output_grad, out.to(ctx.dtype), None, None, None, None
+
+
+def _eager_from_output(ctx: Any, output_grad: Tensor, x: Tensor) -> Any:
+    call: ForwardCall = ctx.call
+    like = output_grad.new_empty(ctx.shape, dtype=torch.float32)
+    has_second_order = torch.is_grad_enabled() and output_grad.requires_grad
+    if call.was_differentiated or has_second_order:
+        grad = differentiable_weight_grad(x, output_grad, ctx.spec, like)
+        return _eager_backward(ctx, grad, x)
+    with torch.no_grad():
+        return precondition(like, x, output_grad, ctx.key, call.number, *ctx.spec)

@@ -46,6 +46,8 @@ def run_preconditioned(
 
     if torch.compiler.is_compiling():
         return _run_compiled(preconditioner, spec, read.detach(), weight, run_with)
+    if _is_16_bit(read) and not read.requires_grad:
+        return _run_eager_from_output(preconditioner, spec, read, weight, run_with)
     return _run_eager(preconditioner, spec, read.detach(), weight, run_with)
 
 
@@ -61,10 +63,26 @@ def _run_eager(
     out = run_with(weight)
     if not _is_16_bit(x):
         return out
+    return KeepOutputGrad.apply(_not_a_view(out), call)
+
+
+def _run_eager_from_output(
+    preconditioner: LayerPreconditioner,
+    spec: PatchSpec,
+    x: Tensor,
+    weight: Tensor,
+    run_with: Callable[[Tensor], Tensor],
+) -> Any:
+    call = ForwardCall(weight, preconditioner)
+    out = run_with(weight.detach())
+    return PreconditionFromOutput.apply(_not_a_view(out), weight, x, preconditioner.key, call, spec)
+
+
+def _not_a_view(out: Tensor) -> Tensor:
+    """Return `out` or a copy, since autograd does not allow a view to be marked as modified in place."""
     if out._is_view():
-        # Autograd does not allow a view to be marked as modified in place.
-        out = out.clone()
-    return KeepOutputGrad.apply(out, call)
+        return out.clone()
+    return out
 
 
 def _run_compiled(
@@ -77,7 +95,7 @@ def _run_compiled(
     key = preconditioner.key
     if _is_16_bit(x):
         out = run_with(weight.detach())
-        return PreconditionFromOutput.apply(out, weight, x, key, spec)
+        return PreconditionFromOutput.apply(out, weight, x, key, None, spec)
     weight = PreconditionWeightGrad.apply(weight, x, key, None, spec)
     return run_with(weight)
 

@@ -70,7 +70,7 @@ def warn_of_failure(warned: set[str], lam: float, tried: torch.dtype, widest: to
     warn_once(
         warned,
         "TrAct: C + lam I (lam=%g) could not be factorised in %s: the first layer kept its ordinary gradient in a "
-        "step or two. From now on it is factorised in %s, which is slower. Normalised pixels or a larger lam avoid it.",
+        "step or two. From now on it is factorised in %s, which is slower. Normalise the pixels or raise lam.",
         lam,
         tried,
         widest,
