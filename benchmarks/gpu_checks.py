@@ -2,14 +2,13 @@
 
     uv run --group bench python -m benchmarks.gpu_checks --device cuda
 
-prints a table, writes gpu_checks.json to --output and exits with 1 if a check fails. Each error is that of the first
-layer's gradient against the rule in float64 on the CPU, relative in the norm, beside the error of the ordinary
+prints a table, writes gpu_checks.json to --output_dir and exits with 1 if a check fails. Each error is that of the
+first layer's gradient against the rule in float64 on the CPU, relative in the norm, beside the error of the ordinary
 gradient.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common.options import new_parser
 from benchmarks.common.records import command, environment
 from benchmarks.common.timing import peak_bytes
 from hf_tract import apply_tract
@@ -295,17 +295,18 @@ def _figures(row: Row) -> str:
 
 def main() -> None:
     """Check, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("outputs/gpu_checks"))
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, or cuda:1")
+    add("--output_dir", type=Path, default=Path("outputs/gpu_checks"), help="for results, tables and plots")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in checks(torch.device(args.device)):
         rows.append(row)
         print("ok  " if row["passed"] else "FAIL", row["check"], _figures(row), sep="  ", flush=True)
         result = {"command": command(), **environment(), "checks": rows}
-        (args.output / "gpu_checks.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.output_dir / "gpu_checks.json").write_text(json.dumps(result, indent=1) + "\n")
     failed = [row["check"] for row in rows if not row["passed"]]
     sys.exit(f"{len(failed)} of {len(rows)} checks failed: {'; '.join(failed)}" if failed else 0)
 

@@ -24,6 +24,7 @@ from torch_tract import TrAct
 
 from benchmarks.cases import CASES, Case
 from benchmarks.common import plots
+from benchmarks.common.options import new_parser
 from benchmarks.common.records import RunRecord, add_record, command, environment, read_records
 from benchmarks.common.timing import Arms, interleaved, peak_bytes
 from hf_tract import apply_tract
@@ -264,11 +265,17 @@ def plot(results: dict[str, Result], path: Path) -> Path:
 
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL", help=", ".join(CASES))
-    add("--scopes", nargs="+", choices=["step", "layer"], default=["step", "layer"], help="(default: both)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add(
+        "--scopes",
+        nargs="+",
+        choices=["step", "layer"],
+        default=["step", "layer"],
+        help="a whole step, or the first layer alone",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, or cuda:1")
     add(
         "--batch",
         type=int,
@@ -276,10 +283,10 @@ def parse() -> argparse.Namespace:
     )
     add("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast")
     add("--compile", action="store_true", help="torch.compile the model of each arm")
-    add("--repeats", type=int, default=9, help="turns (default: 9)")
+    add("--repeats", type=int, default=9, help="turns")
     add("--no_memory", dest="memory", action="store_false", help="leave peak memory out")
-    add("--seed", type=int, default=0, help="(default: 0)")
-    add("--output_dir", type=Path, default=Path("outputs/overhead"), help="(default: outputs/overhead)")
+    add("--seed", type=int, default=0, help="of data and weights")
+    add("--output_dir", type=Path, default=Path("outputs/overhead"), help="for results, tables and plots")
     add("--fresh", action="store_true", help="forget earlier results in --output_dir")
     add("--check", action="store_true", help="exit with 1 when a bound is broken")
     args = parser.parse_args()

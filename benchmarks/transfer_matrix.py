@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.common import plots
+from benchmarks.common.options import new_parser
 from benchmarks.common.processes import Work, run_all
 from benchmarks.common.records import RunRecord, add_record, command, key_of, read_records
 from benchmarks.common.statistics import interval
@@ -190,15 +191,15 @@ def plot(top1: Top1, path: Path) -> Path:
 
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--pretrain_dataset", default="uoft-cs/cifar10", help="a Hub id, photo_crops, or a folder (%(default)s)")
-    add("--datasets", nargs="+", default=DATASETS, metavar="DATASET", help="to fine-tune on (%(default)s)")
-    add("--seeds", type=int, default=3, help="of each fine-tuning (%(default)s)")
+    add("--pretrain_dataset", default="uoft-cs/cifar10", help="a Hub id, photo_crops, or a folder")
+    add("--datasets", nargs="+", default=DATASETS, metavar="DATASET", help="to fine-tune on")
+    add("--seeds", type=int, default=3, help="of each fine-tuning")
     add("--pretrain_recipe", type=Path, default=RECIPES / "transfer_vit.yaml", help="a YAML file")
     add("--transfer_recipe", type=Path, default=RECIPES / "transfer_finetune.yaml", help="a YAML file")
-    add("--jobs", type=int, default=1, help="runs at once, which share the cores (%(default)s)")
-    add("--output_dir", type=Path, default=Path("outputs/transfer_matrix"), help="(%(default)s)")
+    add("--jobs", type=int, default=1, help="runs at once, which share the cores")
+    add("--output_dir", type=Path, default=Path("outputs/transfer_matrix"), help="for results, tables and plots")
     return parser.parse_args()
 
 

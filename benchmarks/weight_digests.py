@@ -8,7 +8,6 @@ A digest depends on the machine and on the version of torch, so it is compared o
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -23,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
 
+from benchmarks.common.options import new_parser
 from hf_tract import apply_tract
 
 STEPS = 4
@@ -140,11 +140,10 @@ def all_digests() -> dict[str, str]:
 
 def main() -> None:
     """Print the digests, and compare or write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a JSON file to write the digests to")
-    parser.add_argument(
-        "--compare", type=Path, help="a JSON file with the digests of another commit; exit code 1 if one differs"
-    )
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, help="a JSON file to write the digests to")
+    add("--compare", type=Path, help="a JSON file with the digests of another commit; exit code 1 if one differs")
     arguments = parser.parse_args()
     found = all_digests()
     for name, value in found.items():

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import ROOT
+from benchmarks.common.options import new_parser, options_of
 from benchmarks.paper import report, runner
 from benchmarks.paper.beyond import ALL, BEYOND
 from benchmarks.paper.experiment import SCALES, Job
@@ -21,6 +22,8 @@ from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.runner import Launch
 
 RESULTS = ROOT / "docs" / "results"
+SCALE_HELP = "full: the paper's; small: hours on two cores; smoke: does it run"
+DATASET_HELP = "where a data set of the recipes lies; may be repeated"
 GROUPS = {"all": list(EXPERIMENTS), "beyond": list(BEYOND)}
 
 
@@ -94,38 +97,27 @@ def write_report(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="do", required=True)
-    commands.add_parser("list", help="what there is, and how many runs it takes at each scale")
-    run = commands.add_parser("run", help="run what has not been run yet; killed, it goes on where it was")
-    run.add_argument("experiments", nargs="+", help="names of experiments; all: the paper's; beyond: ours")
-    run.add_argument("--seeds", type=int, help="seeds 0 to N-1 (default: 5 at full scale, 3 at small)")
-    run.add_argument(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="where a data set of the recipes lies; may be repeated",
-    )
-    run.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: 1)")
-    run.add_argument("--processes", type=int, default=1, help="of each run, by accelerate launch (default: 1)")
-    run.add_argument("--devices", default="", help="CUDA_VISIBLE_DEVICES of the runs in turn: 0 1 2, or 0,1 2,3")
-    run.add_argument("--options", default="", help="more options of benchmarks.paper.train, in one string")
-    run.add_argument("--launch_options", default="", help="more options of accelerate launch, in one string")
-    run.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/paper"), help="for checkpoints (default: outputs/paper)"
-    )
-    run.add_argument("--keep", action="store_true", help="keep the checkpoints of runs that are done")
-    write = commands.add_parser("report", help="write tables and plots of the stored results")
-    write.add_argument("--output_dir", type=Path, default=RESULTS, help="for the report (default: docs/results)")
+    commands.add_parser("list", help="what there is, and how many runs it takes")
+    run = options_of(commands, "run", "run what has not been run yet; killed, it goes on")
+    write = options_of(commands, "report", "write tables and plots of the stored results")
     for command in (run, write):
-        command.add_argument(
-            "--scale",
-            choices=SCALES,
-            default="small",
-            help="full: the paper's; small: hours on two cores; smoke: does it run (default: small)",
-        )
-        command.add_argument("--results", type=Path, help="JSON lines (default: docs/results/SCALE.jsonl)")
+        add = command.add_argument
+        add("--scale", choices=SCALES, default="small", help=SCALE_HELP)
+        add("--results", type=Path, help="JSON lines; by default docs/results/SCALE.jsonl")
+    write.add_argument("--output_dir", type=Path, default=RESULTS, help="for the report")
+    add = run.add_argument
+    add("experiments", nargs="+", help="names; all: the paper's; beyond: ours")
+    add("--seeds", type=int, help="seeds 0 to N-1; by default 5 at full scale, 3 at small")
+    add("--dataset", action="append", default=[], metavar="NAME=FOLDER", help=DATASET_HELP)
+    add("--jobs", type=int, default=1, help="runs at once, which share the cores")
+    add("--processes", type=int, default=1, help="of each run, by accelerate launch")
+    add("--devices", default="", help="CUDA_VISIBLE_DEVICES of the runs: 0 1 2, or 0,1 2,3")
+    add("--options", default="", help="more options of benchmarks.paper.train, in a string")
+    add("--launch_options", default="", help="more options of accelerate launch, in a string")
+    add("--output_dir", type=Path, default=Path("outputs/paper"), help="for checkpoints")
+    add("--keep", action="store_true", help="keep the checkpoints of runs that are done")
     return parser.parse_args()
 
 

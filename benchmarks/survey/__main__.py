@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.common.options import new_parser
 from benchmarks.survey.look import WORKS
 from benchmarks.survey.models import subjects
 from benchmarks.survey.table import LIBRARIES, rows, table, versions
@@ -45,13 +46,13 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", help="only these classes or timm models")
     add("--library", choices=LIBRARIES, help="only this one's models")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     add("--table", type=Path, help="write the table here")
-    add("--output_dir", type=Path, default=Path("outputs/survey"), help="(default: outputs/survey)")
+    add("--output_dir", type=Path, default=Path("outputs/survey"), help="for results, tables and plots")
     add("--fresh", action="store_true", help="forget earlier results in --output_dir")
     return parser.parse_args()
 
