@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_tract import TrActConfig
-from hf_tract.core.delayed import DelayedValue
+from hf_tract.core.delayed import DelayedFlag
+from hf_tract.core.ops import precondition_eagerly
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.preconditioner import LayerPreconditioner
 
@@ -29,7 +31,7 @@ def test_no_step_after_the_first_waits_for_the_device(name, dtype, monkeypatch):
     spec, shape = SPECS[name]
     n = spec.patch_size(shape)
     # It reads pinned memory of the host, which a fake tensor cannot tell from the device's.
-    monkeypatch.setattr(DelayedValue, "read", lambda self: 0.0)
+    monkeypatch.setattr(DelayedFlag, "read", lambda self: False)
     with FakeTensorMode():
         layer = nn.Linear(n, 8, device="cuda")
         preconditioner = LayerPreconditioner(layer, TrActConfig())
@@ -47,3 +49,51 @@ def test_no_step_after_the_first_waits_for_the_device(name, dtype, monkeypatch):
 def test_a_fake_tensor_tells_a_wait():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         torch.zeros(1, device="cuda").item()
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that launch a kernel: all but views, empty tensors and scalars of the host."""
+
+    LAUNCHES_NOTHING = ("empty", "new_empty", "_unsafe_view", "promote_types", "scalar_tensor", "zeros")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        schema = func._schema
+        writes = any(argument.alias_info and argument.alias_info.is_write for argument in schema.arguments)
+        is_view = not writes and any(result.alias_info for result in schema.returns)
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and not is_view and name not in self.LAUNCHES_NOTHING:
+            self.names.append(name)
+        return out
+
+
+FIRST_LAYERS = {
+    "CIFAR ViT": (384, PatchSpec((4, 4), (4, 4), (0,) * 4, (1, 1)), (128, 3, 32, 32), 20),
+    "CIFAR ResNet-18": (64, PatchSpec((3, 3), (1, 1), (1,) * 4, (1, 1)), (128, 3, 32, 32), 20),
+    "ViT-S/16": (384, PatchSpec((16, 16), (16, 16), (0,) * 4, (1, 1)), (256, 3, 224, 224), 25),
+    "ResNet-50": (64, PatchSpec((7, 7), (2, 2), (3,) * 4, (1, 1)), (256, 3, 224, 224), 45),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_launches_few_kernels(name, dtype, monkeypatch):
+    """Small models wait for the host, which takes some microseconds for each."""
+    m, spec, shape, bound = FIRST_LAYERS[name]
+    monkeypatch.setattr(DelayedFlag, "read", lambda self: False)
+    with FakeTensorMode():
+        x = torch.empty(shape, dtype=dtype, device="cuda")
+        grad = torch.empty(m, shape[1], *spec.kernel, device="cuda")
+        output_grad = None
+        if dtype == torch.bfloat16:
+            output_grad = torch.empty(shape[0], m, *spec.output_size(shape[2:]), dtype=dtype, device="cuda")
+        layer = nn.Conv2d(shape[1], m, spec.kernel, device="cuda")
+        preconditioner = LayerPreconditioner(layer, TrActConfig())
+        preconditioner.sums_dtype = preconditioner.factor_dtype = torch.float32
+        with Kernels() as kernels:
+            precondition_eagerly(grad, x, output_grad, preconditioner.key, -1, *spec)
+    assert len(kernels.names) <= bound, kernels.names

@@ -189,3 +189,20 @@ def test_hooks_on_the_output_of_a_16_bit_operation_reach_the_weight(shape):
         out.register_hook(lambda grad: 0.1 * grad)
         out.float().square().sum().backward()
     assert_close(layer.weight.grad, expected(plain.weight.grad, part, plain, 0.1), 3e-2)
+
+
+@pytest.mark.parametrize("kind", ["Conv2d", "Linear"])
+def test_a_16_bit_operation_on_pixels_has_second_derivatives_too(kind, caplog):
+    """It reads the detached weight; all of its gradient comes through the output then."""
+    layer = nn.Conv2d(3, 4, 4, 4) if kind == "Conv2d" else nn.Linear(6, 4)
+    part = x() if kind == "Conv2d" else torch.randn(9, 6)
+    copies = {autocast: copy.deepcopy(layer) for autocast in (False, True)}
+    seconds = {}
+    for autocast, net in copies.items():
+        apply_tract(net, lam=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = net(part).float().tanh().sum()
+        (grad,) = torch.autograd.grad(value, net.weight, create_graph=True)
+        (seconds[autocast],) = torch.autograd.grad(grad.square().sum(), net.weight)
+    assert_close(seconds[True], seconds[False], 3e-2)
+    assert "is the exact derivative of that preconditioned gradient" in caplog.text

@@ -60,10 +60,9 @@ def test_an_accelerator_keeps_the_gradient_then_and_factorises_in_the_precision_
     grad = torch.randn(5, 2)
     inverse = damped_inverse(HUGE, 0.1)
     assert inverse.failed
-    assert inverse.failure() == 4 * 2 * 2.0**24
     assert torch.equal(inverse(grad), grad)
     inverse = damped_inverse(HUGE, 0.1, torch.float64)
-    assert inverse.failure() == 0
+    assert not inverse.failed
     oracle.assert_close(inverse(grad), oracle.precondition(grad, HUGE.double(), 0.1), 1e-6)
 
 

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.oracle import assert_close
 from helpers.strategies import cases
+from hf_tract import apply_tract
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.weight_grad import weight_grad
 
@@ -68,3 +70,29 @@ def test_no_image_and_no_batch_dimension_are_allowed(shape):
         empty = torch.empty(shape, dtype=torch.bfloat16)
         out = torch.empty(0, 4, 2, 2, dtype=torch.bfloat16)
         assert not weight_grad(empty, out, spec_of(layer), layer.weight.detach()).any()
+
+
+class ConvolutionBackwards(TorchDispatchMode):
+    """Notes of which arguments each backward of a convolution computes the gradient: input, weight, bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output_masks = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default and args[0].dtype == torch.bfloat16:
+            self.output_masks.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_pixels", [True, False])
+def test_a_16_bit_convolution_computes_no_rounded_weight_gradient_for_nobody(is_pixels):
+    layer = nn.Conv2d(3, 4, 3, 2)
+    apply_tract(layer, 0.1)
+    x = torch.randn(2, 3, 9, 9, requires_grad=not is_pixels)
+    with ConvolutionBackwards() as seen:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        out.float().square().sum().backward()
+    # If the input has a gradient, second derivatives may need the operation's own.
+    assert seen.output_masks == [[not is_pixels, not is_pixels, True]]

@@ -17,11 +17,11 @@ from hf_tract.core.overlap import best_overlap, overlapping_sums
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.pieces import (
     MAX_PRODUCT_LENGTH,
-    add_long_product,
     add_product,
     as_images,
     chunk_sizes,
     factor_dtype,
+    long_product,
     mirror,
     patch_rows,
 )
@@ -69,7 +69,7 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
     memory_limit //= 2
     if x.is_cpu:
         memory_limit = min(memory_limit, CPU_MEMORY_LIMIT)
-    max_numbers = max(1, memory_limit // factor_dtype(x, out).itemsize)
+    max_numbers = max(1, memory_limit // factor_dtype(x, out.dtype).itemsize)
     if not spec.kernel:
         return _linear_sums(x, out, max_numbers)
     x = as_images(x, spec)
@@ -133,7 +133,7 @@ def _linear_sums(x: Tensor, out: Tensor, max_numbers: int) -> int:
     if x.is_cpu:
         step = min(step, MAX_PRODUCT_LENGTH)
     for chunk in rows.split(max(1, step)):
-        factor = chunk.to(factor_dtype(chunk, out))
+        factor = chunk.to(factor_dtype(chunk, out.dtype))
         _add_gram(out, factor.unsqueeze(0))
     mirror(out, _panel_width(out))
     return len(rows)
@@ -149,7 +149,7 @@ def _patch_products(x: Tensor, spec: PatchSpec, out: Tensor, max_numbers: int) -
     for start in range(0, positions[0], lines):
         outputs = range(start, min(start + lines, positions[0]))
         for chunk in x.split(images):
-            rows = patch_rows(chunk, spec, outputs, factor_dtype(x, out))
+            rows = patch_rows(chunk, spec, outputs, factor_dtype(x, out.dtype))
             _add_gram(out, rows)
             # Two matrices at a time would exceed the limit.
             del rows
@@ -171,7 +171,7 @@ def _panel_width(out: Tensor) -> int:
 def _add_gram(out: Tensor, rows: Tensor) -> None:
     """Add `rows`^T `rows`, of (g, b, n), to (g, n, n); on a CPU only the lower triangle."""
     if not out.is_cpu:
-        add_long_product(out, rows, rows)
+        out += long_product(rows, rows, out.dtype)
         return
     panel = _panel_width(out)
     for j in range(0, out.shape[-1], panel):

@@ -27,7 +27,9 @@ _library.define(
 )
 
 
-def _precondition(grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *spec: Any) -> Tensor:
+def precondition_eagerly(
+    grad: Tensor, x: Tensor, output_grad: Tensor | None, key: int, call: int, *spec: Any
+) -> Tensor:
     """Return what `LayerPreconditioner.precondition` returns, or the ordinary gradient if the layer no longer exists.
 
     Args:
@@ -62,6 +64,6 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-_library.impl("precondition", _precondition, "CompositeExplicitAutograd")
+_library.impl("precondition", precondition_eagerly, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_tract::precondition", _fake_precondition, lib=_library)
 precondition = torch.ops.hf_tract.precondition.default

@@ -73,7 +73,7 @@ def _add_blocks(sums: Tensor, chunks: Sequence[Tensor], spec: PatchSpec, dim: in
     groups, n, _ = sums.shape
     panel = n // k * s
     products = sums.new_zeros((groups, len(blocks), n, panel))
-    dtype = factor_dtype(chunks[0], sums)
+    dtype = factor_dtype(chunks[0], sums.dtype)
     for chunk in chunks:
         _add_line_products(products, _lines(chunk, spec, dim, blocks, dtype))
     for a in range((k - 1) // s + 1):

@@ -85,13 +85,13 @@ def windows(x: Tensor, spec: PatchSpec, first: int) -> Tensor:
     return x
 
 
-def factor_dtype(x: Tensor, out: Tensor) -> torch.dtype:
-    """Return the precision in which to multiply parts of `x` for a product that is added to `out`."""
+def factor_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the precision in which to multiply parts of `x` for a product of precision `dtype`."""
     is_half = x.dtype in (torch.bfloat16, torch.float16)
-    if x.is_cuda and is_half and out.dtype == torch.float32:
+    if x.is_cuda and is_half and dtype == torch.float32:
         # Tensor cores multiply 16-bit numbers exactly and sum in float32.
         return x.dtype
-    return out.dtype
+    return dtype
 
 
 def patch_rows(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype) -> Tensor:
@@ -111,30 +111,35 @@ def patch_rows(x: Tensor, spec: PatchSpec, outputs: range, dtype: torch.dtype) -
     return rows
 
 
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `left` @ `right` in precision `dtype`, for batches of matrices in that precision or a lower one."""
+    if left.dtype == dtype:
+        return torch.bmm(left, right)
+    return torch.bmm(left, right, out_dtype=dtype)
+
+
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left` @ `right` to `out`, each a batch of matrices."""
-    if left.dtype != out.dtype:
-        out += torch.bmm(left, right, out_dtype=out.dtype)
-    elif out.is_cpu and out.shape[-1] * out.shape[-2] <= FEW_ENTRIES:
-        out += torch.bmm(left, right)
+    is_small = out.is_cpu and out.shape[-1] * out.shape[-2] <= FEW_ENTRIES
+    if left.dtype != out.dtype or is_small:
+        out += product(left, right, out.dtype)
     else:
         out.baddbmm_(left, right)
 
 
-def add_long_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the sum over b patches of `left`^T `right`, of (g, b, m) and (g, b, n), to (g, m, n), on an accelerator."""
+def long_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over b patches of `left`^T `right`, of (g, b, m) and (g, b, n), as (g, m, n), for any b."""
     groups, b, m = left.shape
     if b <= MAX_PRODUCT_LENGTH:
-        add_product(out, left.mT, right)
-        return
+        return product(left.mT, right, dtype)
     parts, rest = divmod(b, PART_LENGTH)
     left_parts = left[:, : b - rest].reshape(groups * parts, PART_LENGTH, m)
     right_parts = right[:, : b - rest].reshape(groups * parts, PART_LENGTH, -1)
-    products = out.new_zeros((groups * parts, *out.shape[1:]))
-    add_product(products, left_parts.mT, right_parts)
-    out += products.view(groups, parts, *out.shape[1:]).sum(1)
+    products = product(left_parts.mT, right_parts, dtype)
+    total: Tensor = products.unflatten(0, (groups, parts)).sum(1)
     if rest:
-        add_product(out, left[:, b - rest :].mT, right[:, b - rest :])
+        total += product(left[:, b - rest :].mT, right[:, b - rest :], dtype)
+    return total
 
 
 def mirror(out: Tensor, panel: int) -> None:

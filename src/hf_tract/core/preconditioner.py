@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig
 from hf_tract.core import accumulation
-from hf_tract.core.delayed import DelayedValue
+from hf_tract.core.delayed import DelayedFlag
 from hf_tract.core.moments import PatchSums, patch_sums
 from hf_tract.core.notices import warn_if_unsolved, warn_of_failure, warn_of_other_uses
 from hf_tract.core.patches import PatchSpec
-from hf_tract.core.solve import on_host, widest_dtype
+from hf_tract.core.solve import DampedInverse, on_host, widest_dtype
 from hf_tract.core.step import ForwardCall, Step, masked
 from hf_tract.core.weights import weight_parameters
 
@@ -58,7 +57,9 @@ class LayerPreconditioner:
         # factor by its outcome; later ones reuse them, so that the host need not wait.
         self.sums_dtype: torch.dtype | None = None
         self.factor_dtype: torch.dtype | None = None
-        self._failure = DelayedValue()
+        self._failure = DelayedFlag()
+        # The factorisation whose outcome has been sent to the host.
+        self._watched: DampedInverse | None = None
         self._layer = ref(layer)
         self._step: Step | None = None
         # The step of `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`.
@@ -210,13 +211,16 @@ class LayerPreconditioner:
                 missing, inverse = step.precondition(lam, self.factor_dtype)
                 warn_if_unsolved(self.warned, inverse, lam)
             return missing
-        failure = self._failure.read()
-        if failure != 0 and math.isfinite(failure):
-            widest = widest_dtype(step.total.sums.device)
-            warn_of_failure(self.warned, lam, self.factor_dtype, widest)
-            self.factor_dtype = widest
+        if self._watched is not None and self._failure.read():
+            # The watched step is over, so this does not wait long, and only in such a case.
+            if self._watched.finite:
+                widest = widest_dtype(step.total.sums.device)
+                warn_of_failure(self.warned, lam, self.factor_dtype, widest)
+                self.factor_dtype = widest
+            self._watched = None
         missing, inverse = step.precondition(lam, self.factor_dtype)
-        self._failure.send(inverse.failure())
+        if self._failure.send(inverse.failed):
+            self._watched = inverse
         return missing
 
 

@@ -13,7 +13,7 @@ CONDITION_VECTORS = 4
 
 
 class DampedInverse:
-    """Multiplies gradients by inv(C + lam I) = b inv(S + lam b I), where S is the sum of p p^T over b patches.
+    """Multiplies gradients by inv(C + lam I), where C = S / b, and S is the sum of p p^T over b patches.
 
     It factorises by Cholesky in the precision of the sums, and forms no inverse. If that fails on the host, it is done
     again in float64. For an accelerator the host would have to wait, so there the caller chooses the precision, by the
@@ -24,7 +24,7 @@ class DampedInverse:
     """
 
     def __init__(self, sums: Tensor, count: int | Tensor, lam: float, dtype: torch.dtype | None = None) -> None:
-        """Factorise S + lam b I.
+        """Factorise S / b + lam I.
 
         Args:
             sums: S, (g, n, n), symmetric, float32 or float64; it is not modified.
@@ -33,7 +33,7 @@ class DampedInverse:
             dtype: the precision of the factor; by default that of `sums`.
         """
         self._sums = sums
-        # A rank whose batches are all empty has zeros, and lam I is to be left of them.
+        # Without a patch, lam I is to be left.
         self._count = max(1, count) if isinstance(count, int) else count.clamp(min=1)
         self._lam = lam
         # The trace contains the square of every pixel, so it shows whether one is not finite.
@@ -43,8 +43,8 @@ class DampedInverse:
             self._factorise(torch.float64)
 
     def _factorise(self, dtype: torch.dtype) -> None:
-        damped = self._sums.to(dtype, copy=True)
-        damped.diagonal(dim1=-2, dim2=-1).add_(self._lam * self._count)
+        damped = self._sums.to(dtype) / self._count
+        damped.diagonal(dim1=-2, dim2=-1).add_(self._lam)
         self._factor, info = torch.linalg.cholesky_ex(damped)
         # One value for all groups, which an accelerator keeps to itself.
         self.failed = info.any()
@@ -60,7 +60,7 @@ class DampedInverse:
         rows = grad.reshape(groups, -1, n)
         # With columns for right-hand sides, the result lies in memory as the gradient does.
         rows = rows.to(self._factor.dtype)
-        out = torch.cholesky_solve(rows.mT, self._factor).mT * self._count
+        out = torch.cholesky_solve(rows.mT, self._factor).mT
         if not on_host(out):
             # An accelerator makes this choice itself, so that the host does not wait for the values.
             out = torch.where(self.failed, rows, out)
@@ -69,10 +69,6 @@ class DampedInverse:
         # Adds NaN if the trace is not finite, and nothing if it is.
         out = torch.add(out, self._trace, alpha=0)
         return out.reshape(grad.shape).to(grad.dtype)
-
-    def failure(self) -> Tensor:
-        """Return, as a scalar tensor, 0 if the factorisation succeeded, else the trace, which may not be finite."""
-        return torch.where(self.failed, self._trace, 0.0)
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -83,7 +79,7 @@ class DampedInverse:
     def condition(self) -> float:
         """Return a lower bound on the condition number of C + lam I, the largest over groups.
 
-        It comes from power and inverse iteration with the factor L, where S + lam b I = L L^T.
+        It comes from power and inverse iteration with the factor L, where C + lam I = L L^T.
         """
         if self.failed or not self.finite:
             return float("inf")

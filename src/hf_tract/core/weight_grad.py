@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_tract.core.moments import MEMORY_LIMIT
 from hf_tract.core.patches import PatchSpec
-from hf_tract.core.pieces import add_long_product, as_images, factor_dtype, pad_argument, patch_rows
+from hf_tract.core.pieces import as_images, factor_dtype, long_product, pad_argument, patch_rows
 
 
 def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:
@@ -28,7 +28,6 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
     Returns:
         (m, ...), float32.
     """
-    total = torch.zeros_like(like, dtype=torch.float32)
     if spec.kernel:
         x = as_images(x, spec)
         output_grad = as_images(output_grad, spec)
@@ -36,18 +35,17 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
         x = x.reshape(-1, x.shape[-1])
         output_grad = output_grad.reshape(-1, output_grad.shape[-1])
     if len(x) == 0:
-        return total
+        return torch.zeros_like(like, dtype=torch.float32)
     bytes_each = 4 * (x[0].numel() + output_grad[0].numel())
     step = max(1, MEMORY_LIMIT // bytes_each)
+    total: Tensor | None = None
     for part, part_grad in zip(x.split(step), output_grad.split(step), strict=True):
-        if not spec.kernel:
-            _add_rows(total, part_grad, part)
-        elif _is_side_by_side(spec):
-            outputs = range(spec.output_size(part.shape[2:])[0])
-            grad_rows = part_grad.flatten(2).mT.flatten(0, 1)
-            _add_rows(total, grad_rows, patch_rows(part, spec, outputs, factor_dtype(part, total))[0])
+        if not spec.kernel or _is_side_by_side(spec):
+            new = _product_of_rows(part, part_grad, spec).view(like.shape)
         else:
-            total += _convolution_grad(part.float(), part_grad.float(), spec, total)
+            new = _convolution_grad(part.float(), part_grad.float(), spec, like)
+        total = new if total is None else total + new
+    assert total is not None
     return total
 
 
@@ -67,11 +65,16 @@ def _is_side_by_side(spec: PatchSpec) -> bool:
     return spec.kernel == spec.stride and set(spec.dilation) == {1}
 
 
-def _add_rows(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the sum over patches of `left`^T `right`, of (b, m) and (b, n), to the float32 `total`, in place."""
-    dtype = factor_dtype(left, total)
-    out = total.flatten(1).unsqueeze(0)
-    add_long_product(out, left.to(dtype).unsqueeze(0), right.to(dtype).unsqueeze(0))
+def _product_of_rows(x: Tensor, output_grad: Tensor, spec: PatchSpec) -> Tensor:
+    """Return the weight's gradient of a linear layer or of patches side by side, (1, m, n), as one product."""
+    dtype = factor_dtype(x, torch.float32)
+    if spec.kernel:
+        outputs = range(spec.output_size(x.shape[2:])[0])
+        rows = patch_rows(x, spec, outputs, dtype)
+        output_grad = output_grad.flatten(2).mT.flatten(0, 1)
+    else:
+        rows = x.to(dtype).unsqueeze(0)
+    return long_product(output_grad.to(dtype).unsqueeze(0), rows, torch.float32)
 
 
 def _convolution_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, weight: Tensor) -> Tensor:
