@@ -223,14 +223,15 @@ def report(results: dict[str, Result]) -> None:
     """Print the table."""
     table = Table(*HEADS)
     for key, result in results.items():
-        milliseconds = [1000 * seconds for seconds in result["vanilla"].seconds]
-        low, middle, high = statistics.quantiles(milliseconds, n=4)
-        cells = [f"{middle:.1f} ({low:.1f}-{high:.1f})"]
+        low, middle, high = statistics.quantiles(result["vanilla"].seconds, n=4)
+        cells = [f"{1000 * middle:.1f} ({1000 * low:.1f}-{1000 * high:.1f})"]
         for arm in ARMS[1:]:
             turns = ratios(result, arm)
             cells.append(f"x {statistics.median(turns):.3f}" if turns else "fails")
-        cells += [_cell(seconds_above(result, arm), 1000, 2) for arm in ARMS[1:]]
-        cells += [_cell(bytes_above(result, arm), 2**-20, 1) for arm in ARMS[1:]]
+        for arm in ARMS[1:]:
+            cells.append(_cell(seconds_above(result, arm), 1000, 2))
+        for arm in ARMS[1:]:
+            cells.append(_cell(bytes_above(result, arm), 2**-20, 1))
         table.add_row(key, *cells)
     Console(width=180).print(table, NOTE, sep="\n")
 

@@ -217,8 +217,10 @@ def _cells(point: Point, best: Rates, found: dict[str, RunRecord]) -> list[str]:
     least = 1000 * best.least_seconds(point)
     moment = milliseconds(found, f"{point.key} | moment")
     solve = milliseconds(found, f"{point.key} | solve")
-    figures = (operations / 1e9, moved / 1e6, least, moment, moment / least, solve)
-    return [str(point.patch_size()), *(f"{figure:.3g}" for figure in figures)]
+    cells = [str(point.patch_size())]
+    for figure in (operations / 1e9, moved / 1e6, least, moment, moment / least, solve):
+        cells.append(f"{figure:.3g}")
+    return cells
 
 
 def plot(found: dict[str, RunRecord], path: Path) -> Path:

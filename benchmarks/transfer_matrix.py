@@ -81,7 +81,8 @@ def main() -> None:
     todo = []
     for dataset in args.datasets:
         for seed in range(args.seeds):
-            todo += [fine_tuning(dataset, cell, seed, args) for cell in CELLS]
+            for cell in CELLS:
+                todo.append(fine_tuning(dataset, cell, seed, args))
     run_missing("fine-tuning", todo, file, args.jobs)
     report(list(read_records(file).values()), args.output_dir)
 

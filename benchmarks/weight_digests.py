@@ -95,10 +95,9 @@ def digest(name: str, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> st
         pixels = torch.randn(BATCH, *shape, generator=generator)
         labels = torch.randint(0, 4, (BATCH,), generator=generator)
         optimizer.zero_grad()
-        mine = zip(
-            pixels.chunk(ranks)[rank].chunk(micro_steps), labels.chunk(ranks)[rank].chunk(micro_steps), strict=True
-        )
-        for part, part_labels in mine:
+        my_pixels = pixels.chunk(ranks)[rank].chunk(micro_steps)
+        my_labels = labels.chunk(ranks)[rank].chunk(micro_steps)
+        for part, part_labels in zip(my_pixels, my_labels, strict=True):
             loss = nn.functional.cross_entropy(wrapped(part), part_labels) / micro_steps
             loss.backward()
         optimizer.step()
@@ -134,7 +133,8 @@ def all_digests() -> dict[str, str]:
         spawn(_rank, (folder,), nprocs=RANKS)
         for rank in range(RANKS):
             digests = json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8"))
-            found.update({f"{name}, {RANKS} ranks, rank {rank}": value for name, value in digests.items()})
+            for name, value in digests.items():
+                found[f"{name}, {RANKS} ranks, rank {rank}"] = value
     return found
 
 

@@ -92,10 +92,14 @@ def _lines(axis: Axes, arms: Arms, chosen: list[str], over_time: bool) -> None:
 
 def _leave_out_the_start(axis: Axes, arms: list[Arm]) -> None:
     """Show the accuracies at which arms are compared, which are those of the later epochs."""
-    means = np.concatenate([arm.curves.mean(0) for arm in arms])
-    ends = [float(arm.final.mean()) for arm in arms]
-    low = max(means.min(), min(ends) - 0.6 * (max(ends) - means.min()))
-    axis.set_ylim(low, max(ends) + 0.12 * (max(ends) - low))
+    lows, ends = [], []
+    for arm in arms:
+        mean = arm.curves.mean(0)
+        lows.append(float(mean.min()))
+        ends.append(float(mean[-1]))
+    top = max(ends)
+    low = max(min(lows), min(ends) - 0.6 * (top - min(lows)))
+    axis.set_ylim(low, top + 0.12 * (top - low))
 
 
 def _ends(axis: Axes, arms: Arms, chosen: list[str]) -> None:

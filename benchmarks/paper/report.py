@@ -14,14 +14,8 @@ from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up
 
 MAX_SEEDS = 100
+HEAD = Path(__file__).with_name("head.md").read_text(encoding="utf-8")
 COMMAND = "python -m benchmarks.paper"
-HOW = """Top-1 on the test set after the last epoch, per cent, mean over seeds. Every ± is the half width of the 95 %
-confidence interval (Student's t over seeds), as are the bands and bars of the plots. *Gain* is the mean difference
-from the first arm, seed by seed, with the p of the paired t-test; *from* another arm the same.
-*Speed-up* is the number of epochs of the first arm over the epoch in which the arm's mean curve first reaches the
-first arm's final accuracy, over the seeds that both have. Time is of training alone: of the clock on an accelerator,
-of the process on a CPU. Dotted lines in the plots are the first arm's final accuracy.
-"""
 LINES_ONLY = "test accuracy against epochs and against time"
 WITH_ENDS = (
     "on the left the test accuracy by epochs of the first arm, {reference}the best others (of three seeds first); "
@@ -38,20 +32,14 @@ def write(scale: str, file: Path, folder: Path) -> Path:
         folder: for the report.
     """
     have = read_records(file)
-    source = f"Written by `{COMMAND} report` from the runs in [{file.name}]({file.name})"
-    lines = [
-        f"# Results at the {scale} scale",
-        "",
-        f"{source}; what they mean is told in [the summary](index.md).",
-        "",
-        HOW,
-    ]
+    lines = [HEAD.format(scale=scale, command=COMMAND, file=file.name)]
     used: dict[str, RunRecord] = {}
     for name, experiment in ALL.items():
         settings = _compared(collect(experiment, scale, MAX_SEEDS, have))
         for arms in settings.values():
             for arm in arms.values():
-                used |= {run.key: run for run in arm.runs.values()}
+                for run in arm.runs.values():
+                    used[run.key] = run
         if settings:
             lines += _section(name, experiment, settings, folder / f"{scale}-{name}")
     lines += ["## Runs", "", *_provenance(used.values())]

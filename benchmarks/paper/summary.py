@@ -41,7 +41,8 @@ class Arm:
 
     def with_seeds_of(self, other: Arm) -> Arm:
         """Return the runs whose seeds the other arm has too."""
-        return Arm({seed: run for seed, run in self.runs.items() if seed in other.runs})
+        shared = self.runs.keys() & other.runs.keys()
+        return Arm({seed: self.runs[seed] for seed in shared})
 
 
 Arms = dict[str, Arm]

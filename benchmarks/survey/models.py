@@ -161,18 +161,26 @@ def _classes() -> dict[str, Any]:
 
 
 def _smallest(names: list[str]) -> str:
-    def rank(name: str) -> tuple[int, int, str]:
-        hints = [i for i, hint in enumerate(SMALLEST) if hint in name]
-        return min(hints, default=len(SMALLEST)), len(name), name
+    def rank(name: str) -> tuple[bool, int, int, str]:
+        place = len(SMALLEST)
+        for index, hint in enumerate(SMALLEST):
+            if hint in name:
+                place = min(place, index)
+        return name.startswith("test_"), place, len(name), name
 
-    return min([name for name in names if not name.startswith("test_")], key=rank)
+    return min(names, key=rank)
 
 
 def _shrunk_timm(family: str, name: str) -> dict[str, Any]:
     """Return arguments of a timm model with fewer layers and smaller images."""
     size = timm.get_pretrained_cfg(name).input_size
-    smaller = {"pretrained_cfg_overlay": {"input_size": (size[0], SIZE, SIZE)}} if size[-1] > LARGE else {}
-    return smaller | ({"depth": LEAST} if family in DEEP else {})
+    arguments: dict[str, Any] = {}
+    if size[-1] > LARGE:
+        smaller = (size[0], SIZE, SIZE)
+        arguments["pretrained_cfg_overlay"] = {"input_size": smaller}
+    if family in DEEP:
+        arguments["depth"] = LEAST
+    return arguments
 
 
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +198,7 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
                 values["out_features"] = None
                 values["out_indices"] = list(range(1, layers + 1))
             values.pop("layer_types", None)
-        else:
+        elif _smaller(name, value) is not value:
             values[name] = _smaller(name, value)
     return values
 

@@ -16,25 +16,7 @@ from benchmarks.survey.models import Subject
 LIBRARIES = ("transformers", "timm", *FAMILIES)
 FAMILY_HEADS = {"transformers": "model_type", "timm": "module"}
 COMMAND = "uv run --group bench python -m benchmarks.survey --table docs/models.md"
-HEAD = """# Which layer TrAct takes of which model
-
-Every architecture that classifies images in transformers, one class of every other model type of its vision tasks, the
-vision towers of its multimodal models, and a model of every timm module. Written by
-
-```bash
-{command}
-```
-
-with {versions}, on the CPU. Each model is made small (few layers, default width) with random weights (seed 0).
-
-- **ok**: the layer is the one that the pixels meet first (its input changes with the pixels and not with any weight);
-  outputs and all other gradients are those without TrAct bit by bit; the layer's gradient is the dense float64
-  formula's to 1e-3; an optimizer step leaves finite weights.
-- **n**: inputs of one output of the layer; C is n x n.
-- **share**: TrAct's operations over those of a training step of the default model with a batch of {batch}, whose
-  backward is counted as two forwards; - where the forward can't be counted without values.
-
-`hf-tract inspect MODEL` shows the same of any other model."""
+HEAD = Path(__file__).with_name("head.md").read_text(encoding="utf-8").rstrip()
 
 
 def rows(chosen: list[Subject], path: Path, workers: int) -> list[Row]:
@@ -52,18 +34,21 @@ def rows(chosen: list[Subject], path: Path, workers: int) -> list[Row]:
 
 def table(found: list[Row]) -> str:
     """Return the text of docs/models.md."""
-    named = ", ".join(f"{name} {number}" for name, number in versions().items())
-    lines = [HEAD.format(command=COMMAND, versions=named, batch=BATCH)]
+    numbers = []
+    for name, number in versions().items():
+        numbers.append(f"{name} {number}")
+    head = HEAD.format(command=COMMAND, versions=", ".join(numbers), batch=BATCH)
+    lines = [head]
     for library in LIBRARIES:
         part = [row for row in found if row["library"] == library]
         if not part:
             continue
-        good = [row for row in part if row["status"] == WORKS]
+        statuses = [row["status"] for row in part]
         family = FAMILY_HEADS.get(library, "library")
-        lines.append(f"\n## {library}: {len(good)} of {len(part)} work\n")
+        lines.append(f"\n## {library}: {statuses.count(WORKS)} of {len(part)} work\n")
         lines.append(f"| {family} | model | first layer | operation | n | share | status |")
         lines.append("|---|---|---|---|---|---|---|")
-        lines += [line(row) for row in part]
+        lines += map(line, part)
     return "\n".join(lines) + "\n"
 
 
@@ -71,12 +56,14 @@ def line(row: Row) -> str:
     """Return a model's line of the table."""
     cells = []
     for key in ("name", "operation", "n"):
-        values = dict.fromkeys(str(layer[key]) for layer in row["layers"])
+        values: dict[str, None] = {}
+        for layer in row["layers"]:
+            values[str(layer[key])] = None
         cells.append("<br>".join(values) or "-")
     share = "-"
     if row["share"] is not None:
         share = f"{100 * row['share']:.2g} %"
-    remarks = [part for part in (row["status"], row["remark"]) if part]
+    remarks = filter(None, (row["status"], row["remark"]))
     status = "; ".join(remarks).replace("|", "\\|")
     return f"| {row['family']} | {row['name']} | {' | '.join(cells)} | {share} | {status} |"
 
