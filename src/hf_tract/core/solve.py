@@ -36,15 +36,16 @@ class DampedInverse:
         # Without a patch, lam I is to be left.
         self._count = max(1, count) if isinstance(count, int) else count.clamp(min=1)
         self._lam = lam
-        # The trace contains the square of every pixel, so it shows whether one is not finite.
-        self._trace = sums.diagonal(dim1=-2, dim2=-1).sum()
         self._factorise(dtype or sums.dtype)
         if on_host(sums) and self.failed and self.finite:
             self._factorise(torch.float64)
 
     def _factorise(self, dtype: torch.dtype) -> None:
         damped = self._sums.to(dtype) / self._count
-        damped.diagonal(dim1=-2, dim2=-1).add_(self._lam)
+        diagonal = damped.diagonal(dim1=-2, dim2=-1)
+        # The trace contains the square of every pixel, so it shows whether one is not finite.
+        self._trace = diagonal.sum()
+        diagonal.add_(self._lam)
         self._factor, info = torch.linalg.cholesky_ex(damped)
         # One value for all groups, which an accelerator keeps to itself.
         self.failed = info.any()
@@ -74,7 +75,7 @@ class DampedInverse:
     def mean_eigenvalue(self) -> float:
         """Return tr(C) / n, the mean square of what the layer reads; this waits for the device."""
         groups, n, _ = self._sums.shape
-        return float(self._trace / (groups * n * self._count))
+        return float(self._trace) / (groups * n)
 
     def condition(self) -> float:
         """Return a lower bound on the condition number of C + lam I, the largest over groups.
