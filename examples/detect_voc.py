@@ -252,6 +252,13 @@ def parse_detection_options() -> DetectionOptions:
     if "--paper" in sys.argv:
         parser.set_defaults(**PAPER)
     (options,) = parser.parse_dict(vars(parser.parse_args()))
+    check_numbers(options)
+    check_combinations(options)
+    return options
+
+
+def check_numbers(options: DetectionOptions) -> None:
+    """Refuse numbers that cannot be meant."""
     for name in ("head_size", "min_size", "max_size", "proposals", "regions", "epochs", "batch_size", "seeds"):
         if getattr(options, name) < 1:
             stop(f"--{name} {getattr(options, name)}: give 1 or more.")
@@ -261,17 +268,20 @@ def parse_detection_options() -> DetectionOptions:
     for name in ("train_samples", "test_samples", "first_seed", "warmup_steps", "weight_decay", "clip_grad_norm"):
         if not 0 <= getattr(options, name) < math.inf:
             stop(f"--{name} {getattr(options, name)}: give 0 or more.")
-    if not 0 <= options.flip <= 1:
-        stop(f"--flip {options.flip}: give a share from 0 to 1.")
     if min(options.anchor_sizes) < 1:
         stop(f"--anchor_sizes {options.anchor_sizes}: give sizes of 1 or more.")
+
+
+def check_combinations(options: DetectionOptions) -> None:
+    """Refuse a share above 1, and options that do not go together."""
+    if not 0 <= options.flip <= 1:
+        stop(f"--flip {options.flip}: give a share from 0 to 1.")
     if options.imagenet and (options.width, options.batch_norm, options.head_size) != (1, False, 4096):
         stop("--imagenet: VGG-16's weights need --width 1 --batch_norm False --head_size 4096.")
     if options.mixed_precision == "fp16" and (options.cpu or not torch.accelerator.is_available()):
         stop("--mixed_precision fp16 needs an accelerator: use no or bf16.")
     if options.paper and options.dataset == "digit_scenes":
         stop("--paper needs --dataset FOLDER, which holds VOCdevkit/VOC2007.")
-    return options
 
 
 # Training
@@ -283,13 +293,7 @@ def train_detector(
     """Train one arm from one seed, from its last finished epoch if there is one, and return its record."""
     # Another run of the same arm and seed, with other settings, has a folder of its own.
     folder = Path(options.output_dir) / f"{arm}-{seed}-{zlib.crc32(json.dumps(settings).encode()):08x}"
-    accelerator = Accelerator(
-        cpu=options.cpu or not torch.accelerator.is_available(),
-        mixed_precision=options.mixed_precision,
-        project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=2),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = make_run_accelerator(folder, seed, options)
     set_seed(seed)
     model: Any = faster_rcnn(len(data.names), options)
     say(f"\n{arm}, seed {seed}")
@@ -316,8 +320,7 @@ def train_detector(
             train_step(model, batch, optimizer, accelerator, options.clip_grad_norm)
             schedule.step()
             bar.update()
-        plain_model = accelerator.unwrap_model(model)
-        figures = measure_precision(plain_model, data.test, accelerator, options.batch_size)
+        figures = measure_precision(accelerator.unwrap_model(model), data.test, accelerator, options.batch_size)
         progress.epochs.append(figures)
         bar.set_postfix(figures)
         accelerator.save_state()
@@ -325,6 +328,17 @@ def train_detector(
     accelerator.save_model(model, folder / "model")
     accelerator.free_memory()
     return {"arm": arm, "seed": seed, "settings": settings, "epochs": progress.epochs, **describe_run()}
+
+
+def make_run_accelerator(folder: Path, seed: int, options: DetectionOptions) -> Accelerator:
+    """Make the accelerator of one run, whose checkpoints go into its folder."""
+    return Accelerator(
+        cpu=options.cpu or not torch.accelerator.is_available(),
+        mixed_precision=options.mixed_precision,
+        project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=2),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+        step_scheduler_with_optimizer=False,
+    )
 
 
 def train_step(

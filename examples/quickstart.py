@@ -216,7 +216,8 @@ def parse_options() -> Options:
     options, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"there is no option {unknown[0]}")
-    check_options(options)
+    check_numbers_of_run(options)
+    check_words(options)
     if not options.image_size:
         options.image_size = default_image_size(options)
     return options
@@ -234,8 +235,8 @@ def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
             action.help = texts[action.dest]
 
 
-def check_options(options: Options) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
+def check_numbers_of_run(options: Options) -> None:
+    """Refuse numbers that cannot be meant, before anything is loaded."""
     for name in ("epochs", "batch_size", "seeds", "lam", "learning_rate"):
         value = getattr(options, name)
         if not 0 < value < math.inf:
@@ -244,6 +245,10 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if not 0 <= value < math.inf:
             stop(f"--{name} {value}: give 0 or more.")
+
+
+def check_words(options: Options) -> None:
+    """Refuse a tracker that is not installed, and options that do not go together."""
     tracker = options.report_to
     trackers = get_available_reporting_integrations()
     if tracker not in ("none", "all", *trackers):
@@ -653,7 +658,6 @@ def plot(curves: dict[str, np.ndarray], options: Options) -> Path:
     """Draw the mean accuracy of each arm over the epochs, with its interval as a band."""
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     final = {arm: curve[:, -1].mean() for arm, curve in curves.items()}
-    axes.axhline(final[VANILLA], color=STYLES[VANILLA][0], linewidth=1, linestyle=":")
     for arm in sorted(final, key=final.__getitem__, reverse=True):
         color, marker = STYLES[arm]
         mean, half = curves[arm].mean(0), half_width(curves[arm])
@@ -661,6 +665,8 @@ def plot(curves: dict[str, np.ndarray], options: Options) -> Path:
         label = f"{arm}: {final[arm]:.1f} %"
         axes.plot(epochs, mean, color=color, marker=marker, markersize=4, label=label)
         axes.fill_between(epochs, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+    color, _ = STYLES[VANILLA]
+    axes.axhline(final[VANILLA], color=color, linewidth=1, linestyle=":", label="vanilla's final accuracy")
     data = Path(options.dataset).name.replace("_", " ")
     title = f"Test accuracy on {data} ({options.model}) with and without TrAct"
     if options.seeds > 1:

@@ -18,6 +18,7 @@ parquet files, or a data set on the Hub.
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 import datasets
@@ -55,11 +56,7 @@ def main() -> None:
     except (TrActError, OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         parser.error(" ".join(str(error).split()))
 
-    def prepare(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        # Images are resized and normalised when they are used. To augment the training images, do it here.
-        images = [image.convert("RGB") for image in rows["image"]]
-        return {**processor(images, return_tensors="pt"), "labels": rows["label"]}
-
+    transform = partial(prepare, processor=processor)
     settings = TrainingArguments(
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
@@ -76,8 +73,8 @@ def main() -> None:
     trainer = Trainer(
         model=model,
         args=settings,
-        train_dataset=splits["train"].with_transform(prepare),
-        eval_dataset=splits["test"].with_transform(prepare),
+        train_dataset=splits["train"].with_transform(transform),
+        eval_dataset=splits["test"].with_transform(transform),
         compute_metrics=compute_top_k,
         callbacks=[callback],  # This is all that TrAct needs.
     )
@@ -104,6 +101,16 @@ def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
         splits = splits["train"].train_test_split(0.2, seed=0)
         print(f"No images are set aside to test on, so {len(splits['test'])}, drawn at random, are now.")
     return splits
+
+
+def prepare(rows: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
+    """Resize and normalise images when they are used; augmentation of the training images would go here."""
+    images = []
+    for image in rows["image"]:
+        if image.mode.startswith(("I", "F")):
+            parser.error(f"an image has 16 bits or more (mode {image.mode}): scale it to 8, or use quickstart.py")
+        images.append(image.convert("RGB"))
+    return {**processor(images, return_tensors="pt"), "labels": rows["label"]}
 
 
 def load_model(checkpoint: str | None, names: list[str]) -> tuple[Any, Any]:

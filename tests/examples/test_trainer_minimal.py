@@ -111,3 +111,11 @@ def test_wrong_options_are_told_in_one_line(arguments, says, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(monkeypatch, *given)
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sixteen_bits_are_refused_and_not_cut_off(tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "images")
+    Image.fromarray(np.full((20, 20), 25700, np.uint16)).save(tmp_path / "images" / "dark" / "0.png")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--dataset", tmp_path / "images", "--epochs", "1", "--output_dir", tmp_path / "model")
+    assert "scale it to 8" in capsys.readouterr().err
