@@ -1,4 +1,4 @@
-"""The search on one model of each kind; and docs/models.md is what `benchmarks/survey.py` finds today.
+"""The search on one model of each kind; and docs/models.md is what `python -m benchmarks.survey` finds today.
 
 A new release of transformers or timm changes the table, so what compares with it runs on a schedule
 (.github/workflows) and by `pytest -m survey`, and not with the other tests.
