@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hf_tract.core.moments import PANEL
+from hf_tract.core.neighbours import larger_patches
 from hf_tract.core.overlap import best_overlap
 from hf_tract.core.patches import PatchSpec
 
@@ -37,9 +38,11 @@ def patch_count(shape: Sequence[int], spec: PatchSpec) -> int:
 def moment_cost(shape: Sequence[int], spec: PatchSpec) -> Cost:
     """Return the cost of `patch_moments` on the CPU for an input of this shape."""
     if spec.kernel:
-        dim = best_overlap(spec, _output_size(shape, spec))
+        positions = _output_size(shape, spec)
+        dim = best_overlap(spec, positions)
         if dim is not None:
-            return _overlap_cost(shape, spec, dim)
+            wide = larger_patches(spec, dim, positions, spec.patch_size(shape))
+            return _overlap_cost(shape, wide, dim)
     n = spec.patch_size(shape)
     b = patch_count(shape, spec)
     # Only the lower triangle of a symmetric product is computed, a panel of columns at a time.

@@ -7,6 +7,7 @@ together, L of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -28,23 +29,33 @@ def sums_by_neighbours(x: Tensor, spec: PatchSpec, dim: int, out: Tensor, max_nu
     sums over all patches are those of the L diagonal blocks of G that belong to the windows. Products of larger
     patches use a CPU better, and these patches overlap less, so that fewer numbers are copied.
     """
-    positions = spec.output_size(x.shape[2:])
     n = out.shape[-1]
-    wide_dim = len(positions) - 1
-    if wide_dim == dim:
-        wide_dim -= 1
-    together = 1
-    if wide_dim >= 0 and n <= MAX_ENTRIES and spec.dilation[wide_dim] == 1:
-        together = _best_number(spec, wide_dim, positions[wide_dim], n)
-    if together == 1:
+    wide = larger_patches(spec, dim, spec.output_size(x.shape[2:]), n)
+    if wide == spec:
         overlapping_sums(x, spec, dim, out, max_numbers)
         return
-    wide = _widened(spec, wide_dim, together)
-    n_wide = n // spec.kernel[wide_dim] * wide.kernel[wide_dim]
+    n_wide = n // math.prod(spec.kernel) * math.prod(wide.kernel)
     wide_sums = out.new_zeros((len(out), n_wide, n_wide))
     # They exist once more in another order.
     overlapping_sums(x, wide, dim, wide_sums, max_numbers - 2 * wide_sums.numel())
-    _add_windows(out, wide_sums, spec, wide, wide_dim)
+    _add_windows(out, wide_sums, spec, wide, _other_dimension(spec, dim))
+
+
+def larger_patches(spec: PatchSpec, dim: int, positions: Sequence[int], n: int) -> PatchSpec:
+    """Return the larger patches to take, where lines are shared along `dim`; `spec` itself if they do not pay off."""
+    wide_dim = _other_dimension(spec, dim)
+    if wide_dim < 0 or n > MAX_ENTRIES or spec.dilation[wide_dim] != 1:
+        return spec
+    together = _best_number(spec, wide_dim, positions[wide_dim], n)
+    return _widened(spec, wide_dim, together)
+
+
+def _other_dimension(spec: PatchSpec, dim: int) -> int:
+    """Return the last dimension but `dim`; -1 if there is none."""
+    last = len(spec.kernel) - 1
+    if last == dim:
+        return last - 1
+    return last
 
 
 def _best_number(spec: PatchSpec, dim: int, positions: int, n: int) -> int:
