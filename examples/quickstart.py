@@ -20,7 +20,7 @@
 # ///
 """Trains a small vision model without TrAct, with it, and from a whitened start, and shows a table and a plot.
 
-    python quickstart.py                            # crops of photographs, no download, two minutes on two cores
+    python quickstart.py                            # crops of photographs, no download, two minutes of CPU time
     python quickstart.py --seeds 5                  # means with their 95 % intervals
     python quickstart.py --dataset PATH_TO_IMAGES   # your images: a folder for each class, parquet files, or a Hub id
     python quickstart.py --save_dataset photo_crops # writes the crops as a folder of images, for other scripts
