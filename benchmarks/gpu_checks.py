@@ -4,16 +4,20 @@
 
 prints a table, writes gpu_checks.json to --output_dir and exits with 1 if a check fails. Each error is that of the
 first layer's gradient against the rule in float64 on the CPU, relative in the norm, beside the error of the ordinary
-gradient.
+gradient. What is compiled comes last, since it takes longest.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,10 +38,8 @@ PRECISIONS = {"float32": 1e-4, "tf32": 2e-2, "bf16 autocast": 3e-2, "fp16 autoca
 FORMS = ("eager", "compiled", "reduce-overhead", "accumulated", "zeros kept", "ddp")
 FORMS_ON_CPU = ("eager", "compiled", "accumulated", "zeros kept", "ddp")
 COMPILED = ("compiled", "reduce-overhead")
-COMPILED_STEMS, COMPILED_PRECISIONS = (
-    ("ViT 16x16/16", "ResNet 7x7/2"),
-    ("float32", "bf16 autocast"),
-)  # compiling takes long
+COMPILED_STEMS = ("ViT 16x16/16", "ResNet 7x7/2")
+COMPILED_PRECISIONS = ("float32", "bf16 autocast")
 Row = dict[str, Any]
 
 
@@ -137,27 +139,43 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def equality(device: torch.device, forms: tuple[str, ...]) -> Iterator[Row]:
+def equality(device: torch.device, forms: Sequence[str], stem_names: Sequence[str]) -> Iterator[Row]:
     """Check each first layer in each precision and form."""
-    for stem_name, (stem, shape) in stems().items():
-        for name, bound in PRECISIONS.items():
-            if device.type == "cpu" and name in ("tf32", "fp16 autocast"):
-                continue
-            torch.manual_seed(0)
-            x = torch.randn(BATCH, *shape, device=device)
-            model = Net(copy.deepcopy(stem)).to(device)
-            if name == "bf16 weights":
-                model, x = model.bfloat16(), x.bfloat16()
-            ordinary, want = rule(model, x)
-            for form in forms:
-                if form in COMPILED and not (stem_name in COMPILED_STEMS and name in COMPILED_PRECISIONS):
+    for form in forms:
+        for stem_name in stem_names:
+            for name in PRECISIONS:
+                if device.type == "cpu" and name in ("tf32", "fp16 autocast"):
                     continue
-                torch.compiler.reset()
-                vanilla = error(gradient(copy.deepcopy(model), x, name, form), ordinary)
-                with apply_tract(model, LAM):
-                    ours = error(gradient(model, x, name, form), want)
-                limit = max(bound, 4 * vanilla)
-                yield _row(f"{stem_name}, {name}, {form}", ours <= limit, error=ours, vanilla=vanilla, limit=limit)
+                if form not in COMPILED or _is_compiled(stem_name, name):
+                    yield _equality_row(device, stem_name, name, form)
+
+
+def _is_compiled(stem_name: str, name: str) -> bool:
+    """Return whether this is compiled too, which takes long."""
+    return stem_name in COMPILED_STEMS and name in COMPILED_PRECISIONS
+
+
+def _equality_row(device: torch.device, stem_name: str, name: str, form: str) -> Row:
+    """Compare the gradients with and without TrAct with what they should be."""
+    model, x = _example(device, stem_name, name)
+    ordinary, want = rule(model, x)
+    torch.compiler.reset()
+    vanilla = error(gradient(copy.deepcopy(model), x, name, form), ordinary)
+    with apply_tract(model, LAM):
+        ours = error(gradient(model, x, name, form), want)
+    limit = max(PRECISIONS[name], 4 * vanilla)
+    return _row(f"{stem_name}, {name}, {form}", ours <= limit, error=ours, vanilla=vanilla, limit=limit)
+
+
+def _example(device: torch.device, stem_name: str, name: str) -> tuple[Net, Tensor]:
+    """Return a model with this first layer, and images for it."""
+    torch.manual_seed(0)
+    stem, shape = stems()[stem_name]
+    x = torch.randn(BATCH, *shape, device=device)
+    model = Net(copy.deepcopy(stem)).to(device)
+    if name == "bf16 weights":
+        return model.bfloat16(), x.bfloat16()
+    return model, x
 
 
 def ranges(device: torch.device) -> Iterator[Row]:
@@ -224,6 +242,94 @@ def unsolved(device: torch.device) -> Iterator[Row]:
         yield _row(name, good, stats=str(figures))
 
 
+def later_failure(device: torch.device) -> Iterator[Row]:
+    """Check what follows when float32 cannot factorise in a later step: its ordinary gradient, then float64.
+
+    The first step chooses the precision by small pixels. C of the huge ones is 2^24 in every place, beside which
+    float32 has no room for lam, and their sums are exact.
+    """
+    layers = {
+        "Linear": (nn.Linear(2, 3, bias=False), (4, 2)),
+        "Conv": (nn.Conv2d(3, 8, 4, 4, bias=False), (4, 3, 8, 8)),
+    }
+    for name, (layer, shape) in layers.items():
+        layer = layer.to(device)
+        plain = copy.deepcopy(layer)
+        small = torch.randn(shape, device=device)
+        huge = torch.full(shape, 2.0**12, device=device)
+        with apply_tract(layer, LAM):
+            grads = [_gradient_of_sum(layer, x) for x in (small, huge, huge, small)]
+        ordinary = _gradient_of_sum(plain, huge)
+        kept = bool(torch.equal(grads[1], ordinary))
+        yield _row(f"{name}: float32 fails in a later step, which keeps its ordinary gradient", kept)
+        later = {"the next step": (grads[2], huge), "the one after it": (grads[3], small)}
+        for step, (grad, x) in later.items():
+            wrong = error(grad, _preconditioned(_gradient_of_sum(plain, x), x))
+            yield _row(f"{name}: {step}, in float64", wrong <= 1e-3, error=wrong)
+
+
+def _gradient_of_sum(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the weight's gradient of the output's sum, after the host has heard of everything."""
+    layer.zero_grad()
+    with precision("float32", x.device):
+        layer(x).sum().backward()
+    if x.device.type == "cuda":
+        torch.cuda.synchronize()
+    assert isinstance(layer.weight.grad, Tensor)
+    return layer.weight.grad.detach().double().cpu()
+
+
+def _preconditioned(grad: Tensor, x: Tensor) -> Tensor:
+    """Return grad times inv(C + lam I) in float64, for a linear layer or patches as large as their stride."""
+    x = x.double().cpu()
+    if x.dim() == 4:
+        side = grad.shape[-1]
+        x = F.unfold(x, side, stride=side).mT.flatten(0, 1)
+    moment = x.mT @ x / len(x)
+    damped = moment + LAM * torch.eye(len(moment), dtype=torch.float64)
+    solved: Tensor = torch.linalg.solve(damped, grad.flatten(1), left=False)
+    return solved.reshape(grad.shape)
+
+
+def deterministic(device: torch.device) -> Iterator[Row]:
+    """Check that torch's deterministic mode allows TrAct, and that two runs then give the same bits."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for stem_name in stems():
+            for name in ("float32", "bf16 autocast"):
+                yield _deterministic_row(device, stem_name, name)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _deterministic_row(device: torch.device, stem_name: str, name: str) -> Row:
+    grads, problem = [], ""
+    try:
+        for _ in range(2):
+            model, x = _example(device, stem_name, name)
+            with apply_tract(model, LAM):
+                grads.append(gradient(model, x, name, "eager"))
+    except RuntimeError as refused:
+        problem = str(refused).splitlines()[0]
+    equal = len(grads) == 2 and torch.equal(*grads)
+    return _row(f"deterministic: {stem_name}, {name}", equal, problem=problem)
+
+
+def fp16_accumulation(device: torch.device) -> Iterator[Row]:
+    """Check that sums in float16, which torch allows on request, spoil the first layer no more than the others."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "allow_fp16_accumulation"):
+        yield _row("allow_fp16_accumulation: this torch does not have it", True)
+        return
+    matmul.allow_fp16_accumulation = True
+    try:
+        for stem_name in stems():
+            row = _equality_row(device, stem_name, "fp16 autocast", "eager")
+            yield {**row, "check": f"allow_fp16_accumulation: {stem_name}"}
+    finally:
+        matmul.allow_fp16_accumulation = False
+
+
 def cost(device: torch.device) -> Iterator[Row]:
     """Count kernels and peak memory that TrAct adds to a step of the first layer, at a real size."""
     sizes = {
@@ -266,49 +372,94 @@ def _row(name: str, passed: bool, **figures: Any) -> Row:
     return {"check": name, "passed": passed, **figures}
 
 
-def checks(device: torch.device) -> Iterator[Row]:
+def checks(device: torch.device, forms: Sequence[str], stem_names: Sequence[str]) -> Iterator[Row]:
     """Run every check of a device; those that need CUDA only there."""
+    yield from ranges(device)
+    yield from unsolved(device)
+    if device.type == "cuda":
+        yield from later_failure(device)
+        yield from waiting(device)
+        yield from cost(device)
+        yield from deterministic(device)
+        yield from fp16_accumulation(device)
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
-            yield from equality(device, FORMS if device.type == "cuda" else FORMS_ON_CPU)
+            yield from equality(device, forms, stem_names)
         finally:
             torch.distributed.destroy_process_group()
-    yield from ranges(device)
-    yield from unsolved(device)
-    if device.type == "cuda":
-        yield from waiting(device)
-        yield from cost(device)
 
 
-def _figures(row: Row) -> str:
-    """Return the figures of a row in words."""
+def describe(device: torch.device) -> dict[str, str]:
+    """Return what a reader needs to know about the device and its libraries."""
+    found = {"torch": str(torch.__version__)}
+    if device.type != "cuda":
+        return found
+    properties = torch.cuda.get_device_properties(device)
+    found["device"] = properties.name
+    found["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
+    found["capability"] = f"{properties.major}.{properties.minor}"
+    found["cuda"] = str(torch.version.cuda)
+    found["cudnn"] = str(torch.backends.cudnn.version())
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(query[0]):
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        found["driver"] = answer.stdout.partition("\n")[0].strip()
+    return found
+
+
+def _line(row: Row) -> str:
+    """Return a row in words."""
     words = []
     for key, value in row.items():
         if isinstance(value, float):
             words.append(f"{key} {value:.1e}")
-        elif key not in ("check", "passed"):
+        elif key not in ("check", "passed") and value != "":
             words.append(f"{key} {value}")
-    return ", ".join(words)
+    verdict = "FAIL"
+    if row["passed"]:
+        verdict = "ok  "
+    return f"{verdict}  {row['check']}  {', '.join(words)}"
 
 
 def main() -> None:
     """Check, print and write."""
+    args = parse()
+    device = torch.device(args.device)
+    # Without it cuBLAS refuses the deterministic mode; it is read when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    forms = args.forms or (FORMS if device.type == "cuda" else FORMS_ON_CPU)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "gpu_checks.json"
+    about: dict[str, Any] = {"command": command(), **environment()}
+    about["device"] = describe(device)
+    print(json.dumps(about), flush=True)
+    rows = []
+    for row in checks(device, forms, args.stems):
+        rows.append(row)
+        print(_line(row), flush=True)
+        about["checks"] = rows
+        path.write_text(json.dumps(about, indent=1) + "\n")
+    failed = [row["check"] for row in rows if not row["passed"]]
+    if failed:
+        sys.exit(f"{len(failed)} of {len(rows)} checks failed: {'; '.join(failed)}")
+
+
+def parse() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, or cuda:1")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    add("--device", default=device, help="cpu, cuda, or cuda:1")
+    add("--forms", nargs="+", choices=FORMS, help="by default all that the device can run")
+    names = list(stems())
+    add("--stems", nargs="+", choices=names, default=names, metavar="STEM", help=", ".join(names))
     add("--output_dir", type=Path, default=Path("outputs/gpu_checks"), help="for results, tables and plots")
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for row in checks(torch.device(args.device)):
-        rows.append(row)
-        print("ok  " if row["passed"] else "FAIL", row["check"], _figures(row), sep="  ", flush=True)
-        result = {"command": command(), **environment(), "checks": rows}
-        (args.output_dir / "gpu_checks.json").write_text(json.dumps(result, indent=1) + "\n")
-    failed = [row["check"] for row in rows if not row["passed"]]
-    sys.exit(f"{len(failed)} of {len(rows)} checks failed: {'; '.join(failed)}" if failed else 0)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

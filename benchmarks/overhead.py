@@ -2,132 +2,226 @@
 
     uv run --group bench python -m benchmarks.overhead --check
 
-prints a table and writes overhead.jsonl and overhead.png to --output_dir; each result is written as it comes, and a
-measurement that is in the file already is not made again.
+prints a table and writes overhead.jsonl (every turn), overhead.json (estimates and verdicts) and overhead.png to
+--output_dir. Each result is written as it comes, and a measurement that is in the file already is not made again. With
+--check the exit code is 0 where every bound is kept, 1 where one is broken, and 2 where --max_minutes were too few to
+say.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
+import gc
+import importlib.util
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch_tract import TrAct
 
+from benchmarks import overhead_results
 from benchmarks.cases import CASES, Case
-from benchmarks.common import plots
+from benchmarks.common.bootstrap import UNDECIDED
 from benchmarks.common.options import new_parser
-from benchmarks.common.records import RunRecord, add_record, command, environment, read_records
+from benchmarks.common.records import RunRecord, add_record, command, environment
 from benchmarks.common.timing import Arms, interleaved, peak_bytes
+from benchmarks.overhead_results import AGAIN, ARMS, OURS, THEIRS, VANILLA, key_of, read_results
 from hf_tract import apply_tract
 
 LAM = 0.1
-ARMS = ("vanilla", "hf-tract", "torch_tract")
-TICKS = (0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4)
 LEAST_REPEATS = 7
-# The seconds of each turn, and the peak bytes.
-Measured = tuple[list[float], list[float]]
-# The record of each arm that does not fail.
-Result = dict[str, RunRecord]
-HEADS = ("measurement", "vanilla, ms", *ARMS[1:], "ms above vanilla", "theirs", "MiB above", "theirs")
-NOTE = "Times: median (quartiles); ratios and differences: medians over the turns of one run."
+Settings = dict[str, Any]
 
 
 def main() -> None:
     """Measure, print, write and, if asked to, check."""
     args = parse()
+    deadline = time.monotonic() + 60 * args.max_minutes
     path = args.output_dir / "overhead.jsonl"
     if args.fresh:
         path.unlink(missing_ok=True)
-    for name in args.models:
+    asked = measurements(args)
+    keys = [key_of(settings) for settings in asked]
+    measure_missing(asked, path, args, deadline)
+    if args.check:
+        repeat_undecided(asked, path, args, deadline)
+    results = read_results(path)
+    if not results:
+        raise SystemExit("Nothing was measured.")
+    overhead_results.print_table(results)
+    overhead_results.write_json(results, path.with_suffix(".json"))
+    overhead_results.plot(results, path.with_suffix(".png"))
+    if args.check:
+        sys.exit(overhead_results.print_verdicts(results, keys))
+
+
+def measurements(args: Namespace) -> list[Settings]:
+    """Return the settings of everything that the options ask for."""
+    asked = []
+    for model in args.models:
         for scope in args.scopes:
-            measure_once(name, scope, path, args)
-    results = by_measurement(path)
-    report(results)
-    print(f"Plot: {plot(results, path.with_suffix('.png'))}")
-    broken = violations(results)
-    if args.check and broken:
-        sys.exit("\n".join(["Broken bounds:", *broken]))
+            for batch in _batches(CASES[model], scope, args):
+                measurement = {"model": model, "scope": scope, "batch": batch}
+                asked.append({**measurement, **_common_settings(args)})
+    return asked
 
 
-def measure_once(name: str, scope: str, path: Path, args: argparse.Namespace) -> None:
-    """Measure a model, unless the file has it."""
+def _common_settings(args: Namespace) -> Settings:
+    names = ("device", "precision", "optimizer", "channels_last")
+    settings = {name: getattr(args, name) for name in names}
+    settings["form"] = _form(args)
+    return settings
+
+
+def _batches(case: Case, scope: str, args: Namespace) -> list[int]:
     device = torch.device(args.device)
-    case = CASES[name]
-    batch = args.batch or case.batch_of(scope, device)
-    form = "compiled" if args.compile else "eager"
-    key = " | ".join([name, scope, str(device), args.precision, form, str(batch)])
-    if f"{key} | vanilla" in read_records(path):
+    if scope == "layer" and args.layer_batches:
+        batches: list[int] = args.layer_batches
+        return batches
+    if args.batch:
+        return [args.batch]
+    if scope == "layer":
+        return case.layer_batches(device)
+    return [case.batch[device.type]]
+
+
+def _form(args: Namespace) -> str:
+    if not args.compile:
+        return "eager"
+    if args.compile_mode == "default":
+        return "compiled"
+    return str(args.compile_mode)
+
+
+def measure_missing(asked: list[Settings], path: Path, args: Namespace, deadline: float) -> None:
+    """Measure what the file does not have yet."""
+    done = read_results(path)
+    for settings in asked:
+        if key_of(settings) in done:
+            continue
+        if time.monotonic() > deadline:
+            _say(f"{key_of(settings)}: not measured, since {args.max_minutes:g} minutes are over")
+            continue
+        measure_more(settings, path, args)
+
+
+def repeat_undecided(asked: list[Settings], path: Path, args: Namespace, deadline: float) -> None:
+    """Measure more turns of what is undecided, until nothing is or the time is over."""
+    keys = [key_of(settings) for settings in asked]
+    while True:
+        checks = overhead_results.checks_of(read_results(path), keys)
+        unclear = {check.repeat for check in checks if check.verdict == UNDECIDED}
+        todo = [settings for settings in asked if key_of(settings) in unclear]
+        if not todo:
+            return
+        for settings in todo:
+            if time.monotonic() > deadline:
+                return
+            measure_more(settings, path, args)
+
+
+def measure_more(settings: Settings, path: Path, args: Namespace) -> None:
+    """Measure --repeats turns, and add them to those that the file has."""
+    key = key_of(settings)
+    before = read_results(path).get(key, {})
+    turns = len(before[VANILLA].seconds) if before else 0
+    _say(f"{key}, turns {turns + 1} to {turns + args.repeats} ...")
+    left_out: dict[str, str] = {}
+    arms = make_arms(settings, args, left_out)
+    if VANILLA not in arms:
         return
-    print(f"{key} ...", file=sys.stderr, flush=True)
-    settings = {"measurement": key, "model": name, "scope": scope, "device": device.type, "batch": batch}
-    torch.manual_seed(args.seed)
-    for arm, (seconds, peak) in measure(case, scope, batch, args).items():
-        curve = {"peak_bytes": peak}
-        origin = {"command": command(), **environment()}
-        add_record(path, RunRecord(f"{key} | {arm}", arm, settings, args.seed, curve, seconds, **origin))
-
-
-def by_measurement(path: Path) -> dict[str, Result]:
-    """Return the records of a file by measurement and arm."""
-    results: dict[str, Result] = {}
-    for record in read_records(path).values():
-        results.setdefault(record.settings["measurement"], {})[record.arm] = record
-    return results
-
-
-def measure(
-    case: Case, scope: str, batch: int, args: argparse.Namespace
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Return times and peak memory of each arm, for a whole training step or for the first layer alone."""
     device = torch.device(args.device)
-    x = torch.randn(batch, 3, case.size, case.size, device=device)
-    make_arm = _layer if scope == "layer" else _step
+    seconds = interleaved(arms, args.repeats, device, warmup=args.warmup, seed=args.seed + turns)
+    told = {**settings, "left_out": left_out}
+    origin = {"command": command(), **environment()}
+    for name, arm in arms.items():
+        curve: dict[str, list[float]] = {"peak_bytes": []}
+        if args.memory:
+            curve["peak_bytes"].append(peak_bytes(arm, device))
+        if before:
+            seconds[name] = before[name].seconds + seconds[name]
+        record = RunRecord(f"{key} | {name}", name, told, args.seed, curve, seconds[name], **origin)
+        add_record(path, record)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_arms(settings: Settings, args: Namespace, left_out: dict[str, str]) -> Arms:
+    """Return the arms that run, and write into `left_out` why another one does not."""
+    case, device = CASES[settings["model"]], torch.device(args.device)
+    _forget_earlier_arms(device)
+    torch.manual_seed(args.seed)
+    x = torch.randn(settings["batch"], 3, case.size, case.size, device=device)
+    if args.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
     arms: Arms = {}
     for name in ARMS:
-        torch.manual_seed(args.seed)
-        model = case.make().to(device).train()
-        if scope == "layer":
-            model = nn.Sequential(model.get_submodule(case.first))
-        arm = make_arm(with_tract(model, name, case, scope), x, case, args)
         try:
+            arm = make_arm(name, x, settings, args)
             arm()
-        except (RuntimeError, TypeError) as error:
-            print(f"{name} fails: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        except (ImportError, RuntimeError, TypeError) as error:
+            left_out[name] = _why(name, error)
+            _say(f"{name} is left out, {left_out[name]}")
         else:
             arms[name] = arm
-    times = interleaved(arms, args.repeats, device)
-    measured = {}
-    for name, arm in arms.items():
-        peak = [float(peak_bytes(arm, device))] if args.memory else []
-        measured[name] = times[name], peak
-    return measured
+    return arms
 
 
-def with_tract(model: nn.Module, arm: str, case: Case, scope: str) -> nn.Module:
+def _why(arm: str, error: Exception) -> str:
+    if arm == THEIRS and importlib.util.find_spec("torch_tract") is None:
+        return "missing: torch_tract is not installed"
+    first_line, *_ = str(error).splitlines() or [""]
+    return f"fails: {type(error).__name__}: {first_line}"
+
+
+def _forget_earlier_arms(device: torch.device) -> None:
+    """Free the memory of earlier measurements, and the compiled code, of which torch keeps a limited number."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_arm(name: str, x: Tensor, settings: Settings, args: Namespace) -> Callable[[], object]:
+    """Return one step of an arm, of the whole model or of its first layer alone."""
+    case = CASES[settings["model"]]
+    torch.manual_seed(args.seed)
+    model = case.make().to(x.device).train()
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if settings["scope"] == "layer":
+        model = nn.Sequential(model.get_submodule(case.first))
+        return _layer(with_tract(model, name, "0"), x, args)
+    return _step(with_tract(model, name, case.first), x, case, args)
+
+
+def with_tract(model: nn.Module, arm: str, first: str) -> nn.Module:
     """Return `model` as the arm trains it."""
-    first = "0" if scope == "layer" else case.first
-    if arm == "hf-tract":
+    if arm == OURS:
         apply_tract(model, LAM, layers=first)
-    elif arm == "torch_tract":
+    elif arm == THEIRS:
+        # Not every machine that measures has it.
+        from torch_tract import TrAct
+
         parent, _, child = first.rpartition(".")
         layer = model.get_submodule(first)
         setattr(model.get_submodule(parent), child, TrAct(copy.deepcopy(layer), l=LAM))
+    else:
+        assert arm in (VANILLA, AGAIN)
     return model
 
 
-def _step(model: nn.Module, x: Tensor, case: Case, args: argparse.Namespace) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+def _step(model: nn.Module, x: Tensor, case: Case, args: Namespace) -> Callable[[], object]:
+    optimizer = _optimizer(model, args)
     labels = torch.randint(case.classes, (len(x),), device=x.device)
-    run = torch.compile(model) if args.compile else model
+    run = _compiled(model, args)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -139,8 +233,14 @@ def _step(model: nn.Module, x: Tensor, case: Case, args: argparse.Namespace) -> 
     return step
 
 
-def _layer(model: nn.Module, x: Tensor, case: Case, args: argparse.Namespace) -> Callable[[], object]:
-    run = torch.compile(model) if args.compile else model
+def _optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def _layer(model: nn.Module, x: Tensor, args: Namespace) -> Callable[[], object]:
+    run = _compiled(model, args)
     with torch.no_grad(), _precision(x, args):
         grad = torch.randn_like(model(x))
 
@@ -153,147 +253,86 @@ def _layer(model: nn.Module, x: Tensor, case: Case, args: argparse.Namespace) ->
     return layer
 
 
-def _precision(x: Tensor, args: argparse.Namespace) -> torch.autocast:
+def _compiled(model: nn.Module, args: Namespace) -> Callable[[Tensor], Tensor]:
+    if not args.compile:
+        return model
+    run: Callable[[Tensor], Tensor] = torch.compile(model, mode=args.compile_mode)
+    if args.compile_mode != "reduce-overhead":
+        return run
+
+    def run_next_step(x: Tensor) -> Tensor:
+        # What the graphs of the step before returned may be overwritten now.
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(x)
+
+    return run_next_step
+
+
+def _precision(x: Tensor, args: Namespace) -> torch.autocast:
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def ratios(result: Result, arm: str) -> list[float]:
-    """Return the time of an arm over vanilla's, of each turn; nothing where the arm fails."""
-    if arm not in result:
-        return []
-    turns = zip(result[arm].seconds, result["vanilla"].seconds, strict=True)
-    return [mine / vanilla for mine, vanilla in turns]
-
-
-def seconds_above(result: Result, arm: str) -> float | None:
-    """Return the seconds of an arm above vanilla's: the median over the turns of one run."""
-    if arm not in result:
-        return None
-    turns = zip(result[arm].seconds, result["vanilla"].seconds, strict=True)
-    return statistics.median(mine - vanilla for mine, vanilla in turns)
-
-
-def bytes_above(result: Result, arm: str) -> float | None:
-    """Return the peak memory of an arm above vanilla's."""
-    if arm not in result or not result[arm].curve["peak_bytes"]:
-        return None
-    return result[arm].curve["peak_bytes"][0] - result["vanilla"].curve["peak_bytes"][0]
-
-
-def violations(results: dict[str, Result]) -> list[str]:
-    """Return the measurements that break a bound, in words."""
-    broken = []
-    for key, result in results.items():
-        settings = result["vanilla"].settings
-        case = CASES[settings["model"]]
-        if settings["scope"] == "step":
-            problem = _step_violation(result, case.step_bound[settings["device"]])
-        else:
-            problem = _layer_violation(result, case.layer_bound)
-        for each in (problem, _memory_violation(result, case)):
-            if each:
-                broken.append(f"{key}: {each}")
-    return broken
-
-
-def _step_violation(result: Result, bound: float) -> str:
-    turns = ratios(result, "hf-tract")
-    if turns and statistics.median(turns) <= bound:
-        return ""
-    return f"{statistics.median(turns) if turns else 'no'} times vanilla's step, allowed {bound}"
-
-
-def _layer_violation(result: Result, bound: float) -> str:
-    theirs = seconds_above(result, "torch_tract")
-    ours = seconds_above(result, "hf-tract")
-    if theirs is None or (ours is not None and ours <= bound * theirs):
-        return ""
-    return f"{ours} s above vanilla, allowed {bound} of torch_tract's {theirs} s"
-
-
-def _memory_violation(result: Result, case: Case) -> str:
-    above = bytes_above(result, "hf-tract")
-    bound = case.memory_bound()
-    if above is None or above <= bound:
-        return ""
-    return f"{above:.0f} bytes above vanilla, allowed {bound}"
-
-
-def report(results: dict[str, Result]) -> None:
-    """Print the table."""
-    table = Table(*HEADS)
-    for key, result in results.items():
-        low, middle, high = statistics.quantiles(result["vanilla"].seconds, n=4)
-        cells = [f"{1000 * middle:.1f} ({1000 * low:.1f}-{1000 * high:.1f})"]
-        for arm in ARMS[1:]:
-            turns = ratios(result, arm)
-            cells.append(f"x {statistics.median(turns):.3f}" if turns else "fails")
-        for arm in ARMS[1:]:
-            cells.append(_cell(seconds_above(result, arm), 1000, 2))
-        for arm in ARMS[1:]:
-            cells.append(_cell(bytes_above(result, arm), 2**-20, 1))
-        table.add_row(key, *cells)
-    Console(width=180).print(table, NOTE, sep="\n")
-
-
-def _cell(value: float | None, factor: float, digits: int) -> str:
-    if value is None:
-        return ""
-    return f"{factor * value:.{digits}f}"
-
-
-def plot(results: dict[str, Result], path: Path) -> Path:
-    """Draw each measurement's time over vanilla's, turn by turn."""
-    figure, [[axis]] = plots.new_figure(1, 1, 9, 1.4 + 0.42 * len(results))
-    for row, result in enumerate(results.values()):
-        for arm, color, shift in zip(ARMS[1:], plots.COLORS[1:], (-0.14, 0.14), strict=False):
-            turns = ratios(result, arm)
-            if not turns:
-                continue
-            label = arm if row == 0 else None
-            axis.plot(turns, [row + shift] * len(turns), ".", color=color, alpha=0.5, label=label)
-            middle = statistics.median(turns)
-            axis.plot(middle, row + shift, "|", color=color, markersize=13, markeredgewidth=2)
-    axis.axvline(1, color=plots.BASE, linewidth=0.8)
-    axis.set(title="Time of each turn over vanilla's, and its median", xlabel="times vanilla", xscale="log")
-    axis.set_yticks(range(len(results)), [key.replace(" | ", ", ") for key in results])
-    axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-    axis.minorticks_off()
-    axis.invert_yaxis()
-    plots.legend_beside(axis)
-    return plots.save(figure, path)
-
-
-def parse() -> argparse.Namespace:
+def parse() -> Namespace:
     """Return the options of the command line."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL", help=", ".join(CASES))
-    add(
-        "--scopes",
-        nargs="+",
-        choices=["step", "layer"],
-        default=["step", "layer"],
-        help="a whole step, or the first layer alone",
-    )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, or cuda:1")
-    add(
-        "--batch",
-        type=int,
-        help="images; by default the paper's 256 at 224 pixels (16 for a step on the CPU) and 128 at 32",
-    )
+    models = list(CASES)
+    add("--models", nargs="+", choices=models, default=models, metavar="MODEL", help=", ".join(models))
+    scopes = ["step", "layer"]
+    add("--scopes", nargs="+", choices=scopes, default=scopes, help="a whole step, or the first layer alone")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    add("--device", default=device, help="cpu, cuda, or cuda:1")
+    usual = "by default the paper's 256 at 224 pixels (16 for a step on the CPU) and 128 at 32"
+    add("--batch", type=int, help=f"images; {usual}")
+    add("--layer_batches", nargs="+", type=int, help="images for the first layer alone; by default a step's and 256")
     add("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of a whole step; sgd has a momentum of 0.9")
+    add("--channels_last", action="store_true", help="images and weights in this memory format")
     add("--compile", action="store_true", help="torch.compile the model of each arm")
+    modes = ["default", "reduce-overhead"]
+    add("--compile_mode", choices=modes, default="default", help="with --compile")
     add("--repeats", type=int, default=9, help="turns")
+    add("--warmup", type=float, default=1.0, help="seconds for which each arm runs before its first turn")
     add("--no_memory", dest="memory", action="store_false", help="leave peak memory out")
-    add("--seed", type=int, default=0, help="of data and weights")
+    add("--seed", type=int, default=0, help="of data, weights and the order of the arms")
     add("--output_dir", type=Path, default=Path("outputs/overhead"), help="for results, tables and plots")
     add("--fresh", action="store_true", help="forget earlier results in --output_dir")
-    add("--check", action="store_true", help="exit with 1 when a bound is broken")
+    add("--check", action="store_true", help="say pass, fail or undecided; repeat what is undecided")
+    add("--max_minutes", type=float, default=60.0, help="no measurement begins after these minutes")
     args = parser.parse_args()
-    if args.repeats < LEAST_REPEATS:
-        raise SystemExit(f"--repeats {args.repeats}: it must be at least {LEAST_REPEATS}.")
+    problem = _problem_with(args)
+    if problem:
+        raise SystemExit(problem)
     return args
+
+
+def _problem_with(args: Namespace) -> str:
+    """Return what is wrong with the options, in a sentence."""
+    if args.repeats < LEAST_REPEATS:
+        return f"--repeats {args.repeats}: it must be at least {LEAST_REPEATS}."
+    for name in ("warmup", "max_minutes"):
+        value = getattr(args, name)
+        if not value >= 0:
+            return f"--{name} {value:g}: it must not be negative."
+    batches = [("--batch", args.batch)]
+    batches.extend(("--layer_batches", batch) for batch in args.layer_batches or [])
+    for option, batch in batches:
+        if batch is not None and batch < 1:
+            return f"{option} {batch}: it must be at least 1."
+    if args.compile_mode != "default" and not args.compile:
+        return f"--compile_mode {args.compile_mode}: nothing is compiled; add --compile."
+    return _problem_with_device(args.device)
+
+
+def _problem_with_device(name: str) -> str:
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        return f"--device {name}: it must be cpu, cuda, or one GPU such as cuda:1."
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        return f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; choose another one, or cpu."
+    return ""
 
 
 if __name__ == "__main__":

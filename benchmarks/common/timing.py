@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Arms = dict[str, Callable[[], object]]
+CALLS_ON_GPU = 10
 
 
 def interleaved(
-    arms: Arms, repeats: int, device: torch.device, seconds: float = 0.1, warmup: int = 2
+    arms: Arms, repeats: int, device: torch.device, seconds: float = 0.1, warmup: float = 0.1, seed: int = 0
 ) -> dict[str, list[float]]:
     """Return seconds per call of each arm, `repeats` times, in turns, so that all of them meet the same disturbances.
 
@@ -25,21 +27,39 @@ def interleaved(
         arms: the ways, by name.
         repeats: measurements of each.
         device: what the arms compute on.
-        seconds: least time of one measurement; a faster arm is called several times in it.
-        warmup: calls of each arm before.
+        seconds: least time of one measurement; a faster arm is called several times in it. On a GPU it is called at
+            least 10 times, so that the host runs ahead as it does in training.
+        warmup: seconds for which each arm runs before, at least twice.
+        seed: of the order of the arms, which is drawn anew in each turn.
     """
     calls = {}
     for name, arm in arms.items():
-        once = min(_timed(arm, 1, device) for _ in range(warmup))
-        calls[name] = max(1, round(seconds / max(once, 1e-9)))
+        once = _warm_up(arm, warmup, device)
+        calls[name] = max(least_calls(device), round(seconds / max(once, 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for turn in range(repeats):
-        start = turn % len(names)
-        # The order changes, so that no arm always follows the same one.
-        for name in names[start:] + names[:start]:
+    order = list(arms)
+    chance = random.Random(seed)
+    for _ in range(repeats):
+        chance.shuffle(order)
+        for name in order:
             times[name].append(_timed(arms[name], calls[name], device))
     return times
+
+
+def least_calls(device: torch.device) -> int:
+    """Return how many calls a measurement has at least."""
+    if device.type == "cpu":
+        return 1
+    return CALLS_ON_GPU
+
+
+def _warm_up(arm: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Call an arm for some seconds, at least twice; return the seconds of its fastest call."""
+    end = time.perf_counter() + seconds
+    fastest = min(_timed(arm, 1, device), _timed(arm, 1, device))
+    while time.perf_counter() < end:
+        fastest = min(fastest, _timed(arm, 1, device))
+    return fastest
 
 
 def _timed(arm: Callable[[], object], calls: int, device: torch.device) -> float:
