@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_tract.core.notices import warn_once
-from hf_tract.core.ops import precondition, precondition_eagerly
+from hf_tract.core.ops import precondition, precondition_eagerly, without_autocast
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall, Step
@@ -114,15 +114,23 @@ class DifferentiablePrecondition(torch.autograd.Function):
         return out, None, None
 
 
+def _same_values(out: Tensor) -> Tensor:
+    """Return a tensor that shares the memory of `out` and may be modified in place, as by an activation.
+
+    No convolution or linear operation saves its output. Autograd allows that for no view made in here, unless it is
+    detached. To return `out` itself would mark it as modified, and selective checkpoints refuse that.
+    """
+    return out.detach()
+
+
 class KeepOutputGrad(torch.autograd.Function):
     """Returns the output of a 16-bit operation unchanged, and keeps the output's gradient, after the user's hooks."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, call: ForwardCall) -> Tensor:
-        """Return `out` itself, so that an activation may modify it in place."""
-        ctx.mark_dirty(out)
+        """Return `out`."""
         ctx.call = call
-        return out
+        return _same_values(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -151,9 +159,7 @@ class PreconditionFromOutput(torch.autograd.Function):
         if call is None:
             # A compiler cannot return its argument, and fuses this copy with the next operations.
             return out.clone()
-        # An activation may modify it in place.
-        ctx.mark_dirty(out)
-        return out
+        return _same_values(out)
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,7 +178,8 @@ def _eager_from_output(ctx: Any, output_grad: Tensor, x: Tensor) -> Any:
     like = output_grad.new_empty(ctx.shape, dtype=torch.float32)
     has_second_order = torch.is_grad_enabled() and output_grad.requires_grad
     if call.was_differentiated or has_second_order:
-        grad = differentiable_weight_grad(x, output_grad, ctx.spec, like)
+        with without_autocast(x):
+            grad = differentiable_weight_grad(x, output_grad, ctx.spec, like)
         return _eager_backward(ctx, grad, x)
     with torch.no_grad():
         return _operator_for(x)(like, x, output_grad, ctx.key, call.number, *ctx.spec)

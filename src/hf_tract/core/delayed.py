@@ -23,10 +23,11 @@ class DelayedFlag:
         if self._copy is None or self._event is None:
             # Only to pinned memory does a device copy while the host goes on.
             self._copy = torch.zeros((), dtype=torch.bool, pin_memory=True)
-            self._event = torch.Event(flag.device)
         elif not self._event.query():
             return False
         self._copy.copy_(flag, non_blocking=True)
+        # An event belongs to one device, and DataParallel's replicas, which share this object, are on several.
+        self._event = torch.Event(flag.device)
         self._event.record()
         return True
 

@@ -63,7 +63,7 @@ def _run_eager(
     out = run_with(weight)
     if not _is_16_bit(x):
         return out
-    return KeepOutputGrad.apply(_not_a_view(out), call)
+    return KeepOutputGrad.apply(out, call)
 
 
 def _run_eager_from_output(
@@ -75,14 +75,7 @@ def _run_eager_from_output(
 ) -> Any:
     call = ForwardCall(weight, preconditioner)
     out = run_with(weight.detach())
-    return PreconditionFromOutput.apply(_not_a_view(out), weight, x, preconditioner.key, call, spec)
-
-
-def _not_a_view(out: Tensor) -> Tensor:
-    """Return `out` or a copy, since autograd does not allow a view to be marked as modified in place."""
-    if out._is_view():
-        return out.clone()
-    return out
+    return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, call, spec)
 
 
 def _run_compiled(
@@ -123,9 +116,10 @@ def _acts(weight: Any, input: Any) -> bool:
 
 
 def _as_autocast_reads(input: Tensor) -> Tensor:
-    """Cast the input as autocast does, once for both the operation and C."""
+    """Cast the input as autocast does, once for both the operation and C; 16-bit pixels too, if its type is another."""
     kind = input.device.type
-    if input.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+    is_cast = input.dtype == torch.float32 or _is_16_bit(input)
+    if is_cast and torch.is_autocast_enabled(kind):
         return input.to(torch.get_autocast_dtype(kind))
     return input
 

@@ -45,7 +45,7 @@ def precondition_eagerly(
     kernel, stride, padding, dilation = map(tuple, sizes)
     patches = PatchSpec(kernel, stride, padding, dilation, groups)
     preconditioner = PRECONDITIONERS.get(key)
-    with _without_autocast(grad):
+    with without_autocast(grad):
         if output_grad is not None:
             grad = weight_grad(x, output_grad, patches, grad)
         if preconditioner is None:
@@ -57,7 +57,8 @@ def _fake_precondition(grad: Tensor, *_: Any) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is off for the device of `x`."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)

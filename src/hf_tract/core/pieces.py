@@ -87,9 +87,11 @@ def windows(x: Tensor, spec: PatchSpec, first: int) -> Tensor:
 
 def factor_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the precision in which to multiply parts of `x` for a product of precision `dtype`."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
-    if x.is_cuda and is_half and dtype == torch.float32:
-        # Tensor cores multiply 16-bit numbers exactly and sum in float32.
+    if not x.is_cuda or dtype != torch.float32:
+        return dtype
+    # Tensor cores multiply 16-bit numbers exactly and sum in float32, unless they are told to sum in float16.
+    sums_in_half = torch.backends.cuda.matmul.allow_fp16_accumulation
+    if x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and not sums_in_half):
         return x.dtype
     return dtype
 

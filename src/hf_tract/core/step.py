@@ -78,7 +78,11 @@ class Step:
             return
         if self.total is not None:
             sums, count = masked(self.total, keep)
-            new = PatchSums(new.sums + sums.to(new.sums.device), new.patch_count + count)
+            # DataParallel's replicas are on several devices.
+            device = new.sums.device
+            if isinstance(count, Tensor):
+                count = count.to(device)
+            new = PatchSums(new.sums + sums.to(device), new.patch_count + count)
         self.total = new
 
     def precondition(self, lam: float, dtype: torch.dtype | None = None) -> tuple[Tensor, DampedInverse]:

@@ -28,12 +28,8 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
     Returns:
         (m, ...), float32.
     """
-    if spec.kernel:
-        x = as_images(x, spec)
-        output_grad = as_images(output_grad, spec)
-    else:
-        x = x.reshape(-1, x.shape[-1])
-        output_grad = output_grad.reshape(-1, output_grad.shape[-1])
+    x = _with_batch(x, spec)
+    output_grad = _with_batch(output_grad, spec)
     if len(x) == 0:
         return torch.zeros_like(like, dtype=torch.float32)
     bytes_each = 4 * (x[0].numel() + output_grad[0].numel())
@@ -51,11 +47,18 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
 
 def differentiable_weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -> Tensor:
     """Return what `weight_grad` returns, as a differentiable function of `output_grad` that takes more memory."""
-    x = x.float()
-    output_grad = output_grad.float()
+    x = _with_batch(x.float(), spec)
+    output_grad = _with_batch(output_grad.float(), spec)
     if spec.kernel:
-        return _convolution_grad(as_images(x, spec), as_images(output_grad, spec), spec, like)
-    return output_grad.flatten(0, -2).mT @ x.flatten(0, -2)
+        return _convolution_grad(x, output_grad, spec, like)
+    return output_grad.mT @ x
+
+
+def _with_batch(x: Tensor, spec: PatchSpec) -> Tensor:
+    """Return a convolution's input or output as (N, c, *size), a linear layer's as (b, n)."""
+    if spec.kernel:
+        return as_images(x, spec)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _is_side_by_side(spec: PatchSpec) -> bool:
