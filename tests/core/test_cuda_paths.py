@@ -46,6 +46,62 @@ def test_no_step_after_the_first_waits_for_the_device(name, dtype, monkeypatch):
             layer.weight.grad = torch.empty(8, n, device="cuda")  # perhaps zeros: told there, not here
 
 
+@pytest.mark.parametrize("empties", ["to None", "to zeros"])
+def test_replicas_on_several_devices_share_their_sums(empties, monkeypatch):
+    monkeypatch.setattr(DelayedFlag, "read", lambda self: False)
+    with FakeTensorMode():
+        layer = nn.Linear(6, 8, device="cuda:0")
+        preconditioner = LayerPreconditioner(layer, TrActConfig())
+        preconditioner.sums_dtype = preconditioner.factor_dtype = torch.float32
+        for task in range(2):
+            if empties == "to zeros":
+                layer.weight.grad = torch.empty(8, 6, device="cuda:0")
+            for device in ("cuda:0", "cuda:1"):
+                x, grad = torch.empty(4, 6, device=device), torch.empty(8, 6, device=device)
+                assert preconditioner.precondition(grad, x, PatchSpec()).device == grad.device
+            preconditioner.last_step.backward_pass = task
+
+
+class Event:
+    """Refuses what CUDA refuses: another device than at first, and every question while a graph is captured."""
+
+    device = "cuda:0"
+    is_captured = False
+
+    def __init__(self, _: torch.device) -> None:
+        self.recorded_on = None
+
+    def record(self) -> None:
+        assert self.recorded_on in (None, Event.device)
+        self.recorded_on = Event.device
+
+    def query(self) -> bool:
+        assert not Event.is_captured
+        return True
+
+
+def test_a_delayed_flag_comes_from_any_device(monkeypatch):
+    monkeypatch.setattr(torch, "Event", Event)
+    flag = DelayedFlag()
+    with FakeTensorMode():
+        for device in ("cuda:0", "cuda:1", "cuda:0"):
+            monkeypatch.setattr(Event, "device", device)
+            assert flag.send(torch.empty((), dtype=torch.bool, device=device))
+
+
+def test_a_delayed_flag_stays_out_of_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(torch, "Event", Event)
+    flag = DelayedFlag()
+    with FakeTensorMode():
+        value = torch.empty((), dtype=torch.bool, device="cuda")
+        assert flag.send(value)
+        monkeypatch.setattr(Event, "is_captured", True)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not flag.send(value)
+        assert not flag.read()
+
+
 def test_a_fake_tensor_tells_a_wait():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         torch.zeros(1, device="cuda").item()

@@ -72,6 +72,20 @@ def test_millions_of_patches_are_summed_in_pieces(spec):
     assert count == 2**24
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_whose_squares_overflow_are_finite_pixels(dtype):
+    layer, x = nn.Conv2d(3, 4, 4, 4), 1e18 * torch.randn(60, 3, 32, 32)
+    plain = copy.deepcopy(layer)
+    apply_tract(layer, 0.1)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        out = layer(x)
+    output_grad = torch.randn_like(out)
+    out.backward(output_grad)
+    read = x.to(dtype)
+    wanted = gradient(copy.deepcopy(plain).double(), read.double(), output_grad)
+    assert_close(layer.weight.grad, expected(wanted, read, plain, 0.1), 1e-3)
+
+
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
     """Has the host not look at a value, as if it had to wait for that."""
@@ -111,6 +125,23 @@ def test_an_accelerator_turns_to_float64_in_the_step_after_one_that_failed(caplo
     (message,) = [record.getMessage() for record in caplog.records]
     assert "could not be factorised in torch.float32" in message
     assert "From now on it is factorised in torch.float64" in message
+
+
+@pytest.mark.parametrize("change", ["pixels", "lam"])
+def test_an_accelerator_turns_to_float64_when_a_later_step_needs_it(change, as_on_an_accelerator):
+    """The first step chooses float32, as where its images are black or `apply_tract` is called again."""
+    layer = nn.Conv2d(3, 16, 7, 2, 3)
+    plain = copy.deepcopy(layer)
+    apply_tract(layer, 0.1 if change == "pixels" else 1e7)
+    gradient(layer, (0.01 if change == "pixels" else 1e4) * photos(4), torch.ones(4, 16, 16, 16))
+    assert layer._tract_step.sums_dtype == torch.float32
+    apply_tract(layer, 0.1)
+    for _ in range(2):
+        x, weights = 1e4 * photos(40), torch.randn(40, 16, 16, 16)
+        gradient(layer, x, weights)
+    wanted = gradient(copy.deepcopy(plain).double(), x.double(), weights)
+    assert_close(layer.weight.grad, expected(wanted, x, plain, 0.1), 1e-4)
+    assert layer._tract_step.sums_dtype == layer._tract_step.factor_dtype == torch.float64
 
 
 def test_a_step_with_a_nan_does_not_change_the_precision_of_later_ones(caplog, as_on_an_accelerator):

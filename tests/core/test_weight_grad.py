@@ -1,17 +1,20 @@
 """The float32 gradient of a 16-bit operation's weight, from the very numbers that it read and gave."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from helpers.oracle import assert_close
+from helpers.oracle import assert_close, expected
 from helpers.strategies import cases
 from hf_tract import apply_tract
 from hf_tract.core.patches import PatchSpec
-from hf_tract.core.weight_grad import weight_grad
+from hf_tract.core.weight_grad import differentiable_weight_grad, weight_grad
 
 
 def double_gradient(layer: nn.Module, x: torch.Tensor, output_grad: torch.Tensor) -> torch.Tensor:
@@ -31,6 +34,14 @@ def spec_of(layer: nn.Module) -> PatchSpec:
     else:
         padding = [p for each in layer.padding for p in (each, each)]
     return PatchSpec(layer.kernel_size, layer.stride, tuple(padding), layer.dilation, layer.groups)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(3, 4, 3, 2)
+
+
+def keep_all():
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
 
 
 def check(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> None:
@@ -70,6 +81,54 @@ def test_no_image_and_no_batch_dimension_are_allowed(shape):
         empty = torch.empty(shape, dtype=torch.bfloat16)
         out = torch.empty(0, 4, 2, 2, dtype=torch.bfloat16)
         assert not weight_grad(empty, out, spec_of(layer), layer.weight.detach()).any()
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(6, 4), (6,)), (nn.Linear(6, 4), (2, 5, 6)), (conv(), (3, 8, 8))])
+def test_the_differentiable_gradient_is_the_same(layer, shape):
+    x, like = torch.randn(shape).bfloat16(), torch.empty_like(layer.weight)
+    with torch.no_grad():
+        output_grad = torch.randn_like(layer(x.float())).bfloat16()
+    got = differentiable_weight_grad(x, output_grad, spec_of(layer), like)
+    assert_close(got, weight_grad(x, output_grad, spec_of(layer), like), 1e-6)
+
+
+def test_a_gradient_to_be_differentiated_is_float32_inside_autocast_too():
+    layer, x = nn.Linear(6, 4), torch.randn(50, 6)
+    apply_tract(layer, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        (wanted,) = torch.autograd.grad(layer(x).float().square().sum(), layer.weight)
+        (got,) = torch.autograd.grad(layer(x).float().square().sum(), layer.weight, create_graph=True)
+    assert_close(got, wanted, 1e-6)
+
+
+def test_16_bit_pixels_of_another_type_are_those_that_autocast_reads():
+    layer, x = nn.Conv2d(3, 4, 4, 4), torch.randn(8, 3, 16, 16).half()
+    plain = copy.deepcopy(layer)
+    apply_tract(layer, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    output_grad = torch.randn_like(out)
+    out.backward(output_grad)
+    read = x.bfloat16()
+    wanted = expected(double_gradient(plain, read, output_grad), read, plain, 0.1)
+    assert_close(layer.weight.grad, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("pixels_have_gradients", [True, False])
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(6, 4), (2, 5, 6)), (conv(), (2, 3, 8, 8))])
+def test_a_selective_checkpoint_keeps_a_16_bit_output(layer, shape, pixels_have_gradients):
+    """It refuses an output that is marked as modified in place."""
+    layer = copy.deepcopy(layer)
+    apply_tract(layer, 0.1)
+    x = torch.randn(shape).bfloat16().requires_grad_(pixels_have_gradients)
+    grads = []
+    for options in ({}, {"context_fn": keep_all}):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = checkpoint(lambda part: layer(part).tanh(), x, use_reentrant=False, **options)
+        out.float().square().sum().backward()
+        grads.append(layer.weight.grad)
+    assert torch.equal(*grads)
 
 
 class ConvolutionBackwards(TorchDispatchMode):

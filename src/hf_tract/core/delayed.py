@@ -18,7 +18,7 @@ class DelayedFlag:
         if flag.is_cpu:
             self._copy = flag
             return True
-        if flag.device.type not in ("cuda", "xpu"):
+        if flag.device.type not in ("cuda", "xpu") or _is_captured():
             return False
         if self._copy is None or self._event is None:
             # Only to pinned memory does a device copy while the host goes on.
@@ -33,6 +33,13 @@ class DelayedFlag:
 
     def read(self) -> bool:
         """Return whether the flag that was sent last has arrived, and is set."""
-        if self._copy is None or (self._event is not None and not self._event.query()):
+        if self._copy is None:
+            return False
+        if self._event is not None and (_is_captured() or not self._event.query()):
             return False
         return bool(self._copy)
+
+
+def _is_captured() -> bool:
+    """Return whether a CUDA graph is being captured; to ask for an event would break that off."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

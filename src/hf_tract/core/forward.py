@@ -116,7 +116,7 @@ def _acts(weight: Any, input: Any) -> bool:
 
 
 def _as_autocast_reads(input: Tensor) -> Tensor:
-    """Cast the input as autocast does, once for both the operation and C; 16-bit pixels too, if its type is another."""
+    """Cast the input as autocast does, once for both the operation and C; from the other 16-bit type too."""
     kind = input.device.type
     is_cast = input.dtype == torch.float32 or _is_16_bit(input)
     if is_cast and torch.is_autocast_enabled(kind):

@@ -25,7 +25,7 @@ from hf_tract.core.pieces import (
     mirror,
     patch_rows,
 )
-from hf_tract.core.solve import widest_dtype
+from hf_tract.core.solve import max_trace, widest_dtype
 
 # Bytes. The first layer's backward is the last, when the activations of all others have been freed.
 MEMORY_LIMIT = 512 * 2**20
@@ -36,8 +36,6 @@ CPU_MEMORY_LIMIT = 8 * 2**20
 FEW_NUMBERS = 2**25
 # Columns of the triangle that one product fills on a CPU.
 PANEL = 128
-# Rounding of C's trace in float32, in units of lam, above which the sums are float64.
-MAX_ROUNDING = 1e-2
 
 
 class PatchSums(NamedTuple):
@@ -106,7 +104,7 @@ def patch_sums(x: Tensor, spec: PatchSpec, lam: float, dtype: torch.dtype | None
     if torch.float64 in (x.dtype, dtype):
         return _new_sums(x, spec, torch.float64)
     new = _new_sums(x, spec, torch.float32)
-    if dtype is None and widest == torch.float64 and _loses(lam, new):
+    if dtype is None and widest == torch.float64 and _needs_float64(x, lam, new):
         return _new_sums(x, spec, widest)
     return new
 
@@ -118,13 +116,13 @@ def _new_sums(x: Tensor, spec: PatchSpec, dtype: torch.dtype) -> PatchSums:
     return PatchSums(sums, count)
 
 
-def _loses(lam: float, new: PatchSums) -> bool:
-    """Return whether the rounding error of these float32 sums is too large for `lam`."""
+def _needs_float64(x: Tensor, lam: float, new: PatchSums) -> bool:
+    """Return whether the rounding error of these float32 sums over `x` is too large for `lam`, or they overflow."""
     squares = new.sums.diagonal(dim1=1, dim2=2)
     trace = float(squares.sum(1).max()) / max(1, int(new.patch_count))
     if not math.isfinite(trace):
-        return False
-    return torch.finfo(torch.float32).eps * trace > MAX_ROUNDING * lam
+        return bool(x.isfinite().all())
+    return trace > max_trace(lam)
 
 
 def _linear_sums(x: Tensor, out: Tensor, max_numbers: int) -> int:

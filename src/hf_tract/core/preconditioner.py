@@ -164,6 +164,7 @@ class LayerPreconditioner:
         is_counted = call is not None and call.number in step.counted_calls
         if is_counted and keep is None:
             return None
+        self._hear_of_failure(x.device)
         new = patch_sums(x, spec, self.config.lam, self.sums_dtype)
         if not on_host(new.sums):
             self.sums_dtype = new.sums.dtype
@@ -195,31 +196,38 @@ class LayerPreconditioner:
             missing = missing - returned.to(missing.device)
         return missing.to(grad.dtype).contiguous()
 
+    def _hear_of_failure(self, device: torch.device) -> None:
+        """Choose float64 if the host has heard that float32 was not enough in an earlier step."""
+        if self._watched is None or self.factor_dtype is None or not self._failure.read():
+            return
+        # The watched step is over, so this does not wait long, and only in such a case.
+        if self._watched.finite:
+            widest = widest_dtype(device)
+            if self._watched.failed:
+                warn_of_failure(self.warned, self.config.lam, self.factor_dtype, widest)
+            self.sums_dtype = self.factor_dtype = widest
+        self._watched = None
+
     def _on_accelerator(self, step: Step) -> Tensor:
         """Return the step's preconditioned gradient; after the first time, without waiting for the device.
 
         Then a factorisation that fails in float32 leaves that step its ordinary gradient. Once the host has heard of
-        it, usually in the next step, it chooses float64.
+        it, or that float32 loses lam, usually in the next step, it chooses float64.
         """
         assert step.total is not None
         lam = self.config.lam
+        widest = widest_dtype(step.total.sums.device)
         if self.factor_dtype is None:
             missing, inverse = step.precondition(lam, self.sums_dtype)
             self.factor_dtype = self.sums_dtype
             if inverse.failed and inverse.finite:
-                self.factor_dtype = widest_dtype(missing.device)
+                self.factor_dtype = widest
                 missing, inverse = step.precondition(lam, self.factor_dtype)
                 warn_if_unsolved(self.warned, inverse, lam)
             return missing
-        if self._watched is not None and self._failure.read():
-            # The watched step is over, so this does not wait long, and only in such a case.
-            if self._watched.finite:
-                widest = widest_dtype(step.total.sums.device)
-                warn_of_failure(self.warned, lam, self.factor_dtype, widest)
-                self.factor_dtype = widest
-            self._watched = None
         missing, inverse = step.precondition(lam, self.factor_dtype)
-        if self._failure.send(inverse.failed):
+        flag = inverse.failed if self.factor_dtype == widest else inverse.needs_float64
+        if self._failure.send(flag):
             self._watched = inverse
         return missing
 

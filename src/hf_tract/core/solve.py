@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Rounding of C's trace in float32, in units of lam, above which the sums and the factor are float64.
+MAX_ROUNDING = 1e-2
 CONDITION_STEPS = 24
 CONDITION_VECTORS = 4
 
@@ -49,6 +51,12 @@ class DampedInverse:
         self._factor, info = torch.linalg.cholesky_ex(damped)
         # One value for all groups, which an accelerator keeps to itself.
         self.failed = info.any()
+
+    @property
+    def needs_float64(self) -> Tensor:
+        """Return whether this factor, in float32, has failed or loses lam: a scalar tensor on its device."""
+        is_large: Tensor = self._trace > len(self._sums) * max_trace(self._lam)
+        return self.failed | is_large
 
     @property
     def finite(self) -> bool:
@@ -98,6 +106,11 @@ class DampedInverse:
         largest = torch.linalg.eigvalsh(damped)[..., -1]
         smallest = 1 / torch.linalg.eigvalsh(inverse)[..., -1]
         return float((largest / smallest).max())
+
+
+def max_trace(lam: float) -> float:
+    """Return the largest trace of C at which float32 is precise enough to add `lam` to its diagonal."""
+    return MAX_ROUNDING * lam / torch.finfo(torch.float32).eps
 
 
 def on_host(tensor: Tensor) -> bool:
