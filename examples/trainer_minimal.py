@@ -23,6 +23,7 @@ from typing import Any
 
 import datasets
 import torch
+from datasets.exceptions import DatasetsError
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -31,6 +32,7 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_tract import TrActCallback, TrActError
 from hf_tract.metrics import compute_top_k
@@ -49,14 +51,26 @@ parser.add_argument("--output_dir", default="outputs/minimal", help="folder of t
 def main() -> None:
     """Train, save the model, and say what to do with it."""
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"--epochs {args.epochs}: give a number above 0")
     try:
-        callback = TrActCallback(lam=args.lam)
-        splits = load_splits(args)
-        processor, model = load_model(args.model, splits["train"].features["label"].names)
-    except (TrActError, OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        trainer = make_trainer(args)
+    except (TrActError, OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, DatasetsError) as error:
         parser.error(" ".join(str(error).split()))
+    trainer.train()
+    trainer.save_model()
+    print(f"The model is in {args.output_dir}, with its card, and loads without hf-tract:")
+    print(f'    transformers.pipeline("image-classification", "{args.output_dir}")("IMAGE.jpg")')
+    print(f"To publish it: python push_to_hub.py {args.output_dir} --repo_id OWNER/NAME")
 
-    transform = partial(prepare, processor=processor)
+
+def make_trainer(args: argparse.Namespace) -> Trainer:
+    """Return a Trainer of the model and the images that the options name."""
+    callback = TrActCallback(lam=args.lam)
+    splits = load_splits(args)
+    processor, model = load_model(args.model, splits["train"].features["label"].names)
+    splits = splits.cast_column("image", datasets.Image(decode=False))  # prepare decodes them, and names corrupt files
+    splits = splits.with_transform(partial(prepare, processor=processor))
     settings = TrainingArguments(
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
@@ -70,20 +84,15 @@ def main() -> None:
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to=args.report_to,
     )
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=settings,
-        train_dataset=splits["train"].with_transform(transform),
-        eval_dataset=splits["test"].with_transform(transform),
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        processing_class=processor,
         compute_metrics=compute_top_k,
         callbacks=[callback],  # This is all that TrAct needs.
     )
-    trainer.train()
-    trainer.save_model()
-    processor.save_pretrained(args.output_dir)
-    print(f"The model is in {args.output_dir}, with its card, and loads without hf-tract:")
-    print(f'    transformers.pipeline("image-classification", "{args.output_dir}")("IMAGE.jpg")')
-    print(f"To publish it: python push_to_hub.py {args.output_dir} --repo_id OWNER/NAME")
 
 
 def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
@@ -106,9 +115,14 @@ def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
 def prepare(rows: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
     """Resize and normalise images when they are used; augmentation of the training images would go here."""
     images = []
-    for image in rows["image"]:
+    for stored in rows["image"]:
+        name = stored["path"] or "an image"
+        try:
+            image = datasets.Image().decode_example(stored)
+        except OSError as error:
+            parser.error(f"{name} cannot be read ({error}): mend it or take it away")
         if image.mode.startswith(("I", "F")):
-            parser.error(f"an image has 16 bits or more (mode {image.mode}): scale it to 8, or use quickstart.py")
+            parser.error(f"{name} has 16 bits or more (mode {image.mode}): scale it to 8, or use pretrain_vit.py")
         images.append(image.convert("RGB"))
     return {**processor(images, return_tensors="pt"), "labels": rows["label"]}
 
@@ -122,7 +136,10 @@ def load_model(checkpoint: str | None, names: list[str]) -> tuple[Any, Any]:
         return AutoImageProcessor.from_pretrained(checkpoint), model
     config = ViTConfig(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, **labels)
     config.num_hidden_layers = config.num_attention_heads = 4
-    return ViTImageProcessor(size={"height": 64, "width": 64}), AutoModelForImageClassification.from_config(config)
+    size = {"height": 64, "width": 64}
+    # lam=0.1 is for standardised pixels, which ViT's own mean and deviation of 0.5 do not give.
+    processor = ViTImageProcessor(size=size, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+    return processor, AutoModelForImageClassification.from_config(config)
 
 
 if __name__ == "__main__":

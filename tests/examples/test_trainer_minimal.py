@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import pipeline
 
 import trainer_minimal
+from hf_tract.cli.scale import Normalization
 from hf_tract.integrations import TrainingRecord
 
 WORDS = ("dark", "light")
@@ -102,15 +103,24 @@ def test_it_trains_a_model_that_loads_elsewhere_and_that_is_trained_on(tmp_path,
         (["--dataset", "IMAGES", "--label_column", "kind"], "kind"),
         (["--dataset", "IMAGES", "--model", "./nowhere"], "nowhere"),
         (["--dataset", "./nowhere"], "nowhere"),
+        (["--dataset", "IMAGES", "--epochs", "0"], "--epochs 0: give a number above 0"),
+        (["--dataset", "IMAGES", "--report_to", "nothing"], "nothing is not supported"),
+        (["--dataset", "IMAGES", "--output_dir", "IMAGES/dark/0.png"], "0.png"),
     ],
     ids=str,
 )
 def test_wrong_options_are_told_in_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     class_folders(tmp_path / "images")
-    given = [str(tmp_path / "images") if each == "IMAGES" else each for each in arguments]
+    given = [each.replace("IMAGES", str(tmp_path / "images")) for each in arguments]
     with pytest.raises(SystemExit):
         run(monkeypatch, *given)
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_pixels_of_a_new_model_are_standardised():
+    processor, _ = trainer_minimal.load_model(None, list(WORDS))
+    normalization = Normalization(tuple(processor.image_mean), tuple(processor.image_std))
+    assert normalization.expected_mean_eigenvalue() == pytest.approx(1)
 
 
 def test_sixteen_bits_are_refused_and_not_cut_off(tmp_path, monkeypatch, capsys):
@@ -118,4 +128,17 @@ def test_sixteen_bits_are_refused_and_not_cut_off(tmp_path, monkeypatch, capsys)
     Image.fromarray(np.full((20, 20), 25700, np.uint16)).save(tmp_path / "images" / "dark" / "0.png")
     with pytest.raises(SystemExit):
         run(monkeypatch, "--dataset", tmp_path / "images", "--epochs", "1", "--output_dir", tmp_path / "model")
-    assert "scale it to 8" in capsys.readouterr().err
+    says = capsys.readouterr().err
+    assert "dark/0.png has 16 bits" in says
+    assert "scale it to 8" in says
+
+
+# Pillow leaves it open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_a_corrupt_file_is_named(tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "images")
+    file = tmp_path / "images" / "light" / "1.png"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--dataset", tmp_path / "images", "--epochs", "1", "--output_dir", tmp_path / "model")
+    assert "light/1.png cannot be read" in capsys.readouterr().err
