@@ -458,7 +458,7 @@ class Training:
         self.schedule.step_update(progress.step)
         if self.ema:
             self.ema.update(self.accelerator.unwrap_model(self.model), step=progress.step)
-        if self.run.report_to and progress.step % 10 == 0:
+        if self.run.report_to and progress.step % min(10, self.steps_per_epoch) == 0:
             figures = {"train/loss": float(progress.loss), "train/lr": self.optimizer.param_groups[0]["lr"]}
             if self.handle:
                 for name, value in stats_to_log(self.handle).items():

@@ -115,6 +115,8 @@ def show(folder: Path, args: argparse.Namespace) -> None:
     print(f"The card is valid; its tags are {', '.join(card.data.tags)}.")
     if not card.data.license:
         print("It names no license: give one by --license.")
+    if not card.data.datasets:
+        print("It names no data set of the Hub: if yours is there, give its id by --dataset.")
 
 
 def push(folder: Path, args: argparse.Namespace) -> str:
