@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from benchmarks.common.timing import peak_bytes
 from helpers.oracle import assert_close, expected
 from helpers.strategies import cases
 from hf_tract import apply_tract
+from hf_tract.core.moments import CPU_MEMORY_LIMIT
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.weight_grad import differentiable_weight_grad, weight_grad
 
@@ -129,6 +131,17 @@ def test_a_selective_checkpoint_keeps_a_16_bit_output(layer, shape, pixels_have_
         out.float().square().sum().backward()
         grads.append(layer.weight.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("layer, size", [(conv(), 64), (nn.Conv2d(3, 4, 4, 4), 128)])
+def test_a_cpu_converts_a_piece_at_a_time(layer, size):
+    """Small pieces stay in its cache, too."""
+    x = torch.randn(400, 3, size, size).bfloat16()
+    with torch.no_grad():
+        output_grad = layer(x.float()).bfloat16()
+    like = torch.empty_like(layer.weight)
+    peak = peak_bytes(lambda: weight_grad(x, output_grad, spec_of(layer), like), x.device)
+    assert peak <= 2.5 * CPU_MEMORY_LIMIT
 
 
 class ConvolutionBackwards(TorchDispatchMode):

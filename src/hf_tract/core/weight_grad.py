@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tract.core.moments import MEMORY_LIMIT
+from hf_tract.core.moments import CPU_MEMORY_LIMIT, MEMORY_LIMIT
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.pieces import as_images, factor_dtype, long_product, pad_argument, patch_rows
 
@@ -33,7 +33,8 @@ def weight_grad(x: Tensor, output_grad: Tensor, spec: PatchSpec, like: Tensor) -
     if len(x) == 0:
         return torch.zeros_like(like, dtype=torch.float32)
     bytes_each = 4 * (x[0].numel() + output_grad[0].numel())
-    step = max(1, MEMORY_LIMIT // bytes_each)
+    limit = CPU_MEMORY_LIMIT if x.is_cpu else MEMORY_LIMIT
+    step = max(1, limit // bytes_each)
     total: Tensor | None = None
     for part, part_grad in zip(x.split(step), output_grad.split(step), strict=True):
         if not spec.kernel or _is_side_by_side(spec):
