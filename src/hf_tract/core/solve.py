@@ -46,17 +46,16 @@ class DampedInverse:
         damped = self._sums.to(dtype) / self._count
         diagonal = damped.diagonal(dim1=-2, dim2=-1)
         # The trace contains the square of every pixel, so it shows whether one is not finite.
-        self._trace = diagonal.sum()
+        self._trace: Tensor = diagonal.sum()
         diagonal.add_(self._lam)
         self._factor, info = torch.linalg.cholesky_ex(damped)
         # One value for all groups, which an accelerator keeps to itself.
-        self.failed = info.any()
+        self.failed: Tensor = info.any()
 
     @property
     def needs_float64(self) -> Tensor:
         """Return whether this factor, in float32, has failed or loses lam: a scalar tensor on its device."""
-        is_large: Tensor = self._trace > len(self._sums) * max_trace(self._lam)
-        return self.failed | is_large
+        return self.failed | (self._trace > len(self._sums) * max_trace(self._lam))
 
     @property
     def finite(self) -> bool:
