@@ -32,7 +32,7 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_tract import TrActCallback, TrActError
 from hf_tract.metrics import compute_top_k
