@@ -1168,7 +1168,9 @@ def drop_corrupt(rows: datasets.Dataset) -> datasets.Dataset:
         try:
             read_image(rows, index)
         except ImageError as error:
-            corrupt.append(f"Left out: {error}")
+            # What it advises after the colon is this.
+            reason = str(error).rpartition(": ")[0]
+            corrupt.append(f"Left out: {reason}.")
         else:
             readable.append(index)
     if corrupt:
