@@ -197,7 +197,7 @@ def test_the_generator_of_a_sampler_that_cannot_be_copied_stands_where_it_stood(
     assert orders[0] == orders[1]
 
 
-def test_it_is_whitened_once_also_when_training_begins_again(tmp_path, monkeypatch):
+def test_it_is_whitened_once_also_when_training_begins_again(tmp_path, monkeypatch, capsys):
     """An out-of-memory error, and a second `train()`."""
     calls = []
     real = whiten_first_layer
@@ -210,6 +210,8 @@ def test_it_is_whitened_once_also_when_training_begins_again(tmp_path, monkeypat
         run.train()
     assert len(watch.had_tract) > 8
     assert len(calls) == 1
+    said = "".join(capsys.readouterr())
+    assert said.count("the first layer starts whitened") == 1
 
 
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch):

@@ -104,8 +104,7 @@ class TrActCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._trackers[handle] = Trackers(args)
-        if args.get_process_log_level() <= logging.WARNING:
-            tqdm.write(handle.summary())  # beside the progress bar, where Trainer's own logs are
+        _tell(args, handle.summary())
         if state.global_step:
             compare_with_checkpoint(args, state, handle.config)
 
@@ -189,6 +188,8 @@ class TrActCallback(TrainerCallback):
         except BaseException:  # The model's forward may raise anything.
             self._forget(model)
             raise
+        if state.is_world_process_zero:
+            _tell(args, "TrAct: the first layer starts whitened, by the first batches of the training data.")
 
     def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         handle = self.handle_of(model)
@@ -225,3 +226,9 @@ def stats_to_log(handle: TrActHandle) -> dict[str, float]:
 
 # One class by two names: scripts may import either.
 TrActTrainerCallback = TrActCallback
+
+
+def _tell(args: TrainingArguments, message: str) -> None:
+    """Print a line beside the progress bar, where Trainer's own logs are, unless the user wants no warnings."""
+    if args.get_process_log_level() <= logging.WARNING:
+        tqdm.write(message)
