@@ -171,3 +171,19 @@ def test_compiled_autograd_has_the_rule():
             with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
                 model(x).square().sum().backward()
         assert_close(model[0].weight.grad, expected(plain[0].weight.grad, parts, plain[0], 0.1), 1e-5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # compiled autograd's own
+def test_compiled_autograd_has_the_rule_in_one_graph_under_autocast():
+    plain, x = network(), torch.randn(4, 3, 9, 9)
+    plain(x)
+    model = copy.deepcopy(plain)
+    apply_tract(model)
+    plain(x).square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = model(x).float().square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        value.backward()
+    assert_close(model[0].weight.grad, expected(plain[0].weight.grad, [x], plain[0], 0.1), 5e-2)

@@ -50,13 +50,22 @@ class PreconditionWeightGrad(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the preconditioned gradient of the weight."""
         (x,) = ctx.saved_tensors
-        if ctx.call is None:
-            out = precondition(grad, x, None, ctx.key, UNTRACKED, *ctx.spec)
-        elif torch.compiler.is_compiling():  # compiled autograd
-            out = precondition(grad, x, None, ctx.key, ctx.call.number, *ctx.spec)
+        if _is_compiled(ctx):
+            out = precondition(grad, x, None, ctx.key, _number_of(ctx.call), *ctx.spec)
         else:
             out = _eager_backward(ctx, grad, x)
         return out, None, None, None, None
+
+
+def _is_compiled(ctx: Any) -> bool:
+    """Return whether this backward is in a compiled graph, by its forward or by compiled autograd."""
+    return ctx.call is None or torch.compiler.is_compiling()
+
+
+def _number_of(call: ForwardCall | None) -> int:
+    if call is None:
+        return UNTRACKED
+    return call.number
 
 
 def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Any:
@@ -165,17 +174,16 @@ class PreconditionFromOutput(torch.autograd.Function):
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and the weight's."""
         (x,) = ctx.saved_tensors
-        if ctx.call is None:
-            like = output_grad.new_empty(ctx.shape, dtype=torch.float32)
-            out = precondition(like, x, output_grad, ctx.key, UNTRACKED, *ctx.spec)
+        like = output_grad.new_empty(ctx.shape, dtype=torch.float32)
+        if _is_compiled(ctx):
+            out = precondition(like, x, output_grad, ctx.key, _number_of(ctx.call), *ctx.spec)
         else:
-            out = _eager_from_output(ctx, output_grad, x)
+            out = _eager_from_output(ctx, like, x, output_grad)
         return output_grad, out.to(ctx.dtype), None, None, None, None
 
 
-def _eager_from_output(ctx: Any, output_grad: Tensor, x: Tensor) -> Any:
+def _eager_from_output(ctx: Any, like: Tensor, x: Tensor, output_grad: Tensor) -> Any:
     call: ForwardCall = ctx.call
-    like = output_grad.new_empty(ctx.shape, dtype=torch.float32)
     has_second_order = torch.is_grad_enabled() and output_grad.requires_grad
     if call.was_differentiated or has_second_order:
         with without_autocast(x):
