@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from hf_tract.core.autograd import KeepOutputGrad, PreconditionFromOutput, PreconditionWeightGrad
 from hf_tract.core.notices import warn_once
-from hf_tract.core.patches import PATCH_OPS, PatchSpec
+from hf_tract.core.patches import PATCH_OPS
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall
 
@@ -44,53 +44,19 @@ def run_preconditioned(
     def run_with(weight: Tensor) -> Tensor:
         return op(read, weight, *args, **kwargs)
 
-    if torch.compiler.is_compiling():
-        return _run_compiled(preconditioner, spec, read.detach(), weight, run_with)
-    if _is_16_bit(read) and not read.requires_grad:
-        return _run_eager_from_output(preconditioner, spec, read, weight, run_with)
-    return _run_eager(preconditioner, spec, read.detach(), weight, run_with)
-
-
-def _run_eager(
-    preconditioner: LayerPreconditioner,
-    spec: PatchSpec,
-    x: Tensor,
-    weight: Tensor,
-    run_with: Callable[[Tensor], Tensor],
-) -> Any:
-    call = ForwardCall(weight, preconditioner)
-    weight = PreconditionWeightGrad.apply(weight, x, preconditioner.key, call, spec)
-    out = run_with(weight)
-    if not _is_16_bit(x):
-        return out
-    return KeepOutputGrad.apply(out, call)
-
-
-def _run_eager_from_output(
-    preconditioner: LayerPreconditioner,
-    spec: PatchSpec,
-    x: Tensor,
-    weight: Tensor,
-    run_with: Callable[[Tensor], Tensor],
-) -> Any:
-    call = ForwardCall(weight, preconditioner)
-    out = run_with(weight.detach())
-    return PreconditionFromOutput.apply(out, weight, x, preconditioner.key, call, spec)
-
-
-def _run_compiled(
-    preconditioner: LayerPreconditioner,
-    spec: PatchSpec,
-    x: Tensor,
-    weight: Tensor,
-    run_with: Callable[[Tensor], Tensor],
-) -> Any:
+    x = read.detach()
     key = preconditioner.key
-    if _is_16_bit(x):
+    # A compiled graph has no second derivatives, and shares no objects with Python.
+    call = None
+    if not torch.compiler.is_compiling():
+        call = ForwardCall(weight, preconditioner)
+    if _is_16_bit(x) and (call is None or not read.requires_grad):
         out = run_with(weight.detach())
-        return PreconditionFromOutput.apply(out, weight, x, key, None, spec)
-    weight = PreconditionWeightGrad.apply(weight, x, key, None, spec)
-    return run_with(weight)
+        return PreconditionFromOutput.apply(out, weight, x, key, call, spec)
+    out = run_with(PreconditionWeightGrad.apply(weight, x, key, call, spec))
+    if _is_16_bit(x):
+        return KeepOutputGrad.apply(out, call)
+    return out
 
 
 def _acts(weight: Any, input: Any) -> bool:
