@@ -39,7 +39,8 @@ class DampedInverse:
         self._count = max(1, count) if isinstance(count, int) else count.clamp(min=1)
         self._lam = lam
         self._factorise(dtype or sums.dtype)
-        if on_host(sums) and self.failed and self.finite:
+        is_float32 = self._factor.dtype != torch.float64
+        if on_host(sums) and is_float32 and self.failed and self.finite:
             self._factorise(torch.float64)
 
     def _factorise(self, dtype: torch.dtype) -> None:

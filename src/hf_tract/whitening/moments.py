@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_tract.config import TrActError
-from hf_tract.core.accumulation import ranks_of
-from hf_tract.core.moments import patch_moments
+from hf_tract.core.accumulation import ranks_of, sum_over_ranks
+from hf_tract.core.moments import PatchSums, patch_moments
 from hf_tract.core.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.core.sharding import is_sharded
 from hf_tract.core.solve import widest_dtype
@@ -50,38 +50,34 @@ def second_moments(
         _collect(model, batches, collectors)
     moments = []
     for layer, collector in zip(layers, collectors, strict=True):
-        sums = _all_reduced(collector.sums, process_group)
-        problem = _problem_with(sums, layer.name)
+        total = _all_reduced(PatchSums(collector.sums, collector.patch_count), process_group)
+        problem = _problem_with(total, layer.name)
         if problem:
             raise TrActError(
                 f"`batches` has {problem}: give it batches as training does, as tensors or keyword arguments."
             )
-        moment = sums[:-1] / sums[-1]
-        moments.append(moment.view(collector.shape).cpu().double())
+        moment = total.sums / total.patch_count
+        moments.append(moment.cpu().double())
     return moments
 
 
-def _problem_with(sums: Tensor, name: str) -> str:
+def _problem_with(total: PatchSums, name: str) -> str:
     """Return what is wrong with the sums and the patch count of the layer `name`, or ""."""
-    if not sums[-1] > 0:
+    if not total.patch_count > 0:
         return f"nothing that reaches {name}"
-    if not sums.isfinite().all():
+    if not total.sums.isfinite().all():
         return "pixels that are not finite"
-    if not sums[:-1].any():
+    if not total.sums.any():
         return f"nothing but zeros where it reaches {name}"
     return ""
 
 
-def _all_reduced(sums: Tensor, group: Any) -> Tensor:
-    """Return the sum over ranks, if there are several."""
-    if ranks_of(group) == 1:
-        return sums
-    total = sums.clone()
+def _all_reduced(mine: PatchSums, group: Any) -> PatchSums:
+    """Return the sums over all ranks."""
     # NCCL takes no CPU tensors, and the model may not have been moved to its device yet.
-    if dist.get_backend(group) == "nccl":
-        total = total.cuda()
-    dist.all_reduce(total, group=group)
-    return total.to(sums.device)
+    if ranks_of(group) > 1 and dist.get_backend(group) == "nccl":
+        mine = mine._replace(sums=mine.sums.cuda())
+    return sum_over_ranks(mine, group)
 
 
 class _MomentCollector(PatchOpMode):
@@ -92,11 +88,10 @@ class _MomentCollector(PatchOpMode):
         self.layer = layer
         g = getattr(layer, "groups", 1)
         n = patch_size(layer)
-        self.shape = (g, n, n)
         device = weight_like(layer).device
         dtype = widest_dtype(device)
-        # The last entry counts the patches.
-        self.sums = torch.zeros(g * n * n + 1, dtype=dtype, device=device)
+        self.sums = torch.zeros(g, n, n, dtype=dtype, device=device)
+        self.patch_count = 0
         self.has_read = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +99,7 @@ class _MomentCollector(PatchOpMode):
         spec = PATCH_OPS[op](input, weight, *args, **kwargs)
         new = torch.zeros_like(self.sums)
         with torch.autocast(input.device.type, enabled=False):
-            new[-1] = patch_moments(input.detach(), spec, new[:-1].view(self.shape))
+            self.patch_count += patch_moments(input.detach(), spec, new)
         self.sums += new
         self.has_read = True
         return op(input, weight, *args, **kwargs)
