@@ -64,9 +64,6 @@ def test_a_split_to_test_on_is_found_by_its_usual_names(tmp_path, split):
     assert data.eval_split == ("test" if split == "test" else "validation")
 
 
-# datasets 5.2 does not close the file
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_words_in_a_metadata_file_are_classes(tmp_path, kind):
     for part in ("train", "test"):
