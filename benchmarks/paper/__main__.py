@@ -16,15 +16,13 @@ from rich.table import Table
 from benchmarks import ROOT
 from benchmarks.common.options import new_parser, options_of
 from benchmarks.paper import report, runner
-from benchmarks.paper.beyond import ALL, BEYOND
+from benchmarks.paper.catalogue import ALL, GROUPS
 from benchmarks.paper.experiment import SCALES, Job
-from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.runner import Launch
 
 RESULTS = ROOT / "docs" / "results"
 SCALE_HELP = "full: the paper's; small: hours on two cores; smoke: does it run"
 DATASET_HELP = "where a data set of the recipes lies; may be repeated"
-GROUPS = {"all": list(EXPERIMENTS), "beyond": list(BEYOND)}
 
 
 def main() -> None:
@@ -71,7 +69,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
         names += GROUPS.get(name, [name])
     unknown = [name for name in names if name not in ALL]
     if unknown:
-        raise SystemExit(f"{', '.join(unknown)}: there are {', '.join(ALL)}, all and beyond.")
+        raise SystemExit(f"{', '.join(unknown)}: there are {', '.join(ALL)}, and {', '.join(GROUPS)}.")
     for name in names:
         yield from ALL[name].jobs(args.scale, args.seeds)
 
@@ -108,8 +106,8 @@ def parse() -> argparse.Namespace:
         add("--results", type=Path, help="JSON lines; by default docs/results/SCALE.jsonl")
     write.add_argument("--output_dir", type=Path, default=RESULTS, help="for the report")
     add = run.add_argument
-    add("experiments", nargs="+", help="names; all: the paper's; beyond: ours")
-    add("--seeds", type=int, help="seeds 0 to N-1; by default 5 at full scale, 3 at small")
+    add("experiments", nargs="+", help="names; all: the paper's; beyond: ours; evidence: by docs/results/plan.md")
+    add("--seeds", type=int, help="the first N seeds; by default 5 at full scale, 3 at small, and more for evidence")
     add("--dataset", action="append", default=[], metavar="NAME=FOLDER", help=DATASET_HELP)
     add("--jobs", type=int, default=1, help="runs at once, which share the cores")
     add("--processes", type=int, default=1, help="of each run, by accelerate launch")

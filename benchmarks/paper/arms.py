@@ -1,6 +1,8 @@
-"""Makes the models and optimizers of the arms that TrAct is compared with."""
+"""Makes the models of the arms that TrAct is compared with."""
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,13 @@ from torchvision.transforms import v2
 
 import hf_tract.core.step
 from benchmarks.paper.cifar_models import PREFIX, cifar_model
-from benchmarks.paper.layers import dual_patch_norm, patch_norm, whitening_stem
+from benchmarks.paper.layers import WHITENING_EPS, dual_patch_norm, patch_norm, whitening_stem
+from benchmarks.paper.optimizers import first_layer
 from benchmarks.paper.rules import Rule, ruled
 from benchmarks.training.data import Normalization, Splits, to_tensor
-from benchmarks.training.loop import MakeModel, MakeOptimizer, usual_model, usual_optimizer
+from benchmarks.training.loop import MakeModel, usual_model
+from benchmarks.training.models import make_model
 from benchmarks.training.recipe import Recipe
-from hf_tract import find_first_layers
 
 RULES: dict[str, dict[str, Any]] = {
     "power": {"power": 0.5},
@@ -26,20 +29,30 @@ RULES: dict[str, dict[str, Any]] = {
     "schedule_down": {"lam_end": 0.1},
     "schedule_up": {"lam_end": 0.8},
 }
-SAME_MODEL = ("none", "sgd_first", "rounded")
-OF_PATCHES = ("patch_norm", "dual_patch_norm", "whitening")
+SAME_MODEL = ("none", "sgd_first", "grafted", "rounded", "frozen", "oracle")
+# eigen: whitening whose damping is the recipe's lam
+OF_PATCHES = ("patch_norm", "dual_patch_norm", "whitening", "eigen")
 VARIANTS = (*SAME_MODEL, *OF_PATCHES, "torch_tract", *RULES)
 # The whitening is taken from the patches of so many images.
 WHITENED_IMAGES = 2000
 
 
-def maker(variant: str) -> MakeModel:
-    """Return the function that makes the models of an arm."""
+def maker(variant: str, donor: Path | None = None) -> MakeModel:
+    """Return the function that makes the models of an arm.
+
+    Args:
+        variant: of the arm.
+        donor: folder of the model whose first layer is the start of `oracle`.
+    """
 
     def make(recipe: Recipe, splits: Splits, look: Normalization) -> nn.Module:
         model = _plain_model(recipe, splits, look)
         if variant == "rounded":
             _precondition_the_rounded_gradient()
+        elif variant == "frozen":
+            model.get_submodule(first_layer(model)).requires_grad_(False)
+        elif variant == "oracle":
+            _take_first_layer(model, donor, recipe, splits)
         elif variant not in SAME_MODEL:
             name = first_layer(model)
             parent, _, child = name.rpartition(".")
@@ -62,6 +75,15 @@ def _precondition_the_rounded_gradient() -> None:
     hf_tract.core.step.ForwardCall.keep_output_grad = lambda *_: None  # type: ignore[method-assign]
 
 
+def _take_first_layer(model: nn.Module, donor: Path | None, recipe: Recipe, splits: Splits) -> None:
+    """Let the first layer start with the weight and bias of a trained model's."""
+    if donor is None:
+        raise ValueError("`variant` (='oracle') needs `donor`, the folder of a trained model.")
+    trained = make_model(dataclasses.replace(recipe, model=str(donor), model_config={}), splits.names)
+    name = first_layer(model)
+    model.get_submodule(name).load_state_dict(trained.get_submodule(name).state_dict())
+
+
 def _in_its_place(layer: Any, variant: str, recipe: Recipe, splits: Splits, look: Normalization) -> nn.Module:
     """Return what stands in the first layer's place."""
     if variant == "torch_tract":
@@ -72,8 +94,9 @@ def _in_its_place(layer: Any, variant: str, recipe: Recipe, splits: Splits, look
         return ruled(layer, Rule(recipe.lam, **RULES[variant]), steps)
     if layer.kernel_size != layer.stride:
         raise ValueError(f"`variant` (={variant!r}) is of patches that do not overlap, and {layer} has others.")
-    if variant == "whitening":
-        return whitening_stem(layer, _some_patches(splits, look, layer.kernel_size[0]))
+    if variant in ("whitening", "eigen"):
+        eps = recipe.lam if variant == "eigen" else WHITENING_EPS
+        return whitening_stem(layer, _some_patches(splits, look, layer.kernel_size[0]), eps)
     if variant == "patch_norm":
         return patch_norm(layer)
     return dual_patch_norm(layer)
@@ -86,55 +109,3 @@ def _some_patches(splits: Splits, look: Normalization, patch: int) -> Tensor:
     rows = splits.train.select(range(min(WHITENED_IMAGES, len(splits.train))))
     pixels = torch.stack([transform(row[splits.image]) for row in rows])
     return F.pixel_unshuffle(pixels, patch).movedim(1, -1).flatten(0, 2)
-
-
-def first_layer(model: nn.Module) -> str:
-    """Return the name of the layer that TrAct would take."""
-    (layer,) = find_first_layers(model)
-    return layer.name
-
-
-def optimizer_maker(variant: str, first_learning_rate: float) -> MakeOptimizer:
-    """Return the function that makes the optimizers of an arm."""
-    if variant != "sgd_first":
-        return usual_optimizer
-
-    def make(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-        layer = model.get_submodule(first_layer(model))
-        first = list(layer.parameters())
-        theirs = {id(parameter) for parameter in first}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in theirs]
-        sgd = torch.optim.SGD(first, first_learning_rate, momentum=0.9)
-        return Both(sgd, torch.optim.Adam(rest, recipe.learning_rate, weight_decay=recipe.weight_decay))
-
-    return make
-
-
-class Both(torch.optim.Optimizer):
-    """Shows optimizers of different parameters as one, to schedulers and checkpoints."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        groups: list[dict[str, Any]] = []
-        for part in parts:
-            groups += part.param_groups
-        super().__init__(groups, {})
-        self.parts = parts
-        self._share()
-
-    def _share(self) -> None:
-        start = 0
-        for part in self.parts:
-            end = start + len(part.param_groups)
-            part.state = self.state
-            part.param_groups = self.param_groups[start:end]
-            start = end
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take a step of each."""
-        for part in self.parts:
-            part.step(closure)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of all."""
-        super().load_state_dict(state_dict)
-        self._share()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import (
-    EXPERIMENTS,
     NO_TRACT,
     NORMS,
     RESNET_SMALL,
@@ -161,4 +160,3 @@ BEYOND = {
         reference="TrAct 0.1",
     ),
 }
-ALL = EXPERIMENTS | BEYOND

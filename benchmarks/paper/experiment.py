@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,6 +15,8 @@ from benchmarks.training.recipe import RECIPES, field_names
 
 SCALES = ("full", "small", "smoke")
 SMALL_SEEDS = 3
+# No other run has this seed.
+DONOR_SEED = 90
 Changes = dict[str, Any]
 
 
@@ -30,6 +32,8 @@ class Experiment:
     small: Changes
     smoke: Changes
     full_seeds: int = 5
+    small_seeds: int = SMALL_SEEDS
+    first_seed: int = 0
     # The most seeds of arms that are only there to be looked at.
     at_most: Mapping[str, int] = field(default_factory=dict)
     # The settings of smaller scales, where they are not all.
@@ -43,10 +47,11 @@ class Experiment:
 
     def jobs(self, scale: str, seeds: int | None = None) -> Iterator[Job]:
         """List what is to be run: the first seed of everything before the second."""
-        for seed in range(seeds or self._usual_seeds(scale)):
+        count = seeds or self._usual_seeds(scale)
+        for seed in range(self.first_seed, self.first_seed + count):
             seen: set[str] = set()
             for setting, arm in itertools.product(self._settings(scale), self._arms(scale)):
-                if seed >= self.at_most.get(arm, seed + 1):
+                if seed - self.first_seed >= self.at_most.get(arm, count):
                     continue
                 config = self.config(scale, setting, arm)
                 job = Job(self, scale, self._label(scale, setting), arm, seed, config)
@@ -58,7 +63,7 @@ class Experiment:
         if scale == "smoke":
             return 1
         if scale == "small":
-            return min(SMALL_SEEDS, self.full_seeds)
+            return min(self.small_seeds, self.full_seeds)
         return self.full_seeds
 
     def _settings(self, scale: str) -> list[str]:
@@ -88,7 +93,7 @@ class Experiment:
         return list(first_of_kind.values())
 
     def config(self, scale: str, setting: str, arm: str) -> Changes:
-        """Return the fields of a recipe, `no_tract` and the options of benchmarks.paper.train, of one run."""
+        """Return the fields of a recipe, `donor`, and the options of benchmarks.paper.train, of one run."""
         whole = {**read_values(self.recipe), **self.settings[setting]}
         changes = self.arms[arm]
         shrunk: Changes = {"full": {}, "small": self.small, "smoke": self.smoke}[scale]
@@ -123,6 +128,16 @@ class Job:
     config: Changes
 
     @property
+    def donor(self) -> Donor | None:
+        """Return the run whose trained first layer this one starts from, if there is one."""
+        if "donor" not in self.config:
+            return None
+        config = {**self.config, "variant": "none", "no_tract": False, **self.config["donor"]}
+        del config["donor"]
+        recipe = self._recipe_of(config) | {"seed": DONOR_SEED}
+        return Donor(key_of(config, DONOR_SEED), recipe, _options(config))
+
+    @property
     def key(self) -> str:
         """Return the same for runs that are the same, whichever experiment asks for them."""
         return key_of(self.config, self.seed, self.experiment.then)
@@ -143,11 +158,26 @@ class Job:
 
     def options(self) -> list[str]:
         """Return those of benchmarks.paper.train beside the recipe."""
-        options = ["--variant", self.config.get("variant", "none")]
-        for flag in ("no_tract", "emulate_bf16"):
-            if self.config.get(flag):
-                options.append(f"--{flag}")
-        return options
+        return _options(self.config)
+
+
+def _options(config: Changes) -> list[str]:
+    options = ["--variant", config.get("variant", "none")]
+    for flag in ("no_tract", "emulate_bf16"):
+        if config.get(flag):
+            options.append(f"--{flag}")
+    if "first_rate" in config:
+        options += ["--first_rate", str(config["first_rate"])]
+    return options
+
+
+class Donor(NamedTuple):
+    """Describes a run that other runs take the first layer from."""
+
+    key: str
+    recipe: Changes
+    # Those of benchmarks.paper.train.
+    options: list[str]
 
 
 @functools.cache

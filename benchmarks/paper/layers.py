@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# airbench's.
+WHITENING_EPS = 5e-4
+
 
 class Around(nn.Module):
     """Runs a layer with something before and after it; it has the layer's weight, whose dtype models ask for."""
@@ -54,7 +57,7 @@ class Whitening(nn.Module):
 
     matrix: Tensor
 
-    def __init__(self, patches: Tensor, eps: float = 5e-4) -> None:
+    def __init__(self, patches: Tensor, eps: float = WHITENING_EPS) -> None:
         """Take the map from the eigenvectors of the second moment of `patches` (b, n)."""
         super().__init__()
         patches = patches.double()
@@ -78,6 +81,6 @@ def dual_patch_norm(layer: nn.Conv2d) -> nn.Module:
     return Around(OnPatches(layer.kernel_size[0], norm), layer, ChannelNorm(layer.out_channels))
 
 
-def whitening_stem(layer: nn.Conv2d, patches: Tensor) -> nn.Module:
-    """Return the layer behind a frozen map that whitens these patches (b, n)."""
-    return Around(OnPatches(layer.kernel_size[0], Whitening(patches)), layer)
+def whitening_stem(layer: nn.Conv2d, patches: Tensor, eps: float) -> nn.Module:
+    """Return the layer behind a frozen map that whitens these patches (b, n), damped by `eps`."""
+    return Around(OnPatches(layer.kernel_size[0], Whitening(patches, eps)), layer)

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
 from benchmarks.paper import plots
-from benchmarks.paper.beyond import ALL
+from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up
 

@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks.common.processes import Work, run_all
 from benchmarks.common.records import RunRecord, add_record, command, read_records
-from benchmarks.paper.experiment import Job
+from benchmarks.paper.experiment import Donor, Job
 from benchmarks.paper.train import RUN_FILE
 from hf_tract.integrations.training_record import without_local_path
 
@@ -58,6 +58,9 @@ def run(jobs: Iterable[Job], file: Path, launch: Launch) -> list[str]:
     for job in jobs:
         if job.key not in have:
             todo[job.key] = job
+    failed = _train_donors(todo.values(), launch)
+    if failed:
+        return failed
     works = [_work(job, launch) for job in todo.values()]
 
     def done(work: Work) -> None:
@@ -65,7 +68,35 @@ def run(jobs: Iterable[Job], file: Path, launch: Launch) -> list[str]:
         if not launch.keep:
             shutil.rmtree(launch.folder / work.name)
 
-    return run_all("runs", works, launch.at_once, done, launch.devices)
+    failed = run_all("runs", works, launch.at_once, done, launch.devices)
+    if not failed and not launch.keep:
+        shutil.rmtree(launch.folder / "donors", ignore_errors=True)
+    return failed
+
+
+def _train_donors(jobs: Iterable[Job], launch: Launch) -> list[str]:
+    """Train the models whose first layers runs start from, each once; return what failed, in words."""
+    works = {}
+    for job in jobs:
+        donor = job.donor
+        if not donor or (_donor_model(donor, launch) / "config.json").exists():
+            continue
+        folder = _donor_model(donor, launch).parent
+        options = [*write_recipe(folder, _placed(donor.recipe, launch)), *donor.options, "--save_model"]
+        works[donor.key] = Work([launch.command(options)], launch.folder / f"{donor.key}.log", donor.key)
+    if not works:
+        return []
+    name = "first layers to start from"
+    return run_all(name, list(works.values()), launch.at_once, lambda work: None, launch.devices)
+
+
+def _donor_model(donor: Donor, launch: Launch) -> Path:
+    return launch.folder / "donors" / donor.key / "model"
+
+
+def _placed(values: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
+    """Return a recipe whose data set lies where the command line says."""
+    return {**values, "dataset": launch.datasets.get(values["dataset"], values["dataset"])}
 
 
 def _work(job: Job, launch: Launch) -> Work:
@@ -73,10 +104,12 @@ def _work(job: Job, launch: Launch) -> Work:
     stages = job.stages()
     commands = []
     for stage, values in enumerate(stages):
-        values = {**values, "dataset": launch.datasets.get(values["dataset"], values["dataset"])}
+        values = _placed(values, launch)
         if stage:
             values |= {"model": str(folder / str(stage - 1) / "model"), "model_config": {}}
         options = job.options()
+        if job.donor:
+            options += ["--donor", str(_donor_model(job.donor, launch))]
         if stage + 1 < len(stages):
             options.append("--save_model")
         commands.append(launch.command([*write_recipe(folder / str(stage), values), *options]))

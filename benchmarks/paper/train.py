@@ -14,8 +14,9 @@ from typing import Any
 from accelerate import PartialState
 
 from benchmarks.common.records import environment
-from benchmarks.paper.arms import VARIANTS, maker, optimizer_maker
+from benchmarks.paper.arms import VARIANTS, maker
 from benchmarks.paper.emulated_bf16 import EmulatedBF16
+from benchmarks.paper.optimizers import optimizer_maker
 from benchmarks.training.loop import Options, train
 from benchmarks.training.models import save_model
 from benchmarks.training.recipe import read_recipe
@@ -29,12 +30,12 @@ def main() -> None:
     args = parse()
     recipe = read_recipe(args.recipe)
     options = Options(args.output_dir, not args.no_tract, args.num_workers)
-    make_optimizer = optimizer_maker(args.variant, args.first_learning_rate)
+    make_optimizer = optimizer_maker(args.variant, args.first_learning_rate, args.first_rate)
     products: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if args.emulate_bf16:
         products = EmulatedBF16()
     with products:
-        trained = train(recipe, options, maker(args.variant), make_optimizer)
+        trained = train(recipe, options, maker(args.variant, args.donor), make_optimizer)
     if not PartialState().is_main_process:
         return
     if args.save_model:
@@ -54,6 +55,8 @@ def parse() -> argparse.Namespace:
     add("--no_tract", action="store_true", help="train without TrAct")
     add("--variant", choices=VARIANTS, default="none", help="of the first layer (default: none)")
     add("--first_learning_rate", type=float, default=0.08, help="of the first layer, for sgd_first (default: 0.08)")
+    add("--first_rate", type=float, default=1.0, help="the first layer's learning rate over the others' (default: 1)")
+    add("--donor", type=Path, help="folder of a model whose first layer is the start, for oracle")
     add("--emulate_bf16", action="store_true", help="compute bfloat16 products in float32, on a slow CPU")
     add("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
     add("--save_model", action="store_true", help="save the model, for a run that goes on from it")

@@ -13,6 +13,8 @@ class History:
 
     def __init__(self) -> None:
         self.figures: dict[str, list[float]] = {name: [] for name in FIGURES}
+        # The time that went by before the first epoch and counts as training: that of a whitened start.
+        self.seconds_before = 0.0
 
     @property
     def epochs(self) -> int:
@@ -22,7 +24,9 @@ class History:
     @property
     def seconds(self) -> float:
         """Return the time of training until the last one's end."""
-        return sum(self.figures["seconds"][-1:])
+        if not self.epochs:
+            return self.seconds_before
+        return self.figures["seconds"][-1]
 
     def add(self, **figures: float) -> None:
         """Append an epoch."""

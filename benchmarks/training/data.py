@@ -46,6 +46,8 @@ def load_splits(recipe: Recipe) -> Splits:
     image = _column(train, datasets.Image, recipe.dataset)
     label = recipe.label_column or _column(train, datasets.ClassLabel, recipe.dataset)
     test = data[_test_split(data, label, recipe.dataset)]
+    if recipe.validation_samples:
+        test = _behind(train, recipe)
     train = _some(train, recipe.train_samples)
     test = _some(test, recipe.test_samples)
     return Splits(train, test, image, label, train.features[label].names)
@@ -69,6 +71,17 @@ def _some(rows: datasets.Dataset, count: int) -> datasets.Dataset:
     if not count:
         return rows
     return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
+def _behind(rows: datasets.Dataset, recipe: Recipe) -> datasets.Dataset:
+    """Return the rows that follow those that `_some` takes to train on."""
+    first, count = recipe.train_samples, recipe.validation_samples
+    if not first or first + count > len(rows):
+        raise SystemExit(
+            f"validation_samples {count}: it needs train_samples, and both together at most the {len(rows)} "
+            f"training rows; train_samples is {first}."
+        )
+    return rows.shuffle(seed=0).select(range(first, first + count))
 
 
 def _column(rows: datasets.Dataset, kind: type, name: str) -> str:

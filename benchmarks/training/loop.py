@@ -81,8 +81,10 @@ def train(
     model = make(recipe, splits, look)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    started = _clock()
     if recipe.whiten_init:
         whiten_first_layer(model, loaders.train, recipe.lam, match_scale=not recipe.whiten_unscaled)
+    whitening_seconds = _clock() - started
     # Every rank has the same weights, and draws other numbers for dropout and mixup.
     set_seed(recipe.seed, device_specific=True)
     optimizer = make_optimizer(recipe, model)
@@ -90,6 +92,7 @@ def train(
         accelerator.print(apply_tract(model, recipe.lam))
     training = _Training(recipe, accelerator, loaders, model, optimizer)
     training.make_loss(len(splits.names))
+    training.history.seconds_before = whitening_seconds
     training.run(options.output_dir / "checkpoints")
     trained = accelerator.unwrap_model(model)
     if recipe.channels_last:
@@ -106,6 +109,13 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
         step_scheduler_with_optimizer=False,
     )
+
+
+def _clock() -> float:
+    """Return seconds: of the clock on an accelerator; of the process on a CPU, which other processes share."""
+    if torch.accelerator.is_available():
+        return time.perf_counter()
+    return time.process_time()
 
 
 class _Training:
@@ -146,17 +156,15 @@ class _Training:
     def run(self, checkpoints: Path) -> None:
         """Train and test until the last epoch, and leave a checkpoint after each."""
         restore(self.accelerator, checkpoints)
-        # Of the clock on an accelerator; of the process on a CPU, which other processes share.
-        clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
         steps = len(self.train_loader)
         silent = not self.accelerator.is_main_process
         first = self.history.epochs
         bar = tqdm(total=self.recipe.epochs * steps, initial=first * steps, desc="training", disable=silent)
         self.schedule.step_update(first * steps)
         for epoch in range(first, self.recipe.epochs):
-            start = clock()
+            start = _clock()
             loss = self._train_epoch(epoch, bar)
-            seconds = self.history.seconds + clock() - start
+            seconds = self.history.seconds + _clock() - start
             scores = evaluate(self.model, self.test_loader, self.accelerator)
             self.history.add(loss=loss, seconds=round(seconds, 3), **scores)
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{scores['top1']:.3f}")

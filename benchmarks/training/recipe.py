@@ -21,6 +21,8 @@ class Recipe:
     # 0 takes all.
     train_samples: int = 0
     test_samples: int = 0
+    # So many training rows behind the first train_samples are tested on, in place of the test split, to choose by.
+    validation_samples: int = 0
     # A transformers model type, a timm name, cifar_NAME, or a checkpoint.
     model: str = "vit"
     # Settings of a model of random weights.

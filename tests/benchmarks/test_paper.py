@@ -18,11 +18,13 @@ from benchmarks.common.records import RunRecord, add_record, read_records
 from benchmarks.common.statistics import Interval
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import plots, report, runner, train
-from benchmarks.paper.arms import first_layer
-from benchmarks.paper.beyond import ALL, BEYOND
+from benchmarks.paper.beyond import BEYOND
+from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.cifar_models import cifar_model
+from benchmarks.paper.evidence import EVIDENCE, FRESH_SEED
 from benchmarks.paper.experiment import Experiment, Job
 from benchmarks.paper.experiments import CIFAR100, EXPERIMENTS
+from benchmarks.paper.optimizers import first_layer
 from benchmarks.paper.runner import Launch
 from benchmarks.paper.summary import Arm, collect, gain, speed_up
 from benchmarks.training.recipe import Recipe
@@ -125,6 +127,7 @@ def small_enough(experiment: Experiment) -> Experiment:
 
 
 SWEPT = [small_enough(experiment) for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]]]
+SWEPT.append(EVIDENCE["evidence_step_size"])
 
 
 def run_here(what, todo, at_once, done, devices):
@@ -228,6 +231,25 @@ def test_a_run_is_launched_with_its_data_its_processes_and_its_stages(tmp_path, 
     assert recipes[1]["model"] == str(tmp_path / job.key / "0" / "model")
     assert "--save_model" in first
     assert "--save_model" not in second
+
+
+def test_a_donor_is_trained_once_and_by_another_seed(tmp_path, monkeypatch):
+    asked: list[Work] = []
+    monkeypatch.setattr(runner, "run_all", lambda what, todo, *rest: asked.extend(todo) or [])
+    jobs = [job for job in EVIDENCE["evidence_step_size"].jobs("small") if job.arm.startswith("first layer of")]
+    assert {job.seed for job in jobs} == set(range(FRESH_SEED, FRESH_SEED + 10))
+    runner.run(jobs, tmp_path / "x.jsonl", Launch(tmp_path, {"uoft-cs/cifar10": "/data"}, keep=True))
+    vanilla, tract, first, second = asked[:4]
+    assert len(asked) == 2 + len(jobs)
+    assert "--no_tract" in vanilla.commands[0]
+    assert "--no_tract" not in tract.commands[0]
+    for donor, run in ((vanilla, first), (tract, second)):
+        folder = tmp_path / "donors" / donor.name
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        assert recipe["seed"] < FRESH_SEED
+        assert recipe["dataset"] == "/data"
+        assert recipe["whiten_init"] is (donor is tract) if "whiten_init" in recipe else donor is vanilla
+        assert run.commands[0][-1] == str(folder / "model")
 
 
 def made_up(job: Job, top1: list[float]) -> RunRecord:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.paper.arms import Both, first_layer, maker, optimizer_maker
+from benchmarks.paper.arms import maker
 from benchmarks.paper.layers import Around, ChannelNorm, OnPatches, Whitening
+from benchmarks.paper.optimizers import Both, Grafted, first_layer, optimizer_maker
 from benchmarks.training.data import Normalization, load_splits
 from benchmarks.training.recipe import Recipe
 
@@ -63,7 +64,7 @@ def test_whitened_patches_have_the_identity_as_second_moment(pixels):
     assert not list(Whitening(mixed).parameters())
 
 
-@pytest.mark.parametrize("variant", ["patch_norm", "dual_patch_norm", "whitening", "torch_tract"])
+@pytest.mark.parametrize("variant", ["patch_norm", "dual_patch_norm", "whitening", "eigen", "torch_tract"])
 def test_every_variant_trains_the_first_layer_of_a_vit(variant):
     recipe = Recipe(model="vit", model_config=VIT, train_samples=64)
     splits = load_splits(recipe)
@@ -105,3 +106,115 @@ def test_both_optimizers_take_their_own_steps_and_go_on_from_a_checkpoint():
             optimizer.load_state_dict(state)
         torch.testing.assert_close(list(model.parameters()), list(other.parameters()), rtol=0, atol=0)
     assert isinstance(optimizer, Both)
+
+
+LOOK = Normalization(32, [0.5] * 3, [0.2] * 3)
+
+
+def projection_of(model):
+    return model.vit.embeddings.patch_embeddings.projection
+
+
+def test_eigenvectors_multiplied_out_are_an_ordinary_layer(pixels):
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64, lam=0.01)
+    stem = projection_of(maker("eigen")(recipe, load_splits(recipe), LOOK))
+    inner = stem.before.inner.matrix
+    ordinary = copy.deepcopy(stem.layer)
+    with torch.no_grad():
+        ordinary.weight.copy_((stem.layer.weight.flatten(1) @ inner.T).view_as(ordinary.weight))
+    torch.testing.assert_close(stem(pixels), ordinary(pixels), rtol=1e-4, atol=1e-4)
+    # Directions of little variance are damped by lam.
+    assert inner.norm(dim=0).max() <= recipe.lam**-0.5 * 1.001
+
+
+def test_a_frozen_first_layer_is_not_in_the_optimizer():
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64)
+    model = maker("frozen")(recipe, load_splits(recipe), LOOK)
+    optimizer = optimizer_maker("frozen", 0.1)(recipe, model)
+    trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    frozen = {id(each) for each in projection_of(model).parameters()}
+    assert len(frozen) == 2
+    assert not trained & frozen
+    assert len(trained) == len(list(model.parameters())) - 2
+
+
+def test_the_first_layer_alone_has_another_rate():
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64, optimizer="adam", weight_decay=5e-5)
+    model = maker("none")(recipe, load_splits(recipe), LOOK)
+    optimizer = optimizer_maker("none", 0.1, 0.2)(recipe, model)
+    rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+    usual = optimizer_maker("none", 0.1)(recipe, model)
+    assert len(rates) == len(list(model.parameters()))
+    assert decays == {id(each): group["weight_decay"] for group in usual.param_groups for each in group["params"]}
+    first = {id(each) for each in projection_of(model).parameters()}
+    assert {rate for each, rate in rates.items() if each in first} == {0.2 * recipe.learning_rate}
+    assert {rate for each, rate in rates.items() if each not in first} == {recipe.learning_rate}
+
+
+def train_a_bit(layer, optimizer, steps=4):
+    torch.manual_seed(1)
+    for _ in range(steps):
+        layer(torch.randn(5, 3, 16, 16)).tanh().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_grafting_with_a_large_lam_is_adam(layer):
+    """C + lam I is then lam I, and Adam does not see a factor of the gradient."""
+    other = copy.deepcopy(layer)
+    layer.bias.requires_grad_(False)
+    train_a_bit(layer, Grafted(layer, 0.01, 0.0, lam=1e4))
+    train_a_bit(other, torch.optim.Adam([other.weight], 0.01))
+    torch.testing.assert_close(layer.weight, other.weight, rtol=1e-3, atol=2e-5)
+
+
+def test_a_grafted_step_changes_the_outputs_as_much_as_adams(layer, pixels):
+    other = copy.deepcopy(layer)
+    moved = []
+    for each, optimizer in (
+        (layer, Grafted(layer, 0.01, 0.0, lam=0.1)),
+        (other, torch.optim.Adam([other.weight], 0.01)),
+    ):
+        before = each.weight.detach().clone()
+        each(pixels).tanh().square().sum().backward()
+        optimizer.step()
+        moved.append(F.conv2d(pixels, each.weight.detach() - before, stride=PATCH))
+    assert moved[0].norm() == pytest.approx(float(moved[1].norm()), rel=1e-4)
+    assert (moved[0] - moved[1]).norm() > 0.1 * moved[0].norm()
+
+
+def test_a_grafted_arm_trains_and_goes_on_from_a_checkpoint():
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64, optimizer="adam")
+    splits = load_splits(recipe)
+    model = maker("grafted")(recipe, splits, LOOK)
+    optimizer = optimizer_maker("grafted", 0.1)(recipe, model)
+    in_groups = [id(each) for group in optimizer.param_groups for each in group["params"]]
+    assert sorted(in_groups) == sorted(id(each) for each in model.parameters())
+    pixels = torch.randn(4, 3, 32, 32)
+    model(pixels).logits.logsumexp(-1).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = maker("grafted")(recipe, splits, LOOK)
+    resumed.load_state_dict(model.state_dict())
+    again = optimizer_maker("grafted", 0.1)(recipe, resumed)
+    again.load_state_dict(state)
+    for each, its in ((model, optimizer), (resumed, again)):
+        its.zero_grad()
+        each(pixels).logits.logsumexp(-1).sum().backward()
+        its.step()
+    torch.testing.assert_close(list(resumed.parameters()), list(model.parameters()))
+
+
+def test_an_oracle_starts_with_the_first_layer_of_a_trained_model(tmp_path):
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64)
+    splits = load_splits(recipe)
+    torch.manual_seed(0)
+    donor = maker("none")(recipe, splits, LOOK)
+    donor.save_pretrained(tmp_path)
+    model = maker("oracle", tmp_path)(recipe, splits, LOOK)
+    theirs = projection_of(donor).state_dict()
+    torch.testing.assert_close(dict(projection_of(model).state_dict()), dict(theirs), rtol=0, atol=0)
+    assert not torch.equal(model.classifier.weight, donor.classifier.weight)
+    with pytest.raises(ValueError, match=r"`variant` \(='oracle'\) needs `donor`"):
+        maker("oracle")(recipe, splits, LOOK)
