@@ -11,9 +11,12 @@ from benchmarks.common.statistics import interval
 from benchmarks.paper import plots
 from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.experiment import Experiment
-from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up
+from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
 
 MAX_SEEDS = 100
+SMALLEST_P = 0.001
+# Fewer seeds have too few different samples.
+SEEDS_TO_RESAMPLE = 5
 HEAD = Path(__file__).with_name("head.md").read_text(encoding="utf-8")
 COMMAND = "python -m benchmarks.paper"
 LINES_ONLY = "test accuracy against epochs and against time"
@@ -80,30 +83,44 @@ def _caption(experiment: Experiment, settings: dict[str, Arms]) -> str:
 
 def _table(arms: Arms, reference: str) -> list[str]:
     first, base = next(iter(arms.items()))
-    other = arms.get(reference)
     names = ["arm", "epochs", "seeds", "top-1", "gain", "p"]
-    if other:
+    gains = [_gains(arms, base)]
+    if reference in arms:
         names += [f"from {reference}", "p"]
-    names += ["speed-up", "minutes"]
+        others = {name: arm for name, arm in arms.items() if name != first}
+        gains.append(_gains(others, arms[reference]))
+    names += ["speed-up", "in time", "minutes"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, arm in arms.items():
         row = [name, str(arm.curves.shape[1]), str(len(arm.runs)), interval(arm.final).text()]
-        row += _gain(arm, None if name == first else base)
-        if other:
-            row += _gain(arm, None if name in (first, reference) else other)
-        row += [_speed_up(arm, base), f"{np.mean(arm.seconds[:, -1]) / 60:.1f}"]
+        for cells in gains:
+            row += cells.get(name, ["", ""])
+        row += [_speed_up(arm, base), _speed_up_in_time(arm, base), f"{np.mean(arm.seconds[:, -1]) / 60:.1f}"]
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
-def _gain(arm: Arm, base: Arm | None) -> list[str]:
-    """Return the cells of a gain and its p; empty where an arm would be compared with itself."""
-    if base is None:
-        return ["", ""]
-    difference = gain(arm, base)
-    if difference.p is None:
-        return [difference.text("+"), ""]
-    return [difference.text("+"), f"{difference.p:.3f}"]
+def _gains(arms: Arms, base: Arm) -> dict[str, list[str]]:
+    """Return the cells of each arm's gain and of its p, which is corrected for the number of arms."""
+    found = {name: gain(arm, base) for name, arm in arms.items() if arm is not base}
+    tested = {name: difference.p for name, difference in found.items() if difference.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    cells = {}
+    for name, difference in found.items():
+        text = difference.text("+")
+        shared = len(arms[name].with_seeds_of(base).runs)
+        if shared < len(arms[name].runs):
+            text += f" ({shared} {'seed' if shared == 1 else 'seeds'})"
+        cells[name] = [text, _probability(corrected.get(name))]
+    return cells
+
+
+def _probability(p: float | None) -> str:
+    if p is None:
+        return ""
+    if p < SMALLEST_P:
+        return f"< {SMALLEST_P}"
+    return f"{p:.3f}"
 
 
 def _speed_up(arm: Arm, base: Arm) -> str:
@@ -113,6 +130,17 @@ def _speed_up(arm: Arm, base: Arm) -> str:
     if factor is None:
         return "not reached"
     return f"{factor:.2f}"
+
+
+def _speed_up_in_time(arm: Arm, base: Arm) -> str:
+    factor = None
+    if arm is not base:
+        factor = speed_up_in_time(arm, base)
+    if factor is None:
+        return ""
+    if len(arm.with_seeds_of(base).runs) < SEEDS_TO_RESAMPLE:
+        return f"{factor.value:.2f}"
+    return factor.text(digits=2)
 
 
 def _provenance(runs: Iterable[RunRecord]) -> list[str]:

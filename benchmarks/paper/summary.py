@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.common.bootstrap import Estimate, estimate
 from benchmarks.common.records import RunRecord
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval
 from benchmarks.paper.experiment import Experiment
@@ -75,3 +76,41 @@ def speed_up(arm: Arm, base: Arm) -> float | None:
     if not reached:
         return None
     return len(theirs[0]) / reached
+
+
+def speed_up_in_time(arm: Arm, base: Arm) -> Estimate | None:
+    """Return the baseline's seconds over those in which the arm first reaches the baseline's final accuracy.
+
+    The interval is over resampled seeds, of both arms together; a sample whose arm never gets there counts as 0.
+    Returns None where the arm never gets there, or with less than two seeds.
+    """
+    mine = arm.with_seeds_of(base)
+    theirs = base.with_seeds_of(arm)
+    if len(mine.runs) < 2:
+        return None
+
+    def ratios(chosen: np.ndarray) -> np.ndarray:
+        """Take numbers of seeds, (samples, seeds)."""
+        goals = theirs.curves[:, -1][chosen].mean(1)
+        reached = mine.curves[chosen].mean(1) >= goals[:, None]
+        seconds = mine.seconds[chosen].mean(1)
+        at_goal = seconds[np.arange(len(chosen)), reached.argmax(1)]
+        whole = theirs.seconds[:, -1][chosen].mean(1)
+        result: np.ndarray = np.where(reached.any(1), whole / at_goal, 0.0)
+        return result
+
+    found = estimate(ratios, np.arange(len(mine.runs)))
+    if not found.value:
+        return None
+    return found
+
+
+def holm(probabilities: Sequence[float]) -> list[float]:
+    """Return p-values corrected for the number of comparisons (Holm, 1979)."""
+    corrected = [0.0] * len(probabilities)
+    largest = 0.0
+    order = sorted(range(len(probabilities)), key=probabilities.__getitem__)
+    for rank, place in enumerate(order):
+        largest = max(largest, (len(probabilities) - rank) * probabilities[place])
+        corrected[place] = min(1.0, largest)
+    return corrected

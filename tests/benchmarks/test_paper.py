@@ -26,7 +26,7 @@ from benchmarks.paper.experiment import Experiment, Job
 from benchmarks.paper.experiments import CIFAR100, EXPERIMENTS
 from benchmarks.paper.optimizers import first_layer
 from benchmarks.paper.runner import Launch
-from benchmarks.paper.summary import Arm, collect, gain, speed_up
+from benchmarks.paper.summary import Arm, collect, gain, holm, speed_up, speed_up_in_time
 from benchmarks.training.recipe import Recipe
 from helpers.environments import reset_accelerate
 
@@ -283,11 +283,37 @@ def test_the_gain_is_paired_and_the_speed_up_is_of_the_mean_curves():
     assert gain(Arm(one), Arm(one)) == Interval(0.0, None, None)
 
 
+def curves_of(top1: list[list[float]], seconds: list[float]) -> Arm:
+    job = next(EXPERIMENTS["cifar10_vit"].jobs("small"))
+    runs = {seed: dataclasses.replace(made_up(job, values), seconds=seconds) for seed, values in enumerate(top1)}
+    return Arm(runs)
+
+
+def test_a_speed_up_in_time_is_of_seconds_and_has_the_interval_of_resampled_seeds():
+    base = curves_of([[0.3, 0.4, 0.5], [0.3, 0.4, 0.6]], [10.0, 20.0, 30.0])
+    slower = curves_of([[0.3, 0.5, 0.6], [0.3, 0.6, 0.7]], [20.0, 40.0, 60.0])
+    # The arm passes the baseline in epoch 2 in every sample: a third fewer epochs, and yet more seconds.
+    assert speed_up_in_time(slower, base) == (30 / 40, 30 / 40, 30 / 40)
+    mixed = curves_of([[0.3, 0.4, 0.4], [0.7, 0.8, 0.8]], [10.0, 20.0, 30.0])
+    found = speed_up_in_time(mixed, base)
+    assert found.value == 30 / 20
+    # A sample of the first seed alone never gets there, one of the second seed alone in the first epoch.
+    assert (found.low, found.high) == (0, 3)
+    assert speed_up_in_time(curves_of([[0.1, 0.1, 0.1]] * 2, [1.0, 2.0, 3.0]), base) is None
+    assert speed_up_in_time(Arm({0: base.runs[0]}), base) is None
+
+
+def test_holm_multiplies_the_smallest_p_by_the_number_of_tests():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
 def test_the_report_has_table_plot_and_provenance(tmp_path):
     for result in made_up_results().values():
         add_record(tmp_path / "small.jsonl", result)
     text = report.write("small", tmp_path / "small.jsonl", tmp_path).read_text()
-    assert "| TrAct 0.1 | 3 | 3 | 62.0 ± 5.0 | +11.0 ± 2.5 | 0.003 | 1.50 | 3.0 |" in text
+    assert "| TrAct 0.1 | 3 | 3 | 62.0 ± 5.0 | +11.0 ± 2.5 | 0.003 | 1.50 | 1.50 | 3.0 |" in text
     assert "6 by `x` on a CPU, with torch 2" in text
     for image in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (tmp_path / image).stat().st_size > 10_000

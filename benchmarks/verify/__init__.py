@@ -1,0 +1,1 @@
+"""Holds what recomputes the documents' figures from stored runs."""

@@ -1,0 +1,191 @@
+"""Recomputes figures from the runs in docs/results, as the documents print them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+
+from benchmarks import ROOT, overhead_results
+from benchmarks.common.bootstrap import Estimate
+from benchmarks.common.records import read_records
+from benchmarks.common.statistics import Interval, epochs_to_reach, interval
+from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result, Results
+from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time
+
+RESULTS = ROOT / "docs" / "results"
+RUNS = RESULTS / "small.jsonl"
+MAX_SEEDS = 100
+
+
+@functools.cache
+def arms(experiment: str, setting: str = "") -> Arms:
+    """Return the stored arms of an experiment in one setting."""
+    return collect(ALL[experiment], "small", MAX_SEEDS, read_records(RUNS))[setting]
+
+
+def some(arm: Arm, seeds: Iterable[int]) -> Arm:
+    """Return the runs of these seeds."""
+    return Arm({seed: arm.runs[seed] for seed in seeds})
+
+
+class Pair:
+    """Compares an arm with another of the same setting, over the seeds that both have."""
+
+    def __init__(self, experiment: str, arm: str, base: str = "vanilla", setting: str = "") -> None:
+        found = arms(experiment, setting)
+        self.arm = found[arm].with_seeds_of(found[base])
+        self.base = found[base].with_seeds_of(found[arm])
+
+    @property
+    def gain(self) -> str:
+        """Return the difference in points with its 95 % interval."""
+        return gain(self.arm, self.base).text("+")
+
+    @property
+    def points(self) -> str:
+        """Return the difference in points."""
+        return f"{gain(self.arm, self.base).mean:+.1f}"
+
+    @property
+    def p(self) -> str:
+        """Return the p of the paired t-test, uncorrected."""
+        return f"{gain(self.arm, self.base).p:.3f}"
+
+    @property
+    def speed_up(self) -> str:
+        """Return how many times fewer epochs the arm takes to the base's end."""
+        return f"{speed_up(self.arm, self.base):.2f}"
+
+    @property
+    def in_time(self) -> str:
+        """Return the same in seconds, with its bootstrap interval."""
+        found = speed_up_in_time(self.arm, self.base)
+        assert found is not None
+        return found.text(digits=2)
+
+    @property
+    def epoch(self) -> str:
+        """Return the epoch in which the arm passes the base's end."""
+        return str(epochs_to_reach(self.arm.curves.mean(0), float(self.base.final.mean())))
+
+    def of(self, seeds: Iterable[int]) -> Pair:
+        """Return the same over these seeds."""
+        other = object.__new__(Pair)
+        chosen = list(seeds)
+        other.arm, other.base = some(self.arm, chosen), some(self.base, chosen)
+        return other
+
+    def gain_after(self, epoch: int) -> str:
+        """Return the difference in points after that epoch."""
+        return interval(self.arm.curves[:, epoch - 1] - self.base.curves[:, epoch - 1]).text("+")
+
+    @property
+    def seeds_below(self) -> str:
+        """Count the seeds whose arm ends below the base."""
+        return str(int((self.arm.final < self.base.final).sum()))
+
+
+def final(experiment: str, arm: str, setting: str = "", seeds: Iterable[int] | None = None) -> str:
+    """Return an arm's mean final accuracy in per cent."""
+    return f"{_final(experiment, arm, setting, seeds).mean:.1f}"
+
+
+def final_interval(experiment: str, arm: str, setting: str = "") -> str:
+    """Return an arm's mean final accuracy in per cent with its 95 % interval."""
+    return _final(experiment, arm, setting, None).text()
+
+
+def _final(experiment: str, arm: str, setting: str, seeds: Iterable[int] | None) -> Interval:
+    chosen = arms(experiment, setting)[arm]
+    if seeds is not None:
+        chosen = some(chosen, seeds)
+    return interval(chosen.final)
+
+
+@functools.cache
+def costs(file: str) -> Results:
+    """Return the measurements of what TrAct costs that a file of docs/results holds."""
+    return overhead_results.read_results(RESULTS / file)
+
+
+def cost(file: str, measurement: str) -> Result:
+    """Return one measurement, such as "ViT-S/16 | step | cuda | bf16 | eager | 256"."""
+    return costs(file)[measurement]
+
+
+def times(result: Result, arm: str = OURS) -> str:
+    """Return the time of an arm over vanilla's, with its bootstrap interval."""
+    found = overhead_results.ratio(result, arm)
+    return "fails" if found is None else f"x {found.text()}"
+
+
+def milliseconds(estimate: Estimate | None) -> str:
+    """Return seconds as milliseconds, with the interval."""
+    return "" if estimate is None else f"{estimate.text(1000, 2)} ms"
+
+
+def step_table(file: str) -> str:
+    """Return a table of whole training steps, and of what the first layer alone tells of them."""
+    head = ["a whole training step", "batch", "vanilla", "vanilla again", "hf-tract", "by its layer", "torch_tract"]
+    rows = []
+    for key, result in costs(file).items():
+        settings = result[VANILLA].settings
+        if settings["scope"] != "step":
+            continue
+        told = overhead_results.by_layer(key, costs(file))
+        rows.append(
+            [
+                _name(result),
+                str(settings["batch"]),
+                f"{1000 * np.median(result[VANILLA].seconds):.1f} ms",
+                times(result, AGAIN),
+                times(result),
+                "" if told is None else f"x {told.text()}",
+                times(result, THEIRS),
+            ]
+        )
+    return _markdown(head, rows)
+
+
+def layer_table(file: str) -> str:
+    """Return a table of what is added to the first layer alone."""
+    head = ["the first layer alone", "batch", "vanilla", "hf-tract adds", "torch_tract adds", "ratio of both"]
+    head += ["hf-tract's peak memory", "torch_tract's"]
+    rows = []
+    for result in costs(file).values():
+        settings = result[VANILLA].settings
+        if settings["scope"] != "layer":
+            continue
+        both = overhead_results.added_over_theirs(result)
+        rows.append(
+            [
+                _name(result),
+                str(settings["batch"]),
+                f"{1000 * np.median(result[VANILLA].seconds):.1f} ms",
+                milliseconds(overhead_results.added(result, OURS)),
+                milliseconds(overhead_results.added(result, THEIRS)) or "fails",
+                "" if both is None else both.text(digits=2),
+                _peak(result, OURS),
+                _peak(result, THEIRS),
+            ]
+        )
+    return _markdown(head, rows)
+
+
+def _name(result: Result) -> str:
+    settings = result[VANILLA].settings
+    form = "" if settings["form"] == "eager" else f", {settings['form']}"
+    return f"{settings['model']}, {settings['precision']}{form}"
+
+
+def _peak(result: Result, arm: str) -> str:
+    added = overhead_results.bytes_added(result, arm)
+    return "" if added is None else f"{added / 2**20:+z.1f} MiB"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
