@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from benchmarks.verify.stored import Pair, final, layer_table, step_table
+from benchmarks.verify.stored import Pair, layer_table, step_table
 
 # Tables that stand between marks.
 TABLES: dict[str, Callable[[], str]] = {
