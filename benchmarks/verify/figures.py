@@ -19,8 +19,8 @@ MEASURED = re.compile(
     re.VERBOSE,
 )
 DECIMAL = re.compile(r"(?<![\w.])[+-]?\d*\.\d+(?![\w.])")
-# What is no text for readers, or is code.
-HIDDEN = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)", re.DOTALL | re.MULTILINE)
+# What is no text for readers, or is code; and the confidence of intervals.
+HIDDEN = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)|\b95\s%", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"^<!-- stored: (?P<name>\w+) -->\n(?P<rows>.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 
 

@@ -175,6 +175,17 @@ def layer_table(file: str) -> str:
     return _markdown(head, rows)
 
 
+def arm_table(experiment: str, setting: str = "") -> str:
+    """Return a table of an experiment's arms: final accuracy, and the gain from the first arm."""
+    found = arms(experiment, setting)
+    first = next(iter(found))
+    rows = []
+    for name, arm in found.items():
+        gained = "" if name == first else Pair(experiment, name, first, setting).gain
+        rows.append([name, str(len(arm.runs)), interval(arm.final).text(), gained])
+    return _markdown(["arm", "seeds", "top-1, %", f"gain from {first}, points"], rows)
+
+
 def _name(result: Result) -> str:
     settings = result[VANILLA].settings
     form = "" if settings["form"] == "eager" else f", {settings['form']}"
