@@ -45,7 +45,7 @@ def whiten_first_layer(  # noqa: PLR0913
         lam: the damping, in the units of C's eigenvalues; use the same one as in `apply_tract`.
         layers: as in `apply_tract`.
         match_scale: also scale the weight so that its outputs have the mean square that W0's would have on white
-            input; without it they are smaller because of lam, by 2 to 3 for photographs.
+            input; without it they are smaller because of lam.
         force: whiten the weights even if they look trained or were whitened before.
         process_group: the data-parallel ranks; None for the default group.
 
