@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
+
+import yaml
 
 from benchmarks.verify.stored import Pair, arm_table, layer_table, step_table
 
@@ -30,28 +33,10 @@ WHOLE = {
     "docs/results/plan.md": "what is to be run and how it is decided, before it is run",
     "docs/models.md": "written by benchmarks.survey",
 }
-IMAGENET = "mean of (std^2 + mean^2) over ImageNet's published channel statistics, for pixels so scaled"
 # Figures that no run of ours gives, by document, and where they come from.
-NOT_MEASURED: dict[str, dict[str, str]] = {
-    "docs/performance.md": {
-        "within 512 MiB on an accelerator": "a constant of core/pieces.py",
-        "within 8 MiB, which a cache holds": "a constant of core/pieces.py",
-    },
-    "docs/cli.md": {"| `--lam` | 0.1 |": "a default"},
-    "docs/distributed.md": {
-        "after the group's timeout, 10 to 30 minutes by default": "PyTorch's defaults: NCCL's and gloo's",
-        "(4.5 MiB for ViT-B/16's n = 768, 169 KiB for a ResNet's 7x7 stem)": "8 (n^2 + 1) bytes, n = 768 and 147",
-    },
-    "docs/troubleshooting.md": {"(3 x 16 x 16 = 768 for ViT-B/16)": "arithmetic"},
-    "docs/usage.md": {
-        "| lam that corresponds to the paper's 0.1 |": "the paper's setting",
-        "| standardised by channel (ImageNet's mean and std) | 1 | 0.1 |": "by definition",
-        "| mean 0.5 and std 0.5 (ViT's and SigLIP's processors) | 0.22 | 0.02 |": IMAGENET,
-        "| 0 to 1, not shifted | 0.25 | 0.025 |": IMAGENET,
-        "| photographs as reflectances, 0 to 0.3 | 0.023 | 0.0023 |": IMAGENET,
-        "take 0.1 times the mean eigenvalue": "what the table's last column is of the one before",
-    },
-}
+NOT_MEASURED: dict[str, dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_name("not_measured.yaml").read_text(encoding="utf-8")
+)
 
 
 @functools.cache
