@@ -2,8 +2,8 @@
 
     uv run --group bench python -m benchmarks.colour_statistics --dataset photo_crops
 
-prints top-1 on the test images and adds the run to --results. Where this comes near a vision model's accuracy, the data
-set says little about the model.
+prints top-1 on the test images and adds the run to --results. Where this comes near a vision model's accuracy, the
+data set says little about the model.
 """
 
 import argparse
