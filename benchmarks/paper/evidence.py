@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from benchmarks.paper.experiment import Changes, Experiment
-from benchmarks.paper.experiments import NO_TRACT, VANILLA, VIT_SMALL, VIT_SMOKE
+from benchmarks.paper.experiments import NO_TRACT, NORMS, VANILLA, VIT_SMALL, VIT_SMOKE, tract
 
 # Seeds below 100 have been looked at, or chose something.
 TUNING_SEED = 50
 FRESH_SEED = 100
 VALIDATION = {"validation_samples": 5000}
-MATCHED = {"whiten_init": True, "lam": 0.1}
-TRACT = {"lam": 0.1}
+MATCHED: Changes = {"whiten_init": True, "lam": 0.1}
+TRACT: Changes = {"lam": 0.1}
 SHORTER = {"vanilla in 2/3": NO_TRACT | {"epochs": 67}}
 
 
@@ -43,6 +43,35 @@ STEP_SIZE_ARMS = {
     **SHORTER,
 }
 
+RATES = [1e-3 * 2 ** (step / 2) for step in range(10)]
+FLOWERS_SMALL = VIT_SMALL | {
+    "train_samples": 3800,
+    "epochs": 60,
+    "warmup_epochs": 4,
+    "model_config": VIT_SMALL["model_config"] | {"patch_size": 8},
+}
+# Four patches an image and n = 768: a step has fewer patches than n.
+FEW_PATCHES = VIT_SMALL | {"batch_size": 32, "model_config": VIT_SMALL["model_config"] | {"patch_size": 16}}
+LONG = VIT_SMALL | {"epochs": 60}
+FLOWERS_VALIDATION = {"validation_samples": 672}
+SMOKE_VALIDATION = {"validation_samples": 32}
+
+
+def tuning_arms(epochs: int) -> dict[str, Changes]:
+    """Return ten cells of each arm: ten rates, or five rates and two dampings."""
+    found: dict[str, Changes] = {}
+    for rate in RATES:
+        cell = NO_TRACT | {"epochs": epochs, "learning_rate": rate}
+        found[f"vanilla, lr {rate:.3g}"] = cell
+        found[f"DualPatchNorm, lr {rate:.3g}"] = cell | NORMS["DualPatchNorm"]
+    for rate in RATES[::2]:
+        for lam in (0.1, 0.8):
+            cell = {"epochs": epochs, "learning_rate": rate, "lam": lam}
+            found[f"TrAct {lam}, lr {rate:.3g}"] = cell
+            found[f"matched start, TrAct {lam}, lr {rate:.3g}"] = MATCHED | cell
+    return found
+
+
 EVIDENCE = {
     "evidence_rate": Experiment(
         "E0: the learning rate of vanilla, on the validation split",
@@ -50,7 +79,7 @@ EVIDENCE = {
         {"": {}},
         {f"vanilla, lr {rate:g}": NO_TRACT | {"learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3)},
         VIT_SMALL | VALIDATION,
-        VIT_SMOKE | {"validation_samples": 32},
+        VIT_SMOKE | SMOKE_VALIDATION,
         small_seeds=2,
         first_seed=TUNING_SEED,
     ),
@@ -65,5 +94,43 @@ EVIDENCE = {
         small_seeds=10,
         first_seed=FRESH_SEED,
         reference="TrAct",
+    ),
+    "evidence_tuning_cifar10": Experiment(
+        "E1: ten cells of each arm, CIFAR-10, on the validation split",
+        "cifar10_vit.yaml",
+        {"": {}},
+        tuning_arms(67),
+        VIT_SMALL | VALIDATION,
+        VIT_SMOKE | SMOKE_VALIDATION,
+        small_seeds=1,
+        first_seed=TUNING_SEED,
+    ),
+    "evidence_tuning_flowers": Experiment(
+        "E1: ten cells of each arm, flowers, on the validation split",
+        "flowers_vit.yaml",
+        {"": {}},
+        tuning_arms(267),
+        FLOWERS_SMALL | FLOWERS_VALIDATION,
+        VIT_SMOKE | SMOKE_VALIDATION,
+        small_seeds=1,
+        first_seed=TUNING_SEED,
+    ),
+    "evidence_few_patches": Experiment(
+        "E2: fewer patches in a step than n",
+        "cifar10_vit.yaml",
+        {"": {}},
+        VANILLA | tract(0.1, 0.8),
+        FEW_PATCHES,
+        VIT_SMOKE,
+        first_seed=FRESH_SEED,
+    ),
+    "evidence_long": Experiment(
+        "E2: four times as long",
+        "cifar10_vit.yaml",
+        {"": {}},
+        VANILLA | tract(0.1),
+        LONG,
+        VIT_SMOKE,
+        first_seed=FRESH_SEED,
     ),
 }
