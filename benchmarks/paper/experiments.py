@@ -39,7 +39,7 @@ TINY = {
 SMALL = {"train_samples": 20_000, "epochs": 15}
 # Otherwise half of the time would go into the images.
 IN_MEMORY = SMALL | {"in_memory": True, "auto_augment": None}
-VIT_SMALL = IN_MEMORY | {
+VIT_SMALL: Changes = IN_MEMORY | {
     "warmup_epochs": 1,
     "learning_rate": 4e-3,
     "model_config": {
