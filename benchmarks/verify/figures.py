@@ -19,8 +19,11 @@ MEASURED = re.compile(
     re.VERBOSE,
 )
 DECIMAL = re.compile(r"(?<![\w.])[+-]?\d*\.\d+(?![\w.])")
-# What is no text for readers, or is code; and the confidence of intervals.
-HIDDEN = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)|\b95\s%", re.DOTALL | re.MULTILINE)
+# What is no text for readers, or is code; the confidence of intervals; versions.
+HIDDEN = re.compile(
+    r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)|\b95\s%|\b(?:torch|PyTorch)\s[\d.]+",
+    re.DOTALL | re.MULTILINE,
+)
 TABLE = re.compile(r"^<!-- stored: (?P<name>\w+) -->\n(?P<rows>.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 
 
