@@ -77,7 +77,7 @@ EVIDENCE = {
         "E0: the learning rate of vanilla, on the validation split",
         "cifar10_vit.yaml",
         {"": {}},
-        {f"vanilla, lr {rate:g}": NO_TRACT | {"learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3)},
+        {f"vanilla, lr {rate:g}": NO_TRACT | {"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)},
         VIT_SMALL | VALIDATION,
         VIT_SMOKE | SMOKE_VALIDATION,
         small_seeds=2,
