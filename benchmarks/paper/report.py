@@ -10,8 +10,10 @@ from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
 from benchmarks.paper import plots
 from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.evidence import EVIDENCE
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
+from benchmarks.paper.verdicts import step_size
 
 MAX_SEEDS = 100
 SMALLEST_P = 0.001
@@ -27,7 +29,7 @@ WITH_ENDS = (
 
 
 def write(scale: str, file: Path, folder: Path) -> Path:
-    """Write SCALE.md and its plots.
+    """Write a page and its plots, named like the file of results.
 
     Args:
         scale: of the runs to report.
@@ -43,12 +45,26 @@ def write(scale: str, file: Path, folder: Path) -> Path:
             for arm in arms.values():
                 for run in arm.runs.values():
                     used[run.key] = run
-        if settings:
-            lines += _section(name, experiment, settings, folder / f"{scale}-{name}")
+        unfinished = _unfinished(name, experiment, scale, have)
+        if unfinished:
+            lines += [f"## {experiment.title}", "", unfinished, ""]
+        elif settings:
+            lines += _section(name, experiment, settings, folder / f"{file.stem}-{name}")
     lines += ["## Runs", "", *_provenance(used.values())]
-    path = folder / f"{scale}.md"
+    path = folder / f"{file.stem}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _unfinished(name: str, experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> str:
+    """Say how far a planned experiment is, before whose last run nobody is to look; empty for a whole one."""
+    if name not in EVIDENCE:
+        return ""
+    keys = {job.key for job in experiment.jobs(scale)}
+    done = len(keys & have.keys())
+    if done in (0, len(keys)):
+        return ""
+    return f"{done} of {len(keys)} runs are done. Nothing is decided, and nothing is shown, before the last one."
 
 
 def _compared(found: Mapping[str, Arms]) -> dict[str, Arms]:
@@ -62,6 +78,9 @@ def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem:
         if setting:
             lines += [f"**{setting}**", ""]
         lines += [*_table(arms, experiment.reference), ""]
+    if name == "evidence_step_size":
+        for arms in settings.values():
+            lines += step_size(arms).lines()
     plot = plots.curves(experiment.title, settings, experiment.reference, stem.with_suffix(".png"))
     lines += [f"![{experiment.title}: {_caption(experiment, settings)}]({plot.name})", ""]
     if name == "lambda_sweep":
