@@ -20,10 +20,14 @@
 # ///
 """Trains a small vision model without TrAct, with it, and from a whitened start, and shows a table and a plot.
 
-    python quickstart.py                            # crops of photographs, no download, two minutes of CPU time
+    python quickstart.py                            # masked image modelling on photographs, without a download
     python quickstart.py --seeds 5                  # means with their 95 % intervals
-    python quickstart.py --dataset PATH_TO_IMAGES   # your images: a folder for each class, parquet files, or a Hub id
-    python quickstart.py --save_dataset photo_crops # writes the crops as a folder of images, for other scripts
+    python quickstart.py --dataset PATH_TO_IMAGES   # classifies them: a folder for each class, parquet, or a Hub id
+    python quickstart.py --dataset PATH_TO_IMAGES --task masked   # learns from them without their classes
+    python quickstart.py --save_dataset photo_crops # writes crops as a folder of images by class, for other scripts
+
+In masked image modelling a vision transformer sees some patches of an image and predicts the pixels of the others. It
+is tested on photographs of which it has seen nothing, and each crop is standardised by the pixels that the model sees.
 
 Finished runs are stored in OUTPUT_DIR/records.jsonl; the same command with more seeds trains only what is missing.
 """
@@ -40,7 +44,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -66,6 +70,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -90,13 +95,17 @@ SMALL_VIT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "intermediate_size": 384,
-    "patch_size": 8,
 }
 # What transformers raises for settings that are wrong or do not suit each other.
 MODEL_ERRORS = (ValueError, TypeError, KeyError, AssertionError, RuntimeError, StrictDataclassError)
 MAX_BYTES = 4 * 2**30  # of decoded images, all of which stay in memory
 TIMED_ROUNDS = 60
 WARM_UP_ROUNDS = 10
+BATCH_SIZES = {"masked": 32, "classify": 128}
+IMAGE_SIZES = {"masked": 24, "classify": 32}  # for random weights
+PATCH_SIZES = {"masked": 4, "classify": 8}  # of the small vit
+HIDDEN_SHARE = 0.5  # of the patches, in masked image modelling
+MIN_DEVIATION = 0.1  # on the scale 0 to 1; flatter images are not stretched further
 # These options make no difference to a single run, so they are not among a record's settings.
 NOT_SETTINGS = ("seeds", "first_seed", "output_dir", "report_to", "save_dataset", "lam")
 
@@ -133,12 +142,14 @@ class Options(DataOptions):
     """Says what is trained, and how long.
 
     Args:
+        dataset: photographs or photo_crops (no download), a folder of images or of parquet files, or a Hub id.
+        task: masked image modelling, which uses no classes, or classification; auto is masked for photographs alone.
         model: a model type of transformers (vit, convnext, resnet, ...), for random weights, or a checkpoint.
         model_config: JSON with settings for random weights; a vit without settings is a small one.
-        image_size: height and width of the images; 0 for 32, or for what a checkpoint expects.
+        image_size: height and width; 0 for 24, for 32 if images are classified, or for what a checkpoint expects.
         lam: TrAct's damping.
         epochs: passes over the training images.
-        batch_size: images of each step.
+        batch_size: images of each step; 0 for 32, and for 128 if images are classified.
         learning_rate: of AdamW, with a cosine schedule.
         max_grad_norm: clipping by Trainer, which sees TrAct's gradient; 0 for none.
         seeds: number of runs of each arm.
@@ -148,12 +159,14 @@ class Options(DataOptions):
         save_dataset: write the photo crops into this folder, as train/CLASS/*.png and test/CLASS/*.png, and end.
     """
 
+    dataset: str = "photographs"
+    task: Literal["auto", "masked", "classify"] = "auto"
     model: str = "vit"
     model_config: str = "{}"
     image_size: int = 0
     lam: float = 0.1
     epochs: int = 8
-    batch_size: int = 128
+    batch_size: int = 0
     learning_rate: float = 1e-3
     max_grad_norm: float = 1.0
     seeds: int = 1
@@ -180,7 +193,23 @@ class Data(NamedTuple):
     std: Tensor
 
 
-Record = dict[str, Any]  # of a finished run: arm, seed, settings, accuracy, command, versions, hardware
+class Measure(NamedTuple):
+    """Says what is measured after each epoch, under which key Trainer logs it, and how it is written."""
+
+    name: str
+    key: str
+    scale: float
+    digits: int
+    unit: str
+    unit_of_change: str
+    sign: int  # 1 where more is better, -1 where less is
+
+
+MEASURES = {
+    "masked": Measure("loss", "eval_loss", 1, 4, "", "", -1),
+    "classify": Measure("accuracy", "eval_top1", 100, 1, " %", " points", 1),
+}
+Record = dict[str, Any]  # of a finished run: arm, seed, settings, loss or accuracy, seconds, command, versions
 
 
 def main() -> None:
@@ -190,22 +219,29 @@ def main() -> None:
         save_photo_crops(Path(options.save_dataset))
         return
     data = load_data(options)
+    if options.task == "masked":
+        say(f"Predicting the mean of each image's visible pixels: test loss {trivial_loss(data, options):.4f}")
     arms = settings_of_arms(options, data)
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     records = read_records(folder)
+    measure = MEASURES[options.task]
     curves: dict[str, list[list[float]]] = {arm: [] for arm in arms}
+    clocks: dict[str, list[list[float]]] = {arm: [] for arm in arms}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for arm, settings in arms.items():
             record = find_record(records, arm, seed, settings)
             if record is None:
                 record = train_arm(arm, seed, settings, data, options)
                 add_record(folder, record)
-            curves[arm].append(record["accuracy"])
+            curves[arm].append(record[measure.name])
+            clocks[arm].append(record["seconds"])
     seconds = time_steps(data, options)
     if IS_MAIN_PROCESS:
-        percent = {arm: 100 * np.array(curve) for arm, curve in curves.items()}
-        report(percent, seconds, options)
+        results = {}
+        for arm in arms:
+            results[arm] = Result(measure.scale * np.array(curves[arm]), np.array(clocks[arm]))
+        report(results, seconds, options)
 
 
 def parse_options() -> Options:
@@ -218,6 +254,7 @@ def parse_options() -> Options:
         parser.error(f"there is no option {unknown[0]}")
     check_numbers_of_run(options)
     check_words(options)
+    choose_task(options)
     if not options.image_size:
         options.image_size = default_image_size(options)
     return options
@@ -237,11 +274,11 @@ def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
 
 def check_numbers_of_run(options: Options) -> None:
     """Refuse numbers that cannot be meant, before anything is loaded."""
-    for name in ("epochs", "batch_size", "seeds", "lam", "learning_rate"):
+    for name in ("epochs", "seeds", "lam", "learning_rate"):
         value = getattr(options, name)
         if not 0 < value < math.inf:
             stop(f"--{name} {value}: give a number above 0.")
-    for name in ("train_samples", "test_samples", "image_size", "max_grad_norm", "first_seed"):
+    for name in ("train_samples", "test_samples", "image_size", "batch_size", "max_grad_norm", "first_seed"):
         value = getattr(options, name)
         if not 0 <= value < math.inf:
             stop(f"--{name} {value}: give 0 or more.")
@@ -255,17 +292,31 @@ def check_words(options: Options) -> None:
         stop(f"--report_to {tracker}: give one of none, all, {', '.join(trackers)}, or install it.")
     if Path(options.output_dir).is_file():
         stop(f"--output_dir {options.output_dir} is a file: name a folder.")
-    if options.save_dataset and options.dataset != "photo_crops":
+    if options.save_dataset and options.dataset not in BUILT_IN:
         stop(f"--save_dataset writes photo_crops alone: leave --dataset {options.dataset} out.")
     if options.model not in CONFIG_MAPPING and options.model_config != "{}":
         stop(f"--model_config is for random weights, and --model {options.model} is a checkpoint.")
 
 
+def choose_task(options: Options) -> None:
+    """Choose the task where the command leaves it open, and what depends on it."""
+    has_classes = options.dataset != "photographs"
+    if options.task == "auto":
+        options.task = "masked"
+        if has_classes:
+            options.task = "classify"
+    if options.task == "classify" and not has_classes:
+        stop("--task classify: photographs have no classes; add --dataset photo_crops, or a folder of your images.")
+    if options.task == "masked" and options.label_column:
+        stop(f"--label_column {options.label_column}: --task masked uses no classes; leave it out.")
+    options.batch_size = options.batch_size or BATCH_SIZES[options.task]
+
+
 def default_image_size(options: Options) -> int:
-    """Return the side of the images that a checkpoint expects, or 32 for random weights."""
+    """Return the side of the images that a checkpoint expects, or a small one for random weights."""
     model = options.model
     if model in CONFIG_MAPPING:
-        return 32
+        return IMAGE_SIZES[options.task]
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -296,59 +347,102 @@ def settings_of_arms(options: Options, data: Data) -> dict[str, Record]:
 def train_arm(arm: str, seed: int, settings: Record, data: Data, options: Options) -> Record:
     """Train one arm from one seed, and return its record."""
     set_seed(seed)
-    model = make_classifier(options, data.names)
+    model = make_model(options, data.names)
     count = model.num_parameters()
     say(f"\n{arm}, seed {seed}: {options.model} with {count:,} parameters")
-    callbacks: list[TrainerCallback] = []
+    clock = Clock()
+    callbacks: list[TrainerCallback] = [clock]
     if arm != VANILLA:
         whiten = arm == WHITENED
         callbacks.append(TrActCallback(lam=options.lam, whiten_init=whiten))
     run = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    metrics = None
+    if options.task == "classify":
+        metrics = compute_top_k
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(Path(options.output_dir, run)),
-            run_name=run,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=2 * options.batch_size,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            max_grad_norm=options.max_grad_norm,
-            eval_strategy="epoch",
-            logging_strategy="epoch",
-            save_strategy="no",
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            report_to=options.report_to,
-            seed=seed,
-        ),
-        train_dataset=Batches(data.train, data, augment),
-        eval_dataset=Batches(data.test, data),
+        args=training_arguments(options, seed, run),
+        train_dataset=make_batches(data.train, data, model, options, train=True),
+        eval_dataset=make_batches(data.test, data, model, options, train=False),
         data_collator=unchanged,
-        compute_metrics=compute_top_k,
+        compute_metrics=metrics,
         callbacks=callbacks,
     )
     trainer.train()
+    measure = MEASURES[options.task]
     history = trainer.state.log_history
-    accuracy = [entry["eval_top1"] for entry in history if "eval_top1" in entry]
+    curve = [entry[measure.key] for entry in history if measure.key in entry]
     record = {"arm": arm, "seed": seed, "settings": settings}
-    return {**record, "accuracy": accuracy, **describe_run()}
+    return {**record, measure.name: curve, "seconds": clock.seconds, **describe_run()}
 
 
-def make_classifier(options: Options, names: list[str]) -> Any:
-    """Make a classifier of random weights, or load a checkpoint with a new head, and try it on images of this size."""
+def training_arguments(options: Options, seed: int, run: str) -> TrainingArguments:
+    """Return what Trainer is told of a run, the same for all arms but for its name."""
+    labels = ["labels"]
+    if options.task == "masked":
+        labels = ["bool_masked_pos"]  # Trainer reports a test loss where it finds these in a batch.
+    return TrainingArguments(
+        output_dir=str(Path(options.output_dir, run)),
+        run_name=run,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        max_grad_norm=options.max_grad_norm,
+        label_names=labels,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        save_strategy="no",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        report_to=options.report_to,
+        seed=seed,
+    )
+
+
+class Clock(TrainerCallback):
+    """Measures the process time of training up to the end of each epoch: whitening is counted, testing is not."""
+
+    def __init__(self) -> None:
+        self.begin = 0.0
+        self.total = 0.0
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start before the first layer is whitened, which TrActCallback does later."""
+        self.begin = time.process_time()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Add an epoch, which ends before its test."""
+        self.total += time.process_time() - self.begin
+        self.seconds.append(self.total)
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Start again after a test."""
+        self.begin = time.process_time()
+
+
+def make_model(options: Options, names: list[str]) -> Any:
+    """Make a model of random weights, or load a checkpoint with a new head, and try it on images of this size."""
     name, size = options.model, options.image_size
-    labels = label_settings(names)
+    factory: Any = AutoModelForMaskedImageModeling
+    labels = {}
+    if options.task == "classify":
+        factory = AutoModelForImageClassification
+        labels = label_settings(names)
     try:
         if name in CONFIG_MAPPING:
             settings = {"image_size": size, **random_model_settings(options)}
             config = AutoConfig.for_model(name, **settings, **labels)
-            model = AutoModelForImageClassification.from_config(config)
+            model = factory.from_config(config)
         else:
-            model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+            model = factory.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        batch = {"pixel_values": torch.zeros(1, 3, size, size)}
+        if options.task == "masked":
+            batch["bool_masked_pos"] = hide_patches(1, patches_per_side(model))
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+            model.eval()(**batch)
     except (*MODEL_ERRORS, OSError) as error:
         stop(f"--model {name} cannot be made for images of --image_size {size}: {one_line(error)}")
     return model
@@ -372,7 +466,8 @@ def random_model_settings(options: Options) -> dict[str, Any]:
         if not hasattr(known, name):
             stop(f"--model_config: {options.model} has no setting {name!r}.")
     if options.model == "vit" and not settings:
-        return SMALL_VIT
+        patch = PATCH_SIZES[options.task]
+        return {**SMALL_VIT, "patch_size": patch, "encoder_stride": patch}
     return settings
 
 
@@ -414,6 +509,85 @@ class Batches(Dataset[dict[str, Tensor]]):
         return {"pixel_values": pixels, "labels": labels}
 
 
+class MaskedBatches(Batches):
+    """Yields batches of images and of the patches that are hidden: other ones each time, but the same for testing."""
+
+    def __init__(self, images: Images, data: Data, patches: int, train: bool) -> None:
+        super().__init__(images, data)
+        self.patches = patches  # along each side of an image
+        self.hidden = None
+        if not train:
+            draw = torch.Generator().manual_seed(0)
+            self.hidden = hide_patches(len(self), patches, draw)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return a batch; PyTorch's loader calls this method where there is one."""
+        pixels = self.images.pixels[indices] / 255
+        if self.hidden is None:
+            pixels = flip_half(pixels)
+            hidden = hide_patches(len(indices), self.patches)
+        else:
+            hidden = self.hidden[indices]
+        pixels = standardise_by_visible(pixels, hidden)
+        return {"pixel_values": pixels, "bool_masked_pos": hidden}
+
+
+def make_batches(images: Images, data: Data, model: Any, options: Options, *, train: bool) -> Batches:
+    """Return batches for the task, augmented for training."""
+    if options.task == "masked":
+        return MaskedBatches(images, data, patches_per_side(model), train)
+    if train:
+        return Batches(images, data, augment)
+    return Batches(images, data)
+
+
+def patches_per_side(model: Any) -> int:
+    """Return how many patches a model that can hide them has along each side of an image."""
+    config = model.config
+    patches: int = config.image_size // config.patch_size
+    return patches
+
+
+def hide_patches(count: int, patches: int, draw: torch.Generator | None = None) -> Tensor:
+    """Draw which patches are hidden, as many of each image: (count, patches * patches), true where hidden."""
+    total = patches * patches
+    order = torch.rand(count, total, generator=draw).argsort(1)
+    return order < HIDDEN_SHARE * total
+
+
+def pixels_of(hidden: Tensor, size: int) -> Tensor:
+    """Return the hidden pixels, (count, 1, size, size), of hidden patches."""
+    patches = math.isqrt(hidden.shape[1])
+    squares = hidden.view(-1, 1, patches, patches).float()
+    return F.interpolate(squares, size=(size, size)).bool()
+
+
+def standardise_by_visible(pixels: Tensor, hidden: Tensor) -> Tensor:
+    """Give what is visible of each image mean 0 in each channel, and deviation 1 over all of them.
+
+    The colour and contrast of the visible part then tell nothing of what is hidden; only the structure does.
+    """
+    visible = (~pixels_of(hidden, pixels.shape[-1])).float()
+    count = visible.sum((2, 3), keepdim=True)
+    mean = (pixels * visible).sum((2, 3), keepdim=True) / count
+    centred = pixels - mean
+    squares = (centred.square() * visible).sum((1, 2, 3), keepdim=True)
+    deviation = (squares / (3 * count)).sqrt()
+    standardised: Tensor = centred / deviation.clamp(min=MIN_DEVIATION)
+    return standardised
+
+
+def trivial_loss(data: Data, options: Options) -> float:
+    """Return the loss of predicting each test image's visible mean, which is 0, on at most 1000 of them."""
+    model = make_model(options, data.names)
+    batches = make_batches(data.test, data, model, options, train=False)
+    some = range(min(len(batches), 1000))
+    batch = batches.__getitems__(list(some))
+    pixels = batch["pixel_values"]
+    hidden = pixels_of(batch["bool_masked_pos"], options.image_size).expand_as(pixels)
+    return pixels[hidden].abs().mean().item()
+
+
 def unchanged(batch: Any) -> Any:
     """Return a batch that needs no collation."""
     return batch
@@ -428,8 +602,7 @@ def augment(pixels: Tensor) -> Tensor:
     top, left = torch.randint(0, 2 * margin + 1, (2, count))
     each = torch.arange(count)
     shifted = windows[each, :, top, left].float()
-    flip = torch.rand(count, 1, 1, 1) < 0.5
-    flipped = torch.where(flip, shifted.flip(-1), shifted)
+    flipped = flip_half(shifted)
     brightness, contrast = 0.7 + 0.6 * torch.rand(2, count, 1, 1, 1)
     brighter = (brightness * flipped).clamp(0, 255)
     mean = brighter.mean((1, 2, 3), keepdim=True)
@@ -437,18 +610,25 @@ def augment(pixels: Tensor) -> Tensor:
     return contrasted.clamp(0, 255)
 
 
+def flip_half(pixels: Tensor) -> Tensor:
+    """Flip each image from left to right with probability one half."""
+    flip = torch.rand(len(pixels), 1, 1, 1) < 0.5
+    return torch.where(flip, pixels.flip(-1), pixels)
+
+
 def load_data(options: Options) -> Data:
     """Decode all images once, and measure the training images' mean and deviation."""
-    found = load_images(options)
+    loaders = {"masked": load_unlabelled, "classify": load_images}
+    found = loaders[options.task](options)
     try:
         train = decode(found.train, options)
         test = decode(found.test, options)
     except ImageError as error:
         stop(str(error))
-    say(
-        f"{options.dataset}: {len(train.labels)} training images, "
-        f"{len(test.labels)} test images, {len(found.names)} classes"
-    )
+    text = f"{options.dataset}: {len(train.labels)} training images, {len(test.labels)} test images"
+    if options.task == "classify":
+        text += f", {len(found.names)} classes"
+    say(text)
     chosen = np.random.default_rng(0).permutation(len(train.labels))[:1000]
     pixels = train.pixels[chosen] / 255
     mean = pixels.mean((0, 2, 3), keepdim=True)
@@ -549,7 +729,7 @@ def make_step(arm: str, data: Data, options: Options) -> Callable[[], None]:
     """Return a function that takes one training step, always on the same batch."""
     set_seed(0)
     device = torch.accelerator.current_accelerator(check_available=True)
-    model = make_classifier(options, data.names)
+    model = make_model(options, data.names)
     model = model.to(device or "cpu").train()
     rate, clip = options.learning_rate, options.max_grad_norm
     optimizer = torch.optim.AdamW(model.parameters(), rate)
@@ -557,7 +737,7 @@ def make_step(arm: str, data: Data, options: Options) -> Callable[[], None]:
         apply_tract(model, lam=options.lam)
     count = len(data.train.labels)
     indices = [index % count for index in range(options.batch_size)]
-    batch = Batches(data.train, data).__getitems__(indices)
+    batch = make_batches(data.train, data, model, options, train=False).__getitems__(indices)
     for name in batch:
         batch[name] = batch[name].to(model.device)
 
@@ -576,23 +756,39 @@ def make_step(arm: str, data: Data, options: Options) -> Callable[[], None]:
 # Report
 
 
-def report(curves: dict[str, np.ndarray], seconds: dict[str, np.ndarray], options: Options) -> None:
-    """Print the table of accuracies and what follows from it, and save the plot."""
+class Result(NamedTuple):
+    """Holds what an arm has measured, (seeds, epochs), and the seconds of process time until then."""
+
+    curve: np.ndarray
+    clock: np.ndarray
+
+
+def report(results: dict[str, Result], seconds: dict[str, np.ndarray], options: Options) -> None:
+    """Print the table of accuracies or losses and what follows from it, and save the plot."""
+    measure = MEASURES[options.task]
     console = Console(soft_wrap=True)
-    console.print(f"\nTest accuracy on {options.dataset} in per cent{means_over(options)}")
-    table = Table("epoch", *curves)
+    console.print(f"\nTest {measure.name} on {options.dataset}{in_unit(measure)}{means_over(options)}")
+    table = Table("epoch", *results)
     for epoch in range(options.epochs):
-        cells = [with_interval(curve[:, epoch]) for curve in curves.values()]
+        cells = [format_mean(result.curve[:, epoch], measure) for result in results.values()]
         table.add_row(str(epoch + 1), *cells)
+    cells = [f"{result.clock[:, -1].mean():.1f}" for result in results.values()]
+    table.add_row("seconds", *cells)
     console.print(table)
-    for arm in curves:
+    console.print("Seconds are of process time, all threads together, in training; testing is not counted.")
+    for arm in results:
         if arm != VANILLA:
-            console.print(compare(arm, curves))
+            console.print(compare(arm, results, measure))
     if options.seeds == 1:
         console.print("One seed shows little: with --seeds 5, four more are trained, and intervals shown.")
     console.print(compare_step_times(seconds))
-    console.print(f"Plot: {plot(curves, options)}")
+    console.print(f"Plot: {plot(results, options)}")
     console.print("On your own images: the same command with --dataset FOLDER.")
+
+
+def in_unit(measure: Measure) -> str:
+    """Return in words which unit figures have that stand alone."""
+    return measure.unit.replace("%", "in per cent")
 
 
 def means_over(options: Options) -> str:
@@ -602,11 +798,11 @@ def means_over(options: Options) -> str:
     return f", mean ± 95 % interval (t distribution) over {options.seeds} seeds"
 
 
-def with_interval(values: np.ndarray, sign: str = "") -> str:
+def format_mean(values: np.ndarray, measure: Measure, sign: str = "") -> str:
     """Return the mean and, for several seeds, half the width of its 95 % interval."""
-    text = f"{values.mean():{sign}.1f}"
+    text = f"{values.mean():{sign}.{measure.digits}f}"
     if len(values) > 1:
-        text += f" ± {half_width(values):.1f}"
+        text += f" ± {half_width(values):.{measure.digits}f}"
     return text
 
 
@@ -619,23 +815,25 @@ def half_width(values: np.ndarray) -> Any:
     return factor * values.std(0, ddof=1) / math.sqrt(count)
 
 
-def compare(arm: str, curves: dict[str, np.ndarray]) -> str:
-    """Return in words how much an arm gains by the last epoch, and when it reaches vanilla's final accuracy."""
-    goal = curves[VANILLA][:, -1].mean()
-    gains = curves[arm][:, -1] - curves[VANILLA][:, -1]
-    epochs = curves[arm].shape[1]
-    first = first_epoch_at(curves[arm].mean(0), goal)
-    when = f"after {first} of {epochs} epochs"
+def compare(arm: str, results: dict[str, Result], measure: Measure) -> str:
+    """Return in words how an arm ends, and after how many epochs and seconds it reaches vanilla's final figure."""
+    vanilla, result = results[VANILLA], results[arm]
+    goal = vanilla.curve[:, -1].mean()
+    change = format_mean(result.curve[:, -1] - vanilla.curve[:, -1], measure, "+") + measure.unit_of_change
+    text = f"{arm}: {change} at the end; reaches vanilla's {goal:.{measure.digits}f}{measure.unit} "
+    epochs = result.curve.shape[1]
+    first = first_epoch_at(measure.sign * result.curve.mean(0), measure.sign * goal)
     if first is None:
-        when = f"in none of the {epochs} epochs"
-    gain = with_interval(gains, "+")
-    return f"{arm}: {gain} points at the end; reaches vanilla's {goal:.1f} % {when}."
+        return f"{text}in none of the {epochs} epochs."
+    spent = result.clock[:, first - 1].mean()
+    needed = vanilla.clock[:, -1].mean()
+    return f"{text}after {first} of {epochs} epochs and {spent:.1f} of vanilla's {needed:.1f} seconds."
 
 
 def first_epoch_at(curve: np.ndarray, goal: float) -> int | None:
-    """Return the first epoch, counted from 1, whose accuracy is at least `goal`."""
-    for epoch, accuracy in enumerate(curve, 1):
-        if accuracy >= goal:
+    """Return the first epoch, counted from 1, whose value is at least `goal`."""
+    for epoch, value in enumerate(curve, 1):
+        if value >= goal:
             return epoch
     return None
 
@@ -654,24 +852,25 @@ def compare_step_times(seconds: dict[str, np.ndarray]) -> str:
     )
 
 
-def plot(curves: dict[str, np.ndarray], options: Options) -> Path:
-    """Draw the mean accuracy of each arm over the epochs, with its interval as a band."""
+def plot(results: dict[str, Result], options: Options) -> Path:
+    """Draw the mean of each arm over the epochs, with its interval as a band."""
+    measure = MEASURES[options.task]
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    final = {arm: curve[:, -1].mean() for arm, curve in curves.items()}
+    final = {arm: result.curve[:, -1].mean() for arm, result in results.items()}
     for arm in sorted(final, key=final.__getitem__, reverse=True):
         color, marker = STYLES[arm]
-        mean, half = curves[arm].mean(0), half_width(curves[arm])
+        mean, half = results[arm].curve.mean(0), half_width(results[arm].curve)
         epochs = range(1, len(mean) + 1)
-        label = f"{arm}: {final[arm]:.1f} %"
+        label = f"{arm}: {final[arm]:.{measure.digits}f}{measure.unit}"
         axes.plot(epochs, mean, color=color, marker=marker, markersize=4, label=label)
         axes.fill_between(epochs, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
     color, _ = STYLES[VANILLA]
-    axes.axhline(final[VANILLA], color=color, linewidth=1, linestyle=":", label="vanilla's final accuracy")
+    axes.axhline(final[VANILLA], color=color, linewidth=1, linestyle=":", label=f"vanilla's final {measure.name}")
     data = Path(options.dataset).name.replace("_", " ")
-    title = f"Test accuracy on {data} ({options.model}) with and without TrAct"
+    title = f"Test {measure.name} on {data} ({options.model}) with and without TrAct"
     if options.seeds > 1:
         title += f"\nmeans over {options.seeds} seeds, and their 95 % intervals as bands"
-    axes.set(xlabel="epoch", ylabel="test accuracy in per cent", title=title)
+    axes.set(xlabel="epoch", ylabel=f"test {measure.name}{in_unit(measure)}", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.2)
     figure.legend(loc="outside right center", title="after the last epoch", frameon=False)
@@ -681,7 +880,38 @@ def plot(curves: dict[str, np.ndarray], options: Options) -> Path:
     return file
 
 
-# Photo crops: a small data set without a download
+# Photographs: two small data sets without a download
+
+# Held out are whole photographs: a cat, a temple in its landscape, and a rocket in front of the sky.
+TRAIN_PHOTOGRAPHS = ["astronaut", "coffee", "flower", "hubble_deep_field", "ihc", "motorcycle_left", "retina"]
+TEST_PHOTOGRAPHS = ["chelsea", "china", "rocket"]
+
+
+def photographs() -> datasets.DatasetDict:
+    """Make a data set of squares of 32 to 96 pixels out of colour photographs, at 24x24 pixels each."""
+    splits = datasets.DatasetDict()
+    parts = {"train": (TRAIN_PHOTOGRAPHS, 600), "test": (TEST_PHOTOGRAPHS, 300)}
+    for split, (names, count) in parts.items():
+        images = []
+        for name in names:
+            images += draw_squares(Image.fromarray(read_photograph(name)), count)
+        features = datasets.Features({"image": datasets.Image()})
+        splits[split] = datasets.Dataset.from_dict({"image": images}, features=features)
+    return splits
+
+
+def draw_squares(photograph: Image.Image, count: int) -> list[Image.Image]:
+    """Draw squares of 32 to 96 pixels anywhere in a photograph, the same at each call, and resize them to 24."""
+    draw = np.random.default_rng(0)
+    squares = []
+    for _ in range(count):
+        side = int(draw.integers(32, 97))
+        left = int(draw.integers(0, photograph.width - side + 1))
+        top = int(draw.integers(0, photograph.height - side + 1))
+        box = (left, top, left + side, top + side)
+        squares.append(photograph.resize((24, 24), Image.Resampling.BICUBIC, box=box))
+    return squares
+
 
 CELL = 48
 CROP = 32
@@ -745,7 +975,10 @@ def save_photo_crops(folder: Path) -> None:
 # Images of your own
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
-BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"photo_crops": photo_crops}
+BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {
+    "photographs": photographs,
+    "photo_crops": photo_crops,
+}
 EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
 HELD_OUT = 0.2  # of a data set that has no split to test on
@@ -798,6 +1031,39 @@ def load_images(options: DataOptions) -> ImageData:
         train = drop_corrupt(train)
         test = drop_corrupt(test)
     return ImageData(train, test, names, eval_split or "test")
+
+
+def load_unlabelled(options: DataOptions) -> ImageData:
+    """Load images as `load_images` does, but without their classes: all are numbered 0."""
+    splits = read_splits(options)
+    for option in ("train_split", "eval_split"):
+        split = getattr(options, option)
+        if split and split not in splits:
+            stop(f"--{option} {split}: {options.dataset} has the splits {', '.join(splits)}.")
+    train = pick_images(splits[options.train_split], options)
+    eval_split = options.eval_split
+    for split in EVAL_SPLITS:
+        if split in splits and not eval_split:
+            eval_split = split
+    if eval_split:
+        test = pick_images(splits[eval_split], options)
+    else:
+        train, test = hold_out(train, options)
+    train = sample(train, options.train_samples)
+    test = sample(test, options.test_samples)
+    if options.corrupt_images == "skip":
+        train = drop_corrupt(train)
+        test = drop_corrupt(test)
+    return ImageData(train, test, ["image"], eval_split or "test")
+
+
+def pick_images(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
+    """Return the column of images as `image`, and a column `label` of zeros."""
+    zero = datasets.ClassLabel(names=["image"])
+    if "label" in rows.column_names:
+        rows = rows.remove_columns("label")
+    rows = rows.add_column("label", [0] * len(rows), feature=zero)
+    return pick_columns(rows, replace(options, label_column="label"))
 
 
 def read_splits(options: DataOptions) -> datasets.DatasetDict:
