@@ -81,25 +81,41 @@ def speed_up(arm: Arm, base: Arm) -> float | None:
 def speed_up_in_time(arm: Arm, base: Arm) -> Estimate | None:
     """Return the baseline's seconds over those in which the arm first reaches the baseline's final accuracy.
 
-    The interval is over resampled seeds, of both arms together; a sample whose arm never gets there counts as 0.
-    Returns None where the arm never gets there, or with less than two seeds.
+    Compares the seeds that both have; returns None where the arm never gets there, or with less than two seeds.
     """
     mine = arm.with_seeds_of(base)
     theirs = base.with_seeds_of(arm)
     if len(mine.runs) < 2:
         return None
+    return time_ratio(mine.curves, mine.seconds, theirs.curves, theirs.seconds)
+
+
+def time_ratio(
+    curves: np.ndarray, seconds: np.ndarray, base_curves: np.ndarray, base_seconds: np.ndarray
+) -> Estimate | None:
+    """Return the seconds of a whole base run over those in which the mean curve first reaches the base's mean end.
+
+    The interval is over resampled seeds, of both together; a sample that never gets there counts as 0. Returns None
+    where the mean over all seeds never gets there.
+
+    Args:
+        curves: what is measured, more is better, (seeds, epochs).
+        seconds: of training until then, (seeds, epochs).
+        base_curves: the same of the base, (seeds, base epochs).
+        base_seconds: the same of the base, (seeds, base epochs).
+    """
 
     def ratios(chosen: np.ndarray) -> np.ndarray:
         """Take numbers of seeds, (samples, seeds)."""
-        goals = theirs.curves[:, -1][chosen].mean(1)
-        reached = mine.curves[chosen].mean(1) >= goals[:, None]
-        seconds = mine.seconds[chosen].mean(1)
-        at_goal = seconds[np.arange(len(chosen)), reached.argmax(1)]
-        whole = theirs.seconds[:, -1][chosen].mean(1)
+        goals = base_curves[:, -1][chosen].mean(1)
+        reached = curves[chosen].mean(1) >= goals[:, None]
+        spent = seconds[chosen].mean(1)
+        at_goal = spent[np.arange(len(chosen)), reached.argmax(1)]
+        whole = base_seconds[:, -1][chosen].mean(1)
         result: np.ndarray = np.where(reached.any(1), whole / at_goal, 0.0)
         return result
 
-    found = estimate(ratios, np.arange(len(mine.runs)))
+    found = estimate(ratios, np.arange(len(curves)))
     if not found.value:
         return None
     return found

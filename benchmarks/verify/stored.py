@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,7 +14,7 @@ from benchmarks.common.records import read_records
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result, Results
 from benchmarks.paper.catalogue import ALL
-from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time
+from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time, time_ratio
 
 RESULTS = ROOT / "docs" / "results"
 RUNS = RESULTS / "small.jsonl"
@@ -216,3 +217,44 @@ def colour_statistics(dataset: str) -> str:
     records = read_records(RESULTS / "colour_statistics.jsonl").values()
     found = [record.curve["top1"][0] for record in records if record.settings["dataset"].endswith(dataset)]
     return interval(100 * np.array(found)).text()
+
+
+class Quickstart:
+    """Compares an arm of examples/quickstart.py with vanilla: test loss, less is better."""
+
+    def __init__(self, arm: str) -> None:
+        self.loss, self.seconds = quickstart_runs(arm)
+        self.vanilla, self.vanilla_seconds = quickstart_runs("vanilla")
+
+    @property
+    def end(self) -> str:
+        """Return the mean loss after the last epoch with its 95 % interval."""
+        return _of_four_digits(interval(self.loss[:, -1]))
+
+    @property
+    def change(self) -> str:
+        """Return the difference from vanilla's, by seed."""
+        return _of_four_digits(interval(self.loss[:, -1] - self.vanilla[:, -1]), "+")
+
+    @property
+    def epoch(self) -> str:
+        """Return the epoch in which the mean loss passes vanilla's last."""
+        return str(epochs_to_reach(-self.loss.mean(0), -float(self.vanilla[:, -1].mean())) or "never")
+
+    @property
+    def in_time(self) -> str:
+        """Return vanilla's seconds over those until then, with their bootstrap interval."""
+        found = time_ratio(-self.loss, self.seconds, -self.vanilla, self.vanilla_seconds)
+        return "never" if found is None else found.text(digits=2)
+
+
+def quickstart_runs(arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the stored losses and the seconds of an arm, each (seeds, epochs)."""
+    lines = (RESULTS / "quickstart" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [row for row in map(json.loads, lines) if row["arm"] == arm]
+    runs.sort(key=lambda row: row["seed"])
+    return np.array([run["loss"] for run in runs]), np.array([run["seconds"] for run in runs])
+
+
+def _of_four_digits(found: Interval, sign: str = "") -> str:
+    return f"{found.mean:{sign}.4f} ± {found.half_width:.4f}"
