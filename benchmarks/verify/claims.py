@@ -12,6 +12,7 @@ import yaml
 from benchmarks.paper.summary import gain
 from benchmarks.verify.stored import (
     Pair,
+    Quickstart,
     arm_table,
     arms,
     colour_statistics,
@@ -75,7 +76,14 @@ def claims() -> dict[str, list[str]]:
 
 def figures() -> dict[str, str]:
     """Return the figures of sentences.yaml by name."""
-    return {**of_cifar10(), **of_other_settings(), **of_the_start(), **of_colour_statistics(), **of_costs()}
+    return {
+        **of_cifar10(),
+        **of_other_settings(),
+        **of_the_start(),
+        **of_colour_statistics(),
+        **of_costs(),
+        **of_the_quickstart(),
+    }
 
 
 def of_cifar10() -> dict[str, str]:
@@ -148,6 +156,18 @@ def of_colour_statistics() -> dict[str, str]:
         "crops_by_colours": colour_statistics("photo_crops"),
         "cifar_by_colours": colour_statistics("cifar10"),
     }
+
+
+def of_the_quickstart() -> dict[str, str]:
+    """Return those of masked image modelling by examples/quickstart.py."""
+    found = {"masked": Quickstart("vanilla").end}
+    for name, arm in {"tract": "TrAct", "start": "TrAct, whitened start"}.items():
+        runs = Quickstart(arm)
+        found[f"masked_{name}"] = runs.change
+        found[f"masked_{name}_epoch"] = runs.epoch
+        found[f"masked_{name}_in_time"] = runs.in_time
+    found["masked_start_from_tract"] = Quickstart("TrAct, whitened start", "TrAct").change
+    return found
 
 
 def of_costs() -> dict[str, str]:

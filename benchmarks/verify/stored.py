@@ -220,11 +220,11 @@ def colour_statistics(dataset: str) -> str:
 
 
 class Quickstart:
-    """Compares an arm of examples/quickstart.py with vanilla: test loss, less is better."""
+    """Compares an arm of examples/quickstart.py with another: test loss, less is better."""
 
-    def __init__(self, arm: str) -> None:
+    def __init__(self, arm: str, base: str = "vanilla") -> None:
         self.loss, self.seconds = quickstart_runs(arm)
-        self.vanilla, self.vanilla_seconds = quickstart_runs("vanilla")
+        self.base, self.base_seconds = quickstart_runs(base)
 
     @property
     def end(self) -> str:
@@ -233,18 +233,18 @@ class Quickstart:
 
     @property
     def change(self) -> str:
-        """Return the difference from vanilla's, by seed."""
-        return _of_four_digits(interval(self.loss[:, -1] - self.vanilla[:, -1]), "+")
+        """Return the difference from the base's, by seed."""
+        return _of_four_digits(interval(self.loss[:, -1] - self.base[:, -1]), "+")
 
     @property
     def epoch(self) -> str:
-        """Return the epoch in which the mean loss passes vanilla's last."""
-        return str(epochs_to_reach(-self.loss.mean(0), -float(self.vanilla[:, -1].mean())) or "never")
+        """Return the epoch in which the mean loss passes the base's last."""
+        return str(epochs_to_reach(-self.loss.mean(0), -float(self.base[:, -1].mean())) or "never")
 
     @property
     def in_time(self) -> str:
-        """Return vanilla's seconds over those until then, with their bootstrap interval."""
-        found = time_ratio(-self.loss, self.seconds, -self.vanilla, self.vanilla_seconds)
+        """Return the base's seconds over those until then, with their bootstrap interval."""
+        found = time_ratio(-self.loss, self.seconds, -self.base, self.base_seconds)
         return "never" if found is None else found.text(digits=2)
 
 
