@@ -18,7 +18,7 @@ TINY_VIT = json.dumps(
 )
 TINY_MASKED_VIT = TINY_VIT.replace("}", ', "encoder_stride": 8}')
 TINY_CONVNEXT = json.dumps({"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2})
-GAIN_OF_VIT = 0.145  # over the trivial loss, of vanilla
+GAIN_OF_VIT = 0.176  # vanilla's test loss below the trivial loss, mean of seeds 100 to 104
 ARMS = ["vanilla", "TrAct", "TrAct, whitened start"]
 
 
@@ -395,7 +395,7 @@ def rows_of(images, data) -> tuple[np.ndarray, torch.Tensor]:
     batches = quickstart.MaskedBatches(images, data, 6, train=False)
     batch = batches.__getitems__(list(range(len(images.labels))))
     pixels, hidden = batch["pixel_values"], batch["bool_masked_pos"]
-    statistics = np.hstack([statistics_of(images.pixels / 255, hidden), statistics_of(pixels, hidden)])
+    statistics = statistics_of(pixels, hidden)
     image, patch = (found.numpy() for found in hidden.nonzero(as_tuple=True))
     patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3).movedim(2, 1)[image, patch]
     features = np.column_stack([statistics[image], patch // 6, patch % 6])
@@ -405,8 +405,8 @@ def rows_of(images, data) -> tuple[np.ndarray, torch.Tensor]:
 def gain_of_forest(data) -> float:
     """Return how far a random forest that predicts the colour of hidden patches gets below the trivial loss."""
     features, patches = rows_of(data.train, data)
-    some = np.random.default_rng(0).choice(len(features), 8000, replace=False)
-    forest = RandomForestRegressor(20, min_samples_leaf=5, max_features=0.5, random_state=0)
+    some = np.random.default_rng(0).choice(len(features), 20000, replace=False)
+    forest = RandomForestRegressor(20, min_samples_leaf=5, random_state=0)
     forest.fit(features[some], patches.mean(2).numpy()[some])
     features, patches = rows_of(data.test, data)
     colours = torch.from_numpy(forest.predict(features)).float()
@@ -422,9 +422,13 @@ def all_photographs(all_squares):
 
 
 def test_statistics_of_colours_and_gradients_gain_less_than_half_of_what_the_vit_gains(all_photographs):
-    """The forest even knows the place of each hidden patch, and the colours before they are standardised."""
+    """The forest also knows the place of each hidden patch, without which it gains nothing.
+
+    It gained 0.027, which is 15 % of what the ViT gains. With the colours before they are standardised as well, it
+    gained less than 0.004, because other photographs have others.
+    """
     _, data = all_photographs
-    assert gain_of_forest(data) < GAIN_OF_VIT / 2
+    assert 0.01 < gain_of_forest(data) < GAIN_OF_VIT / 2
 
 
 @pytest.mark.slow
