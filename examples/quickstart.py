@@ -347,7 +347,7 @@ def settings_of_arms(options: Options, data: Data) -> dict[str, Record]:
 def train_arm(arm: str, seed: int, settings: Record, data: Data, options: Options) -> Record:
     """Train one arm from one seed, and return its record."""
     set_seed(seed)
-    model = make_model(options, data.names)
+    model = build_model(options, data.names)
     count = model.num_parameters()
     say(f"\n{arm}, seed {seed}: {options.model} with {count:,} parameters")
     clock = Clock()
@@ -423,7 +423,7 @@ class Clock(TrainerCallback):
         self.begin = time.process_time()
 
 
-def make_model(options: Options, names: list[str]) -> Any:
+def build_model(options: Options, names: list[str]) -> Any:
     """Make a model of random weights, or load a checkpoint with a new head, and try it on images of this size."""
     name, size = options.model, options.image_size
     factory: Any = AutoModelForMaskedImageModeling
@@ -579,7 +579,7 @@ def standardise_by_visible(pixels: Tensor, hidden: Tensor) -> Tensor:
 
 def trivial_loss(data: Data, options: Options) -> float:
     """Return the loss of predicting each test image's visible mean, which is 0, on at most 1000 of them."""
-    model = make_model(options, data.names)
+    model = build_model(options, data.names)
     batches = make_batches(data.test, data, model, options, train=False)
     some = range(min(len(batches), 1000))
     batch = batches.__getitems__(list(some))
@@ -729,7 +729,7 @@ def make_step(arm: str, data: Data, options: Options) -> Callable[[], None]:
     """Return a function that takes one training step, always on the same batch."""
     set_seed(0)
     device = torch.accelerator.current_accelerator(check_available=True)
-    model = make_model(options, data.names)
+    model = build_model(options, data.names)
     model = model.to(device or "cpu").train()
     rate, clip = options.learning_rate, options.max_grad_norm
     optimizer = torch.optim.AdamW(model.parameters(), rate)

@@ -351,7 +351,7 @@ def test_images_are_standardised_by_what_is_visible_alone():
 
 def test_the_loss_of_the_trivial_prediction_is_that_of_a_model_which_makes_it(masked_options, few_photographs):
     torch.manual_seed(0)
-    model = quickstart.make_model(masked_options, few_photographs.names)
+    model = quickstart.build_model(masked_options, few_photographs.names)
     for parameter in model.decoder.parameters():
         torch.nn.init.zeros_(parameter)
     batches = quickstart.make_batches(few_photographs.test, few_photographs, model, masked_options, train=False)
