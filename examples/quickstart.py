@@ -775,7 +775,11 @@ def report(results: dict[str, Result], seconds: dict[str, np.ndarray], options: 
     cells = [f"{result.clock[:, -1].mean():.1f}" for result in results.values()]
     table.add_row("seconds", *cells)
     console.print(table)
-    console.print("Seconds are of process time, all threads together, in training; testing is not counted.")
+    console.print("Seconds are of process time in training, all threads together, testing not counted.")
+    if torch.get_num_threads() > 1:
+        console.print(
+            "Threads that wait count too: compare seconds of runs with OMP_NUM_THREADS=1, or of a quiet machine."
+        )
     for arm in results:
         if arm != VANILLA:
             console.print(compare(arm, results, measure))
