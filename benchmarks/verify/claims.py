@@ -52,6 +52,7 @@ TABLES: dict[str, Callable[[], str]] = {
 # Documents whose figures are not looked for, and why.
 WHOLE = {
     "docs/results/small.md": "written by benchmarks.paper report; a test compares it with the stored runs",
+    "docs/results/evidence.md": "written by benchmarks.paper report; a test compares it with the stored runs",
     "docs/results/paper.md": "what the paper did and found, cited",
     "docs/results/plan.md": "what is to be run and how it is decided, before it is run",
     "docs/models.md": "written by benchmarks.survey",

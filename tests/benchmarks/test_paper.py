@@ -330,15 +330,16 @@ def test_a_crowded_plot_has_six_lines_and_every_arm_beside_them(tmp_path, monkey
     assert [label.get_text() for label in right.get_yticklabels()] == list(arms)
 
 
-def test_the_stored_results_are_what_the_stored_report_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["small", "evidence"])
+def test_the_stored_results_are_what_the_stored_report_says(name, tmp_path, monkeypatch):
     """The report in docs/results is that of the lines beside it, and no experiment's definition has changed since."""
     monkeypatch.setattr(report.plots, "curves", lambda title, settings, reference, path: path)
     monkeypatch.setattr(report.plots, "sweep", lambda title, arms, path: path)
     stored = ROOT / "docs" / "results"
-    text = report.write("small", stored / "small.jsonl", tmp_path).read_text()
-    assert text == (stored / "small.md").read_text()
+    text = report.write("small", stored / f"{name}.jsonl", tmp_path).read_text()
+    assert text == (stored / f"{name}.md").read_text()
     wanted = {job.key for experiment in ALL.values() for job in experiment.jobs("small", seeds=20)}
-    assert read_records(stored / "small.jsonl").keys() <= wanted
+    assert read_records(stored / f"{name}.jsonl").keys() <= wanted
 
 
 @pytest.mark.parametrize(
