@@ -79,6 +79,20 @@ def tuning_arms(epochs: int) -> dict[str, Changes]:
     return found
 
 
+def tuning(data: str, recipe: str, epochs: int, small: Changes) -> Experiment:
+    """Return E1's choice of a cell for each arm."""
+    return Experiment(
+        f"E1: ten cells of each arm, {data}, on the validation split",
+        recipe,
+        {"": {}},
+        tuning_arms(epochs),
+        small,
+        VIT_SMOKE | SMOKE_VALIDATION,
+        small_seeds=1,
+        first_seed=TUNING_SEED,
+    )
+
+
 EVIDENCE = {
     "evidence_rate": Experiment(
         "E0: the learning rate of vanilla, on the validation split",
@@ -102,26 +116,8 @@ EVIDENCE = {
         first_seed=FRESH_SEED,
         reference="TrAct",
     ),
-    "evidence_tuning_cifar10": Experiment(
-        "E1: ten cells of each arm, CIFAR-10, on the validation split",
-        "cifar10_vit.yaml",
-        {"": {}},
-        tuning_arms(67),
-        VIT_SMALL | VALIDATION,
-        VIT_SMOKE | SMOKE_VALIDATION,
-        small_seeds=1,
-        first_seed=TUNING_SEED,
-    ),
-    "evidence_tuning_flowers": Experiment(
-        "E1: ten cells of each arm, flowers, on the validation split",
-        "flowers_vit.yaml",
-        {"": {}},
-        tuning_arms(267),
-        FLOWERS_SMALL | FLOWERS_VALIDATION,
-        VIT_SMOKE | SMOKE_VALIDATION,
-        small_seeds=1,
-        first_seed=TUNING_SEED,
-    ),
+    "evidence_tuning_cifar10": tuning("CIFAR-10", "cifar10_vit.yaml", 67, VIT_SMALL | VALIDATION),
+    "evidence_tuning_flowers": tuning("flowers", "flowers_vit.yaml", 267, FLOWERS_SMALL | FLOWERS_VALIDATION),
     "evidence_few_patches": Experiment(
         "E2: fewer patches in a step than n",
         "cifar10_vit.yaml",

@@ -11,7 +11,6 @@ import yaml
 
 from benchmarks.paper.summary import gain
 from benchmarks.verify.stored import (
-    Pair,
     Quickstart,
     arm_table,
     arms,
@@ -21,6 +20,7 @@ from benchmarks.verify.stored import (
     final_interval,
     layer_table,
     markdown,
+    pair,
     step_table,
     times,
 )
@@ -89,20 +89,20 @@ def figures() -> dict[str, str]:
 
 def of_cifar10() -> dict[str, str]:
     """Return those of the small ViT and ResNet-18 on CIFAR-10."""
-    tract = Pair("cifar10_vit", TRACT)
-    resnet = Pair("cifar10_resnet18_sgd", TRACT)
+    tract = pair("cifar10_vit", TRACT)
+    resnet = pair("cifar10_resnet18_sgd", TRACT)
     return {
         "vanilla": final_interval("cifar10_vit", "vanilla"),
         "tract": tract.gain,
         "tract_epoch": tract.epoch,
         "tract_epochs": tract.speed_up,
         "tract_in_time": tract.in_time,
-        "shorter": Pair("speed_up", "TrAct 0.1 in 2/3").gain,
-        "lam_05": Pair("cifar10_vit", "TrAct 0.05").gain,
-        "lam_2": Pair("cifar10_vit", "TrAct 0.2").gain,
-        "lam_2_from_1": Pair("cifar10_vit", "TrAct 0.2", TRACT).gain,
-        "lam_low": Pair("lambda_sweep", "TrAct 0.00625").gain,
-        "lam_high": Pair("lambda_sweep", "TrAct 1.6").gain,
+        "shorter": pair("speed_up", "TrAct 0.1 in 2/3").gain,
+        "lam_05": pair("cifar10_vit", "TrAct 0.05").gain,
+        "lam_2": pair("cifar10_vit", "TrAct 0.2").gain,
+        "lam_2_from_1": pair("cifar10_vit", "TrAct 0.2", TRACT).gain,
+        "lam_low": pair("lambda_sweep", "TrAct 0.00625").gain,
+        "lam_high": pair("lambda_sweep", "TrAct 1.6").gain,
         "resnet": resnet.gain,
         "resnet_epochs": resnet.speed_up,
         "resnet_in_time": resnet.in_time.split()[0],
@@ -114,22 +114,22 @@ def of_other_settings() -> dict[str, str]:
     """Return those of norms, other pixels and lam in other units."""
     half, reflectance = "mean 0.5, std 0.5", "reflectance (0 to 0.3)"
     return {
-        "patch_norm": Pair("patch_norm", "PatchNorm").gain,
-        "dual_patch_norm": Pair("patch_norm", "DualPatchNorm").gain,
-        "stem": Pair("baselines", STEM).gain,
-        "unit_pixels": Pair("input_range", TRACT, setting="[0, 1]").gain,
-        "raw_pixels": Pair("input_range", TRACT, setting="[0, 255]").gain,
+        "patch_norm": pair("patch_norm", "PatchNorm").gain,
+        "dual_patch_norm": pair("patch_norm", "DualPatchNorm").gain,
+        "stem": pair("baselines", STEM).gain,
+        "unit_pixels": pair("input_range", TRACT, setting="[0, 1]").gain,
+        "raw_pixels": pair("input_range", TRACT, setting="[0, 255]").gain,
         "raw_vanilla": final_interval("input_range", "vanilla", "[0, 255]"),
         "raw_tract": final_interval("input_range", TRACT, "[0, 255]"),
-        "relative_half": Pair("lam_units", RELATIVE, TRACT, half).gain,
-        "relative_reflectance": Pair("lam_units", RELATIVE, TRACT, reflectance).gain,
+        "relative_half": pair("lam_units", RELATIVE, TRACT, half).gain,
+        "relative_reflectance": pair("lam_units", RELATIVE, TRACT, reflectance).gain,
     }
 
 
 def of_the_start() -> dict[str, str]:
     """Return those of a whitened start."""
-    vanilla = Pair("beyond_vit", START)
-    both = Pair("beyond_vit", START, TRACT)
+    vanilla = pair("beyond_vit", START)
+    both = pair("beyond_vit", START, TRACT)
     later = both.of(range(5, 20))
     alone = "start alone"
     return {
@@ -143,11 +143,11 @@ def of_the_start() -> dict[str, str]:
         "start_epoch_6": both.gain_after(6),
         "start_below": both.seeds_below,
         "start_best_rates": start_at_best_rates(),
-        "alone_adamw": Pair("beyond_crops", alone, setting=CROPS_ADAMW).gain,
-        "alone_sgd": Pair("beyond_crops", alone, setting=CROPS_SGD).gain,
-        "stem_adamw": Pair("beyond_crops", STEM, START, CROPS_ADAMW).gain,
-        "stem_sgd": Pair("beyond_crops", STEM, START, CROPS_SGD).gain,
-        "stem_cifar": Pair("beyond_vit", STEM, START).gain,
+        "alone_adamw": pair("beyond_crops", alone, setting=CROPS_ADAMW).gain,
+        "alone_sgd": pair("beyond_crops", alone, setting=CROPS_SGD).gain,
+        "stem_adamw": pair("beyond_crops", STEM, START, CROPS_ADAMW).gain,
+        "stem_sgd": pair("beyond_crops", STEM, START, CROPS_SGD).gain,
+        "stem_cifar": pair("beyond_vit", STEM, START).gain,
     }
 
 
@@ -191,7 +191,7 @@ def start_at_best_rates() -> str:
 
 def torch_tract_difference() -> str:
     """Return the largest difference between the paper's package and hf-tract in points, over epochs, from one seed."""
-    both = Pair("baselines", "torch_tract 0.1", TRACT)
+    both = pair("baselines", "torch_tract 0.1", TRACT)
     return f"{abs(both.arm.curves - both.base.curves).max():.2f}"
 
 
@@ -201,32 +201,31 @@ def lam_table() -> str:
     experiments |= {"0.8": "beyond_vit", "1.6": "lambda_sweep"}
     gains = []
     for lam, experiment in experiments.items():
-        gains.append(Pair(experiment, f"TrAct {lam}").gain)
-    lines = [["lam", *experiments], ["---"] * (1 + len(gains)), ["above vanilla", *gains]]
-    return markdown(lines)
+        gains.append(pair(experiment, f"TrAct {lam}").gain)
+    return markdown(["lam", *experiments], [["above vanilla", *gains]])
 
 
 def rate_table() -> str:
     """Return the final accuracy of each arm at each rate, with the number of seeds."""
     optimizers = {"AdamW": ("0.0005", "0.001", "0.002"), "SGD": ("0.03", "0.06", "0.12")}
     settings = [f"{name}, lr {rate}" for name, rates in optimizers.items() for rate in rates]
-    lines = [["top-1, %", *settings], ["---"] * (1 + len(settings))]
+    rows = []
     for arm in ("vanilla", TRACT, START):
         cells = [arm]
         for setting in settings:
             seeds = len(arms("beyond_rates", setting)[arm].runs)
             cells.append(f"{final_interval('beyond_rates', arm, setting)} ({seeds})")
-        lines.append(cells)
-    return markdown(lines)
+        rows.append(cells)
+    return markdown(["top-1, %", *settings], rows)
 
 
 def range_table() -> str:
     """Return the accuracy of each arm on pixels that are not standardised."""
     settings = ("[0, 1]", "[0, 255]")
-    lines = [["top-1, %", *settings], ["---"] * 3]
+    rows = []
     for arm in arms("beyond_range", settings[0]):
-        lines.append([arm, *(final("beyond_range", arm, setting) for setting in settings)])
-    return markdown(lines)
+        rows.append([arm, *(final("beyond_range", arm, setting) for setting in settings)])
+    return markdown(["top-1, %", *settings], rows)
 
 
 def start_table() -> str:
@@ -239,12 +238,10 @@ def start_table() -> str:
     for rate in ("0.03", "0.06", "0.12"):
         settings.append((f"photo crops, SGD {rate}", "beyond_rates", f"SGD, lr {rate}"))
     settings.append(("CIFAR-10, ResNet-18, SGD 0.08", "beyond_resnet", ""))
-    lines = [
-        "| a whitened start with TrAct | above vanilla | seeds | above TrAct alone | seeds |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for title, experiment, setting in settings:
-        above = Pair(experiment, START, "vanilla", setting)
-        alone = Pair(experiment, START, TRACT, setting)
-        lines.append(f"| {title} | {above.gain} | {len(above.arm.runs)} | {alone.gain} | {len(alone.arm.runs)} |")
-    return "\n".join(lines) + "\n"
+        above = pair(experiment, START, "vanilla", setting)
+        alone = pair(experiment, START, TRACT, setting)
+        rows.append([title, above.gain, str(len(above.arm.runs)), alone.gain, str(len(alone.arm.runs))])
+    head = ["a whitened start with TrAct", "above vanilla", "seeds", "above TrAct alone", "seeds"]
+    return markdown(head, rows)

@@ -5,26 +5,33 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks import ROOT, overhead_results
 from benchmarks.common.bootstrap import Estimate
-from benchmarks.common.records import read_records
+from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result, Results
 from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.report import MAX_SEEDS
 from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time, time_ratio
 
 RESULTS = ROOT / "docs" / "results"
 RUNS = RESULTS / "small.jsonl"
-MAX_SEEDS = 100
+
+
+@functools.cache
+def runs() -> dict[str, RunRecord]:
+    """Return the stored runs of the paper's experiments and those beyond it."""
+    return read_records(RUNS)
 
 
 @functools.cache
 def arms(experiment: str, setting: str = "") -> Arms:
     """Return the stored arms of an experiment in one setting."""
-    return collect(ALL[experiment], "small", MAX_SEEDS, read_records(RUNS))[setting]
+    return collect(ALL[experiment], "small", MAX_SEEDS, runs())[setting]
 
 
 def some(arm: Arm, seeds: Iterable[int]) -> Arm:
@@ -32,23 +39,17 @@ def some(arm: Arm, seeds: Iterable[int]) -> Arm:
     return Arm({seed: arm.runs[seed] for seed in seeds})
 
 
+@dataclass(frozen=True)
 class Pair:
-    """Compares an arm with another of the same setting, over the seeds that both have."""
+    """Compares an arm with another, which has the same seeds."""
 
-    def __init__(self, experiment: str, arm: str, base: str = "vanilla", setting: str = "") -> None:
-        found = arms(experiment, setting)
-        self.arm = found[arm].with_seeds_of(found[base])
-        self.base = found[base].with_seeds_of(found[arm])
+    arm: Arm
+    base: Arm
 
     @property
     def gain(self) -> str:
         """Return the difference in points with its 95 % interval."""
         return gain(self.arm, self.base).text("+")
-
-    @property
-    def points(self) -> str:
-        """Return the difference in points."""
-        return f"{gain(self.arm, self.base).mean:+.1f}"
 
     @property
     def p(self) -> str:
@@ -74,10 +75,8 @@ class Pair:
 
     def of(self, seeds: Iterable[int]) -> Pair:
         """Return the same over these seeds."""
-        other = object.__new__(Pair)
         chosen = list(seeds)
-        other.arm, other.base = some(self.arm, chosen), some(self.base, chosen)
-        return other
+        return Pair(some(self.arm, chosen), some(self.base, chosen))
 
     def gain_after(self, epoch: int) -> str:
         """Return the difference in points after that epoch."""
@@ -89,21 +88,20 @@ class Pair:
         return str(int((self.arm.final < self.base.final).sum()))
 
 
-def final(experiment: str, arm: str, setting: str = "", seeds: Iterable[int] | None = None) -> str:
+def pair(experiment: str, arm: str, base: str = "vanilla", setting: str = "") -> Pair:
+    """Return two stored arms of one setting, over the seeds that both have."""
+    found = arms(experiment, setting)
+    return Pair(found[arm].with_seeds_of(found[base]), found[base].with_seeds_of(found[arm]))
+
+
+def final(experiment: str, arm: str, setting: str = "") -> str:
     """Return an arm's mean final accuracy in per cent."""
-    return f"{_final(experiment, arm, setting, seeds).mean:.1f}"
+    return f"{interval(arms(experiment, setting)[arm].final).mean:.1f}"
 
 
 def final_interval(experiment: str, arm: str, setting: str = "") -> str:
     """Return an arm's mean final accuracy in per cent with its 95 % interval."""
-    return _final(experiment, arm, setting, None).text()
-
-
-def _final(experiment: str, arm: str, setting: str, seeds: Iterable[int] | None) -> Interval:
-    chosen = arms(experiment, setting)[arm]
-    if seeds is not None:
-        chosen = some(chosen, seeds)
-    return interval(chosen.final)
+    return interval(arms(experiment, setting)[arm].final).text()
 
 
 @functools.cache
@@ -148,7 +146,7 @@ def step_table(file: str) -> str:
                 times(result, THEIRS),
             ]
         )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def layer_table(file: str) -> str:
@@ -173,7 +171,7 @@ def layer_table(file: str) -> str:
                 _peak(result, THEIRS),
             ]
         )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def arm_table(experiment: str, setting: str = "", reference: str = "") -> str:
@@ -187,9 +185,9 @@ def arm_table(experiment: str, setting: str = "", reference: str = "") -> str:
     for name, arm in found.items():
         gains = []
         for base in bases:
-            gains.append("" if name in (first, base) else Pair(experiment, name, base, setting).gain)
+            gains.append("" if name in (first, base) else pair(experiment, name, base, setting).gain)
         rows.append([name, str(len(arm.runs)), interval(arm.final).text(), *gains])
-    return _markdown(["arm", "seeds", "top-1, %", *(f"from {base}, points" for base in bases)], rows)
+    return markdown(["arm", "seeds", "top-1, %", *(f"from {base}, points" for base in bases)], rows)
 
 
 def _name(result: Result) -> str:
@@ -203,13 +201,10 @@ def _peak(result: Result, arm: str) -> str:
     return "" if added is None else f"{added / 2**20:+z.1f} MiB"
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """Return lines of cells as the lines of a table."""
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return the lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    return markdown([head, ["---"] * len(head), *rows])
 
 
 def colour_statistics(dataset: str) -> str:
