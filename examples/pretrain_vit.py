@@ -1003,10 +1003,7 @@ def stop(message: str) -> NoReturn:
 def load_images(options: DataOptions) -> ImageData:
     """Load the images that `options` name, and find their columns, their classes and the split to test on."""
     splits = read_splits(options)
-    for option in ("train_split", "eval_split"):
-        split = getattr(options, option)
-        if split and split not in splits:
-            stop(f"--{option} {split}: {options.dataset} has the splits {', '.join(splits)}.")
+    check_splits(splits, options)
     train = pick_columns(splits[options.train_split], options)
     names = class_names(train, options)
     train = number_labels(train, names, options)
@@ -1017,12 +1014,17 @@ def load_images(options: DataOptions) -> ImageData:
         test = number_labels(test, names, options)
     else:
         train, test = hold_out(train, options)
-    train = sample(train, options.train_samples)
-    test = sample(test, options.test_samples)
-    if options.corrupt_images == "skip":
-        train = drop_corrupt(train)
-        test = drop_corrupt(test)
+    train = as_asked(train, options.train_samples, options)
+    test = as_asked(test, options.test_samples, options)
     return ImageData(train, test, names, eval_split or "test")
+
+
+def check_splits(splits: datasets.DatasetDict, options: DataOptions) -> None:
+    """Refuse names of splits that are not there."""
+    for option in ("train_split", "eval_split"):
+        split = getattr(options, option)
+        if split and split not in splits:
+            stop(f"--{option} {split}: {options.dataset} has the splits {', '.join(splits)}.")
 
 
 def read_splits(options: DataOptions) -> datasets.DatasetDict:
@@ -1151,6 +1153,14 @@ def report_empty_classes(train: datasets.Dataset, names: list[str], options: Dat
     if empty:
         classes = ", ".join(sorted(empty))
         say(f"{options.dataset} has no training image of {classes}: such a class is not learned.")
+
+
+def as_asked(rows: datasets.Dataset, count: int, options: DataOptions) -> datasets.Dataset:
+    """Return `count` of the rows, all for 0, without corrupt images if the options say so."""
+    rows = sample(rows, count)
+    if options.corrupt_images == "skip":
+        rows = drop_corrupt(rows)
+    return rows
 
 
 def sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
