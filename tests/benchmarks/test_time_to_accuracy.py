@@ -1,0 +1,89 @@
+"""Seconds to an accuracy are read off the line through whole runs of several lengths, as the plan says."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.common.bootstrap import Estimate
+from benchmarks.common.records import RunRecord
+from benchmarks.paper.summary import Arm
+from benchmarks.paper.time_to_accuracy import (
+    NO_SPEED_UP,
+    Horizons,
+    horizons_of,
+    name_at,
+    seconds_to_reach,
+    sentence,
+    speed_up,
+)
+
+EPOCHS = (5, 7, 10, 15)
+SEEDS = range(100, 108)
+
+
+def runs(accuracies, seconds_an_epoch):
+    """Eight seeds of each horizon, with a little noise by seed."""
+    noise = np.random.default_rng(0).normal(0, 0.2, len(SEEDS))
+    accuracy = np.array(accuracies)[None] + noise[:, None]
+    seconds = seconds_an_epoch * np.tile(np.array(EPOCHS, float), (len(SEEDS), 1))
+    return Horizons(seconds, accuracy)
+
+
+def test_an_arm_that_is_as_accurate_in_fewer_epochs_is_as_much_faster_as_its_seconds_say():
+    base = runs([50, 52, 54, 56], 1.0)
+    arm = runs([52, 54, 56, 58], 1.2)
+    found = speed_up(arm, base)
+    assert found.value == pytest.approx(15 / 12)
+    assert found.low == pytest.approx(found.value)
+
+
+def test_the_baseline_is_as_fast_as_itself():
+    base = runs([50, 52, 54, 56], 1.0)
+    assert speed_up(base, base) == pytest.approx((1, 1, 1))
+
+
+def test_what_is_never_reached_counts_as_nothing():
+    base = runs([50, 52, 54, 56], 1.0)
+    assert speed_up(runs([40, 42, 44, 46], 1.0), base) == (0, 0, 0)
+
+
+def test_between_two_horizons_the_line_is_taken_and_before_the_first_nothing_is_guessed():
+    seconds = np.array([[5.0, 7, 10, 15]])
+    accuracy = np.array([[50.0, 52, 54, 56]])
+    for goal, expected in ((53.0, 8.5), (49.0, 5.0), (50.0, 5.0), (56.0, 15.0), (56.1, np.inf)):
+        assert seconds_to_reach(np.array([goal]), seconds, accuracy) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0, 100), min_size=4, max_size=4), st.floats(0, 100))
+def test_seconds_are_those_of_a_plain_search(accuracies, goal):
+    """The line need not rise everywhere: its first crossing counts."""
+    seconds = [5.0, 7.0, 10.0, 15.0]
+    expected = np.inf
+    if accuracies[0] >= goal:
+        expected = seconds[0]
+    else:
+        for i in range(3):
+            if accuracies[i + 1] >= goal:
+                expected = np.interp(goal, accuracies[i : i + 2], seconds[i : i + 2])
+                break
+    found = seconds_to_reach(np.array([goal]), np.array([seconds]), np.array([accuracies]))
+    assert found == pytest.approx(expected)
+
+
+def test_horizons_are_read_from_the_arms_by_their_names():
+    arms = {}
+    for epochs in EPOCHS:
+        arm = arms[name_at("TrAct", epochs)] = Arm()
+        for seed in SEEDS:
+            curve = {"top1": [0.1] * (epochs - 1) + [epochs / 100]}
+            arm.runs[seed] = RunRecord("key", "TrAct", {}, seed, curve, list(range(1, epochs + 1)), command="x")
+    found = horizons_of(arms, "TrAct", EPOCHS)
+    assert found.accuracy == pytest.approx(np.tile(EPOCHS, (len(SEEDS), 1)))
+    assert found.seconds == pytest.approx(np.tile(EPOCHS, (len(SEEDS), 1)))
+
+
+def test_a_speed_up_is_claimed_by_the_smaller_lower_end_and_only_if_both_are_above():
+    both = {"CIFAR-10": Estimate(1.4, 1.3, 1.5), "flowers": Estimate(1.5, 1.2, 1.7)}
+    assert sentence("TrAct", both) == "TrAct: at least 1.20 times as fast in time, on CIFAR-10 and flowers."
+    assert sentence("TrAct", both | {"flowers": Estimate(1.5, 1.1, 1.7)}) == NO_SPEED_UP
