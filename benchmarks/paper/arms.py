@@ -13,8 +13,14 @@ from torchvision.transforms import v2
 
 import hf_tract.core.step
 from benchmarks.paper.cifar_models import PREFIX, cifar_model
-from benchmarks.paper.layers import WHITENING_EPS, dual_patch_norm, patch_norm, whitening_stem
-from benchmarks.paper.optimizers import first_layer
+from benchmarks.paper.layers import (
+    WHITENING_EPS,
+    dual_patch_norm,
+    first_layer,
+    patch_norm,
+    whitened_coordinates,
+    whitening_stem,
+)
 from benchmarks.paper.rules import Rule, ruled
 from benchmarks.training.data import Normalization, Splits, to_tensor
 from benchmarks.training.loop import MakeModel, usual_model
@@ -30,8 +36,8 @@ RULES: dict[str, dict[str, Any]] = {
     "schedule_up": {"lam_end": 0.8},
 }
 SAME_MODEL = ("none", "sgd_first", "grafted", "rounded", "frozen", "oracle")
-# eigen: whitening whose damping is the recipe's lam
-OF_PATCHES = ("patch_norm", "dual_patch_norm", "whitening", "eigen")
+# eigen: whitening whose damping is the recipe's lam; coordinates: the same, and it starts as the plain layer does
+OF_PATCHES = ("patch_norm", "dual_patch_norm", "whitening", "eigen", "coordinates")
 VARIANTS = (*SAME_MODEL, *OF_PATCHES, "torch_tract", *RULES)
 # The whitening is taken from the patches of so many images.
 WHITENED_IMAGES = 2000
@@ -94,12 +100,14 @@ def _in_its_place(layer: Any, variant: str, recipe: Recipe, splits: Splits, look
         return ruled(layer, Rule(recipe.lam, **RULES[variant]), steps)
     if layer.kernel_size != layer.stride:
         raise ValueError(f"`variant` (={variant!r}) is of patches that do not overlap, and {layer} has others.")
-    if variant in ("whitening", "eigen"):
-        eps = recipe.lam if variant == "eigen" else WHITENING_EPS
-        return whitening_stem(layer, _some_patches(splits, look, layer.kernel_size[0]), eps)
     if variant == "patch_norm":
         return patch_norm(layer)
-    return dual_patch_norm(layer)
+    if variant == "dual_patch_norm":
+        return dual_patch_norm(layer)
+    patches = _some_patches(splits, look, layer.kernel_size[0])
+    if variant == "coordinates":
+        return whitened_coordinates(layer, patches, recipe.lam)
+    return whitening_stem(layer, patches, recipe.lam if variant == "eigen" else WHITENING_EPS)
 
 
 def _some_patches(splits: Splits, look: Normalization, patch: int) -> Tensor:

@@ -163,11 +163,13 @@ class Job:
 
 def _options(config: Changes) -> list[str]:
     options = ["--variant", config.get("variant", "none")]
-    for flag in ("no_tract", "emulate_bf16"):
+    for flag in ("no_tract", "emulate_bf16", "relative_lam"):
         if config.get(flag):
             options.append(f"--{flag}")
     if "first_rate" in config:
         options += ["--first_rate", str(config["first_rate"])]
+    if "layers" in config:
+        options += ["--layers", *config["layers"]]
     return options
 
 

@@ -4,8 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_tract import find_first_layers
+
 # airbench's.
 WHITENING_EPS = 5e-4
+
+
+def first_layer(model: nn.Module) -> str:
+    """Return the name of the layer that TrAct would take."""
+    (layer,) = find_first_layers(model)
+    return layer.name
 
 
 class Around(nn.Module):
@@ -79,6 +87,20 @@ def dual_patch_norm(layer: nn.Conv2d) -> nn.Module:
     """Return the layer between two norms with parameters."""
     norm = nn.LayerNorm(layer.weight[0].numel())
     return Around(OnPatches(layer.kernel_size[0], norm), layer, ChannelNorm(layer.out_channels))
+
+
+def whitened_coordinates(layer: nn.Conv2d, patches: Tensor, eps: float) -> nn.Module:
+    """Return the layer in whitened coordinates; it computes what it computed before.
+
+    With D the second moment of these patches (b, n) plus `eps`, and U its eigenvectors, the layer's weight is now
+    V (D^-1/2 U)^T, and V is what is trained: its gradient is that of the weight, times D^-1/2 U.
+    """
+    whitening = Whitening(patches, eps)
+    back = torch.linalg.inv(whitening.matrix.double())
+    with torch.no_grad():
+        rows = layer.weight.flatten(1).double() @ back.T
+        layer.weight.copy_(rows.view_as(layer.weight))
+    return Around(OnPatches(layer.kernel_size[0], whitening), layer)
 
 
 def whitening_stem(layer: nn.Conv2d, patches: Tensor, eps: float) -> nn.Module:

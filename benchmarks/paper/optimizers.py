@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.paper.layers import first_layer
+from benchmarks.paper.named_optimizers import named_optimizer
 from benchmarks.training.loop import MakeOptimizer, usual_optimizer
 from benchmarks.training.recipe import Recipe
-from hf_tract import find_first_layers
 
 
 def optimizer_maker(variant: str, first_learning_rate: float, first_rate: float = 1.0) -> MakeOptimizer:
@@ -26,7 +27,7 @@ def optimizer_maker(variant: str, first_learning_rate: float, first_rate: float 
             return _sgd_for_the_first(recipe, model, layer, first_learning_rate)
         if variant == "grafted":
             return _grafted(recipe, model, layer)
-        optimizer = usual_optimizer(recipe, model)
+        optimizer = named_optimizer(recipe, model)
         if first_rate != 1.0:
             _take_out(optimizer, set(layer.parameters()), first_rate)
         return optimizer
@@ -34,19 +35,24 @@ def optimizer_maker(variant: str, first_learning_rate: float, first_rate: float 
     return make
 
 
-def first_layer(model: nn.Module) -> str:
-    """Return the name of the layer that TrAct would take."""
-    (layer,) = find_first_layers(model)
-    return layer.name
-
-
 def _take_out(optimizer: torch.optim.Optimizer, chosen: set[nn.Parameter], rate: float) -> None:
     """Give these parameters groups of their own, with `rate` times the learning rate."""
     for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if parameter in chosen]
-        group["params"] = [parameter for parameter in group["params"] if parameter not in chosen]
+        mine = _take(group, chosen)
         if mine:
             optimizer.add_param_group({**group, "params": mine, "lr": rate * group["lr"]})
+
+
+def _take(group: dict[str, Any], chosen: set[nn.Parameter]) -> list[nn.Parameter]:
+    """Take these parameters out of a group, and return those that it had."""
+    taken, left = [], []
+    for parameter in group["params"]:
+        if parameter in chosen:
+            taken.append(parameter)
+        else:
+            left.append(parameter)
+    group["params"] = left
+    return taken
 
 
 def _sgd_for_the_first(recipe: Recipe, model: nn.Module, layer: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -61,9 +67,10 @@ def _grafted(recipe: Recipe, model: nn.Module, layer: Any) -> torch.optim.Optimi
     if recipe.optimizer != "adam" or layer.kernel_size != layer.stride:
         raise ValueError(f"`variant` (='grafted') is of Adam (not {recipe.optimizer}) and of patches, not of {layer}.")
     rest = usual_optimizer(recipe, model)
-    (group,) = (group for group in rest.param_groups if any(each is layer.weight for each in group["params"]))
-    decay = group["weight_decay"]
-    group["params"] = [parameter for parameter in group["params"] if parameter is not layer.weight]
+    decay = 0.0
+    for group in rest.param_groups:
+        if _take(group, {layer.weight}):
+            decay = group["weight_decay"]
     return Both(Grafted(layer, recipe.learning_rate, decay, recipe.lam), rest)
 
 

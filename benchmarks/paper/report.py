@@ -9,8 +9,7 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
 from benchmarks.paper import plots
-from benchmarks.paper.catalogue import ALL
-from benchmarks.paper.evidence import EVIDENCE
+from benchmarks.paper.catalogue import ALL, PLANNED
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
 from benchmarks.paper.verdicts import step_size
@@ -58,7 +57,7 @@ def write(scale: str, file: Path, folder: Path) -> Path:
 
 def _unfinished(name: str, experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> str:
     """Say how far a planned experiment is, before whose last run nobody is to look; empty for a whole one."""
-    if name not in EVIDENCE:
+    if name not in PLANNED:
         return ""
     keys = {job.key for job in experiment.jobs(scale)}
     done = len(keys & have.keys())

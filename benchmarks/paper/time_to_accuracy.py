@@ -51,7 +51,9 @@ def speed_up(arm: Horizons, base: Horizons) -> Estimate:
         """Take numbers of seeds, (samples, seeds)."""
         goals = base.accuracy[chosen].mean(1)[:, -1]
         whole = base.seconds[chosen].mean(1)[:, -1]
-        return whole / seconds_to_reach(goals, arm.seconds[chosen].mean(1), arm.accuracy[chosen].mean(1))
+        spent = seconds_to_reach(goals, arm.seconds[chosen].mean(1), arm.accuracy[chosen].mean(1))
+        result: np.ndarray = whole / spent
+        return result
 
     return estimate(ratios, np.arange(len(base.accuracy)))
 

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
@@ -17,6 +16,7 @@ from benchmarks.common.records import environment
 from benchmarks.paper.arms import VARIANTS, maker
 from benchmarks.paper.emulated_bf16 import EmulatedBF16
 from benchmarks.paper.optimizers import optimizer_maker
+from benchmarks.paper.relative_damping import relative_damping
 from benchmarks.training.loop import Options, train
 from benchmarks.training.models import save_model
 from benchmarks.training.recipe import read_recipe
@@ -29,12 +29,13 @@ def main() -> None:
     """Train, and leave the figures."""
     args = parse()
     recipe = read_recipe(args.recipe)
-    options = Options(args.output_dir, not args.no_tract, args.num_workers)
+    options = Options(args.output_dir, not args.no_tract, args.num_workers, args.layers or "auto")
     make_optimizer = optimizer_maker(args.variant, args.first_learning_rate, args.first_rate)
-    products: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if args.emulate_bf16:
-        products = EmulatedBF16()
-    with products:
+    with contextlib.ExitStack() as changes:
+        if args.emulate_bf16:
+            changes.enter_context(EmulatedBF16())
+        if args.relative_lam:
+            changes.enter_context(relative_damping())
         trained = train(recipe, options, maker(args.variant, args.donor), make_optimizer)
     if not PartialState().is_main_process:
         return
@@ -56,6 +57,8 @@ def parse() -> argparse.Namespace:
     add("--variant", choices=VARIANTS, default="none", help="of the first layer (default: none)")
     add("--first_learning_rate", type=float, default=0.08, help="of the first layer, for sgd_first (default: 0.08)")
     add("--first_rate", type=float, default=1.0, help="the first layer's learning rate over the others' (default: 1)")
+    add("--layers", nargs="+", help="names or patterns of the layers that get TrAct (default: the first)")
+    add("--relative_lam", action="store_true", help="take lam in units of the mean square of what a layer reads")
     add("--donor", type=Path, help="folder of a model whose first layer is the start, for oracle")
     add("--emulate_bf16", action="store_true", help="compute bfloat16 products in float32, on a slow CPU")
     add("--num_workers", type=int, default=0, help="processes that read images (default: 0)")

@@ -20,6 +20,7 @@ from benchmarks.training.loaders import Loaders, make_loaders
 from benchmarks.training.models import logits_of, make_model
 from benchmarks.training.recipe import Recipe
 from hf_tract import apply_tract, whiten_first_layer
+from hf_tract.discovery.first_layer import LayerSelection
 from hf_tract.metrics import TopK
 
 MakeModel = Callable[[Recipe, Splits, Normalization], nn.Module]
@@ -32,6 +33,8 @@ class Options(NamedTuple):
     output_dir: Path
     tract: bool = True
     num_workers: int = 0
+    # Those that get TrAct, as in hf_tract.apply_tract.
+    layers: LayerSelection = "auto"
 
 
 class Trained(NamedTuple):
@@ -89,7 +92,7 @@ def train(
     set_seed(recipe.seed, device_specific=True)
     optimizer = make_optimizer(recipe, model)
     if options.tract:
-        accelerator.print(apply_tract(model, recipe.lam))
+        accelerator.print(apply_tract(model, recipe.lam, options.layers))
     training = _Training(recipe, accelerator, loaders, model, optimizer)
     training.make_loss(len(splits.names))
     training.history.seconds_before = whitening_seconds
@@ -165,6 +168,7 @@ class _Training:
             start = _clock()
             loss = self._train_epoch(epoch, bar)
             seconds = self.history.seconds + _clock() - start
+            self.optimizer.eval()
             scores = evaluate(self.model, self.test_loader, self.accelerator)
             self.history.add(loss=loss, seconds=round(seconds, 3), **scores)
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{scores['top1']:.3f}")
@@ -176,6 +180,8 @@ class _Training:
         self.images.set_epoch(epoch)
         self.train_loader.set_epoch(epoch)
         self.model.train()
+        # Schedule-free optimizers train other weights than they test.
+        self.optimizer.train()
         loss = torch.zeros(())
         for number, (pixels, labels) in enumerate(self.train_loader, 1):
             loss = self._step(pixels, labels)

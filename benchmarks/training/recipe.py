@@ -37,7 +37,7 @@ class Recipe:
     # One of no, bf16 and fp16.
     mixed_precision: str = "no"
     channels_last: bool = False
-    # Any name of timm.optim.create_optimizer_v2.
+    # Any name of timm.optim.create_optimizer_v2; benchmarks.paper knows more.
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0

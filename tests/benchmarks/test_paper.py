@@ -22,9 +22,11 @@ from benchmarks.paper.beyond import BEYOND
 from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.cifar_models import cifar_model
 from benchmarks.paper.evidence import EVIDENCE, FRESH_SEED
+from benchmarks.paper.evidence_layers import LAYER_EVIDENCE
+from benchmarks.paper.evidence_optimizers import OPTIMIZER_EVIDENCE
 from benchmarks.paper.experiment import Experiment, Job
 from benchmarks.paper.experiments import CIFAR100, EXPERIMENTS
-from benchmarks.paper.optimizers import first_layer
+from benchmarks.paper.layers import first_layer
 from benchmarks.paper.runner import Launch
 from benchmarks.paper.summary import Arm, collect, gain, holm, speed_up, speed_up_in_time
 from benchmarks.training.recipe import Recipe
@@ -127,7 +129,7 @@ def small_enough(experiment: Experiment) -> Experiment:
 
 
 SWEPT = [small_enough(experiment) for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]]]
-SWEPT.append(EVIDENCE["evidence_step_size"])
+SWEPT += [EVIDENCE["evidence_step_size"], *OPTIMIZER_EVIDENCE.values(), *LAYER_EVIDENCE.values()]
 
 
 def run_here(what, todo, at_once, done, devices):

@@ -1,6 +1,7 @@
 """What the paper compares TrAct with: the norms, the whitening and the two optimizers are what they are called."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.paper.arms import maker
-from benchmarks.paper.layers import Around, ChannelNorm, OnPatches, Whitening
-from benchmarks.paper.optimizers import Both, Grafted, first_layer, optimizer_maker
+from benchmarks.paper.layers import Around, ChannelNorm, OnPatches, Whitening, first_layer
+from benchmarks.paper.named_optimizers import named_optimizer
+from benchmarks.paper.optimizers import Both, Grafted, optimizer_maker
+from benchmarks.paper.relative_damping import relative_damping
 from benchmarks.training.data import Normalization, load_splits
+from benchmarks.training.loop import Options, train
 from benchmarks.training.recipe import Recipe
+from helpers.environments import reset_accelerate
+from hf_tract import apply_tract
 
 PATCH, CHANNELS = 4, 8
 VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4}
@@ -125,6 +131,123 @@ def test_eigenvectors_multiplied_out_are_an_ordinary_layer(pixels):
     torch.testing.assert_close(stem(pixels), ordinary(pixels), rtol=1e-4, atol=1e-4)
     # Directions of little variance are damped by lam.
     assert inner.norm(dim=0).max() <= recipe.lam**-0.5 * 1.001
+
+
+def test_whitened_coordinates_start_as_the_plain_layer_and_step_as_the_gradient_in_them_says(pixels):
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64, lam=0.1)
+    splits = load_splits(recipe)
+    torch.manual_seed(0)
+    plain = projection_of(maker("none")(recipe, splits, LOOK))
+    torch.manual_seed(0)
+    stem = projection_of(maker("coordinates")(recipe, splits, LOOK))
+    torch.testing.assert_close(stem(pixels), plain(pixels), rtol=1e-4, atol=1e-4)
+    matrix = stem.before.inner.matrix.double()
+    for layer in (plain, stem):
+        layer(pixels).square().sum().backward()
+    wanted = plain.weight.grad.flatten(1).double() @ matrix
+    torch.testing.assert_close(stem.layer.weight.grad.flatten(1).double(), wanted, rtol=1e-3, atol=1e-3)
+    # D^-1/2 U times its transpose is the inverse of the damped second moment.
+    damped = torch.linalg.inv(matrix @ matrix.T)
+    assert torch.linalg.eigvalsh(damped).min() >= recipe.lam * 0.999
+
+
+def adamw_takes(optimizer, model):
+    """The names of the parameters that Muon leaves to AdamW, after a step."""
+    for each in model.parameters():
+        each.grad = torch.randn_like(each)
+    optimizer.step()
+    return {name for name, each in model.named_parameters() if not optimizer.state[each]["use_muon"]}
+
+
+def test_the_usual_muon_leaves_first_layer_and_head_to_adamw():
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64, optimizer="muon_split", weight_decay=0.05)
+    model = maker("none")(recipe, load_splits(recipe), LOOK)
+    theirs = adamw_takes(named_optimizer(recipe, model), model)
+    blocks = {name for name, each in model.vit.named_parameters(prefix="vit") if ".layers." in name and each.ndim == 2}
+    assert theirs == {name for name, _ in model.named_parameters()} - blocks
+    assert len(blocks) == 6
+    everything = adamw_takes(named_optimizer(dataclasses.replace(recipe, optimizer="muon"), model), model)
+    assert theirs - everything == {"vit.embeddings.patch_embeddings.projection.weight", "classifier.weight"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon_split", "muon", "soap", "schedule_free"])
+def test_every_optimizer_decays_matrices_alone_and_goes_on_from_a_checkpoint(name):
+    recipe = Recipe(model="vit", model_config=VIT, train_samples=64, optimizer=name, weight_decay=0.05)
+    splits = load_splits(recipe)
+    model = maker("none")(recipe, splits, LOOK)
+    optimizer = named_optimizer(recipe, model)
+    decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    for each in model.parameters():
+        assert decays[id(each)] == (0.05 if each.ndim > 1 else 0.0)
+    images = torch.randn(3, 4, 3, 32, 32)
+
+    def steps(model, optimizer, batches):
+        for batch in batches:
+            optimizer.zero_grad()
+            model(batch).logits.logsumexp(-1).sum().backward()
+            optimizer.step()
+
+    steps(model, optimizer, images[:2])
+    resumed = maker("none")(recipe, splits, LOOK)
+    resumed.load_state_dict(model.state_dict())
+    again = named_optimizer(recipe, resumed)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = copy.deepcopy(list(model.parameters()))
+    steps(model, optimizer, images[2:])
+    steps(resumed, again, images[2:])
+    torch.testing.assert_close(list(resumed.parameters()), list(model.parameters()))
+    assert any((old - new).abs().max() > 1e-4 for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_schedule_free_is_tested_with_the_averaged_weights(tmp_path):
+    recipe = Recipe(
+        model="vit",
+        model_config=VIT,
+        train_samples=64,
+        test_samples=32,
+        optimizer="schedule_free",
+        schedule="constant",
+    )
+    recipe = dataclasses.replace(recipe, epochs=2, batch_size=16, learning_rate=0.01)
+    seen = []
+
+    def kept(recipe, model):
+        seen.append(named_optimizer(recipe, model))
+        return seen[0]
+
+    trained = train(recipe, Options(tmp_path), make_optimizer=kept)
+    (optimizer,) = seen
+    assert not optimizer.param_groups[0]["train_mode"]
+    averaged = copy.deepcopy(list(trained.model.parameters()))
+    optimizer.train()
+    assert any((x - y).abs().max() > 1e-4 for x, y in zip(averaged, trained.model.parameters(), strict=True))
+    reset_accelerate()
+
+
+def test_relative_damping_is_lam_times_the_mean_square_of_what_each_layer_reads():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(1), nn.GELU(), nn.Linear(8 * 16, 5))
+    pixels = 7 * torch.randn(6, 3, 16, 16)
+    plain = copy.deepcopy(model)
+    plain(pixels).logsumexp(-1).sum().backward()
+    with relative_damping(), apply_tract(model, 0.3, layers="*"):
+        model(pixels).logsumexp(-1).sum().backward()
+    hidden = plain[:3](pixels).detach()
+    patches = F.unfold(pixels, 4, stride=4).mT.flatten(0, 1)
+    for layer, other, rows in ((model[0], plain[0], patches), (model[3], plain[3], hidden)):
+        rows = rows.double()
+        moment = rows.T @ rows / len(rows)
+        damped = moment + 0.3 * moment.trace() / len(moment) * torch.eye(len(moment), dtype=torch.float64)
+        wanted = torch.linalg.solve(damped, other.weight.grad.flatten(1).double(), left=False)
+        torch.testing.assert_close(layer.weight.grad.flatten(1).double(), wanted, rtol=1e-3, atol=1e-5)
+    # Outside, lam is absolute again.
+    model.zero_grad()
+    with apply_tract(model, 0.3):
+        model(pixels).logsumexp(-1).sum().backward()
+    damped = patches.T @ patches / len(patches) + 0.3 * torch.eye(48)
+    wanted = torch.linalg.solve(damped.double(), plain[0].weight.grad.flatten(1).double(), left=False)
+    torch.testing.assert_close(model[0].weight.grad.flatten(1).double(), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_a_frozen_first_layer_is_not_in_the_optimizer():

@@ -1,0 +1,61 @@
+"""Lists E4 of docs/results/plan.md: TrAct in deeper layers."""
+
+from __future__ import annotations
+
+from benchmarks.paper.evidence import SMOKE_VALIDATION, TUNING_SEED, VALIDATION
+from benchmarks.paper.experiment import Changes, Experiment
+from benchmarks.paper.experiments import NO_TRACT, RESNET_SMALL, RESNET_SMOKE, VIT_SMALL, VIT_SMOKE
+
+# Deeper layers read features of any size, so lam is in units of their mean square.
+RELATIVE = {"relative_lam": True}
+VIT_LAYERS: dict[str, Changes] = {
+    "first layer": RELATIVE,
+    "and first block": RELATIVE | {"layers": ["vit.embeddings.*", "vit.layers.0.*"]},
+    "all layers": RELATIVE | {"layers": ["*"]},
+}
+RESNET_LAYERS: dict[str, Changes] = {
+    "first layer": RELATIVE,
+    "and first stage": RELATIVE | {"layers": ["conv1", "layer1.*"]},
+    "all layers": RELATIVE | {"layers": ["*"]},
+}
+VIT_RATES = (1e-3, 2e-3, 4e-3)
+# With SGD the gradient's length counts too, so the range is wide.
+RESNET_RATES = (0.02, 0.04, 0.08, 0.16)
+LAMS = (0.1, 1.0)
+
+
+def cells(layers: dict[str, Changes], rates: tuple[float, ...]) -> dict[str, Changes]:
+    """Return each choice of layers at each rate and damping, and as many cells without TrAct."""
+    found: dict[str, Changes] = {}
+    for rate in rates:
+        for between in (rate, rate * 2**0.5):
+            found[f"vanilla, lr {between:.3g}"] = NO_TRACT | {"learning_rate": between}
+    for name, arm in layers.items():
+        for rate in rates:
+            for lam in LAMS:
+                found[f"{name}, {lam:g}, lr {rate:g}"] = arm | {"lam": lam, "learning_rate": rate}
+    return found
+
+
+def tuning(model: str, recipe: str, arms: dict[str, Changes], small: Changes, smoke: Changes) -> Experiment:
+    """Return the choice of a cell for each arm."""
+    return Experiment(
+        f"E4: rates and dampings of deeper layers, {model}, on the validation split",
+        recipe,
+        {"": {}},
+        arms,
+        small | VALIDATION,
+        smoke | SMOKE_VALIDATION,
+        small_seeds=1,
+        first_seed=TUNING_SEED,
+    )
+
+
+LAYER_EVIDENCE = {
+    "evidence_tuning_vit_layers": tuning(
+        "ViT", "cifar10_vit.yaml", cells(VIT_LAYERS, VIT_RATES), VIT_SMALL, VIT_SMOKE
+    ),
+    "evidence_tuning_resnet_layers": tuning(
+        "ResNet-18", "cifar10_resnet18.yaml", cells(RESNET_LAYERS, RESNET_RATES), RESNET_SMALL, RESNET_SMOKE
+    ),
+}
