@@ -1,0 +1,130 @@
+"""Corruptions are what they are called, kept runs are tested once, and the table says what an arm loses."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchmetrics.classification import MulticlassCalibrationError
+
+from benchmarks import robustness, robustness_results
+from benchmarks.common.records import RunRecord, add_record, read_records
+from benchmarks.common.statistics import interval
+from benchmarks.paper.evidence import EVIDENCE
+from benchmarks.paper.runner import write_recipe
+from benchmarks.robustness import ARMS, CORRUPTIONS, SEEDS
+from benchmarks.training.models import make_model
+
+JOBS = [job for job in EVIDENCE["evidence_step_size"].jobs("smoke") if job.arm in ("vanilla", "TrAct")]
+# So bright that brightness and contrast clip nothing.
+PIXELS = 0.2 + 0.2 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_plans_runs_are_those_of_four_arms_and_five_seeds():
+    jobs = list(robustness.jobs_of_the_plan())
+    assert {(job.arm, job.seed) for job in jobs} == {(arm, seed) for arm in ARMS for seed in SEEDS}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_every_corruption_grows_with_its_strength_and_is_the_same_each_time(name):
+    distances = []
+    for strength in CORRUPTIONS[name]:
+        changed = robustness.corrupted(PIXELS, name, strength)
+        assert changed.shape == PIXELS.shape
+        assert 0 <= changed.min() <= changed.max() <= 1
+        assert torch.equal(changed, robustness.corrupted(PIXELS, name, strength))
+        distances.append(float((changed - PIXELS).square().mean()))
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+
+
+def test_corruptions_are_what_they_are_called():
+    noise = robustness.corrupted(torch.full((50, 3, 32, 32), 0.5), "gaussian noise", 0.1) - 0.5
+    assert float(noise.std()) == pytest.approx(0.1, rel=0.01)
+    assert torch.allclose(robustness.corrupted(PIXELS, "brightness", 1.5), 1.5 * PIXELS)
+    assert float(robustness.corrupted(PIXELS, "contrast", 0.5).std()) < 0.6 * float(PIXELS.std())
+    blurred = robustness.corrupted(PIXELS, "gaussian blur", 1.0)
+    assert torch.allclose(blurred.mean((2, 3)), PIXELS.mean((2, 3)), atol=0.01)
+    assert float(blurred.std()) < 0.5 * float(PIXELS.std())
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The folders of two runs, as the runner keeps them, and the command that tests them."""
+    for job in JOBS:
+        folder = tmp_path / "runs" / job.key / "0"
+        write_recipe(folder, dict(job.stages()[0]))
+        torch.manual_seed(job.seed + len(job.arm))
+        model = make_model(robustness.recipe_of(job, tmp_path / "runs"), [str(label) for label in range(20)])
+        weights = folder / "checkpoints" / str(job.config["epochs"])
+        weights.mkdir(parents=True)
+        save_file(model.state_dict(), weights / "model.safetensors")
+    monkeypatch.setattr(robustness, "jobs_of_the_plan", lambda: iter(JOBS))
+    arguments = ["--dataset", "photo_crops", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "x.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["robustness", *arguments])
+    return tmp_path
+
+
+def test_kept_runs_are_tested_once(kept, capsys):
+    robustness.main()
+    stored = read_records(kept / "x.jsonl")
+    assert [record.arm for record in stored.values()] == [job.arm for job in JOBS]
+    for record in stored.values():
+        assert len(record.curve["clean"]) == len(record.curve["clean ECE"]) == 1
+        assert all(len(record.curve[name]) == len(record.curve[f"{name} ECE"]) == 5 for name in CORRUPTIONS)
+        assert all(0 <= value <= 1 for values in record.curve.values() for value in values)
+    robustness.main()
+    assert "All runs are tested already." in capsys.readouterr().out
+    assert read_records(kept / "x.jsonl") == stored
+
+
+def test_top1_and_calibration_are_those_of_the_whole_set(kept):
+    images = robustness.read_images(JOBS[0], robustness.parse())
+    model = make_model(robustness.recipe_of(JOBS[0], kept / "runs"), images.splits.names).eval()
+    top1, error = robustness.score(model, images, lambda pixels: pixels)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (images.look.mean, images.look.std))
+    with torch.no_grad():
+        likely = model((images.pixels / 255 - mean) / std).logits.softmax(-1)
+    assert top1 == pytest.approx(float((likely.argmax(-1) == images.labels).float().mean()))
+    metric = MulticlassCalibrationError(len(images.splits.names), n_bins=15, norm="l1")
+    assert error == pytest.approx(float(metric(likely, images.labels)), abs=1e-5)
+
+
+def test_runs_without_weights_are_named(kept, monkeypatch):
+    weights = robustness.weights_of(JOBS[1], kept / "runs")
+    weights.unlink()
+    with pytest.raises(SystemExit, match="lacks the weights of 1 of 2 runs, such as TrAct of seed 100"):
+        robustness.main()
+
+
+def record(arm, seed, clean, corrupted):
+    curve = {"clean": [clean], "clean ECE": [0.02]}
+    for name in CORRUPTIONS:
+        curve[name] = [corrupted] * 5
+        curve[f"{name} ECE"] = [0.05] * 5
+    return RunRecord(f"{arm}{seed}", arm, {}, seed, curve, [1.0], command="x")
+
+
+def test_an_arm_that_is_better_on_both_loses_no_less(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.002, len(SEEDS))
+    records = []
+    for arm, shift in zip(ARMS, (0, 0.03, 0.01, 0.02), strict=True):
+        for seed, draw in zip(SEEDS, noise, strict=True):
+            corrupted = 0.4 + shift if arm != "matched start" else 0.37
+            records.append(record(arm, seed, 0.5 + shift + draw * (1 + 10 * shift), corrupted))
+    for each in records[1:]:
+        add_record(tmp_path / "x.jsonl", each)
+    assert robustness_results.read(tmp_path / "x.jsonl") == {}
+    add_record(tmp_path / "x.jsonl", dataclasses.replace(records[0]))
+    arms = robustness_results.read(tmp_path / "x.jsonl")
+    assert arms["vanilla"].seeds == list(SEEDS)
+    found = {row[0]: dict(zip(robustness_results.HEAD, row, strict=True)) for row in robustness_results.rows(arms)}
+    assert found["TrAct"]["loses more than vanilla"] == interval(100 * noise * 0.3).text("+")
+    assert found["matched start"]["loses more than vanilla"].startswith("+4.")
+    assert float(found["matched start"]["p"]) < 0.001
+    assert found["vanilla"]["corrupted"] == "40.0 ± 0.0"
+    assert found["vanilla"]["ECE, corrupted"] == "5.0 ± 0.0"
+    by_corruption = robustness_results.rows_by_corruption(arms)
+    assert [len(row) for row in by_corruption] == [1 + len(CORRUPTIONS)] * 4
