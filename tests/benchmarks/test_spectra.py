@@ -1,0 +1,74 @@
+"""Spectra are split by time, every arm trains, and a stored run is not made again."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import spectra
+from benchmarks.common.records import read_records
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return spectra.load_parts()
+
+
+def test_blocks_of_time_are_for_one_part_each(parts):
+    sizes = {name: len(part.spectra) for name, part in parts.items()}
+    assert sum(sizes.values()) == 1629
+    assert sizes["train"] == pytest.approx(3 / 5 * 1629, rel=0.02)
+    assert {part.targets.shape[1] for part in parts.values()} == {5}
+    rows = [set(map(bytes, part.spectra)) for part in parts.values()]
+    assert not rows[0] & rows[1]
+    assert not rows[0] & rows[2]
+    assert not rows[1] & rows[2]
+
+
+def test_what_is_standardised_is_so_on_the_training_blocks_alone(parts):
+    train = parts["train"]
+    assert train.spectra.mean() == pytest.approx(0, abs=1e-9)
+    assert train.spectra.std() == pytest.approx(1)
+    assert train.targets.std(0) == pytest.approx(np.ones(5))
+    assert abs(parts["test"].targets.mean(0)).max() > 1e-3
+
+
+def test_partial_least_squares_sees_more_than_the_mean(parts):
+    curve, _ = spectra.fit_pls(parts)
+    nothing = np.sqrt(np.mean(parts["test"].targets ** 2))
+    assert curve["error"][0] < 0.7 * nothing
+
+
+@pytest.fixture
+def few(parts, monkeypatch):
+    """A few spectra of each part."""
+    small = {name: spectra.Part(part.spectra[::16], part.targets[::16]) for name, part in parts.items()}
+    monkeypatch.setattr(spectra, "load_parts", lambda: small)
+    monkeypatch.setattr(spectra, "MOST_COMPONENTS", 3)
+
+
+def run(monkeypatch, folder, *options):
+    arguments = ["--results", str(folder / "x.jsonl"), "--epochs", "2", *options]
+    monkeypatch.setattr(sys, "argv", ["spectra", *arguments])
+    monkeypatch.chdir(folder)
+    spectra.main()
+    return list(read_records(folder / "x.jsonl").values())
+
+
+def test_every_arm_trains_and_no_run_is_made_twice(few, tmp_path, monkeypatch):
+    made = run(monkeypatch, tmp_path, "--seeds", "1")
+    assert [record.arm for record in made] == [*spectra.ARMS, spectra.PLS]
+    for record in made[:-1]:
+        assert len(record.curve["error"]) == len(record.seconds) == 2
+        assert record.seconds == sorted(record.seconds)
+        assert record.seed == 100
+    ends = {record.curve["error"][-1] for record in made}
+    assert len(ends) == 5
+    monkeypatch.setattr(spectra, "train", None)
+    assert run(monkeypatch, tmp_path, "--seeds", "1") == made
+
+
+def test_the_rate_is_chosen_on_other_blocks_by_another_seed(few, tmp_path, monkeypatch):
+    made = run(monkeypatch, tmp_path, "--tune")
+    assert [record.settings["rate"] for record in made] == list(spectra.RATES)
+    assert {(record.arm, record.seed, record.settings["part"]) for record in made} == {("vanilla", 50, "validation")}
