@@ -63,7 +63,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_tract import TrActError, apply_tract, whiten_first_layer
+from hf_tract import TrActError, apply_tract, find_first_layers, whiten_first_layer
 from hf_tract.integrations import TrainingRecord, stats_to_log
 from hf_tract.metrics import compute_top_k
 
@@ -93,6 +93,7 @@ SMALL_VIT = {
     "patch_size": 8,
 }
 MAX_BYTES = 2 * 2**30  # of decoded images that a process keeps in memory; more are decoded when they are used
+HEADS = ("classifier.*", "head.*", "fc.*")  # what transformers and timm call the layer of the classes
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
 
@@ -148,10 +149,11 @@ class Recipe(DataOptions):
         batch_size: images of each process and micro-step.
         gradient_accumulation_steps: micro-steps in an optimizer step.
         mixed_precision: no, bf16 or fp16.
-        optimizer: a name that timm.optim.create_optimizer_v2 knows.
+        optimizer: a name that timm.optim.create_optimizer_v2 knows, such as adamw, muon or lamb; muon_split leaves the
+            first layer and the head to AdamW, as Muon is usually used; soap and schedule_free need pytorch_optimizer.
         learning_rate: its highest value.
         weight_decay: not of biases and norms.
-        schedule: of the learning rate, by timm.
+        schedule: of the learning rate, by timm; constant is for schedule_free.
         warmup_epochs: epochs in which the learning rate rises from 0.
         clip_grad_norm: largest norm of the gradient, in which TrAct is included; 0 for none.
         label_smoothing: share of a label that goes to all classes.
@@ -179,7 +181,7 @@ class Recipe(DataOptions):
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    schedule: Literal["cosine", "tanh", "poly"] = "cosine"
+    schedule: Literal["cosine", "tanh", "poly", "constant"] = "cosine"
     warmup_epochs: int = 0
     clip_grad_norm: float = 0.0
     label_smoothing: float = 0.0
@@ -386,7 +388,7 @@ class Training:
         if recipe.whiten_init:
             whiten_first_layer(model, train_loader, recipe.lam)
         set_seed(recipe.seed, device_specific=True)  # so that dropout and mixup differ between processes
-        optimizer = make_timm_optimizer(recipe, model)
+        optimizer = make_optimizer(recipe, model)
         self.handle = None
         if not run.no_tract:
             self.handle = apply_tract(model, recipe.lam)
@@ -431,6 +433,7 @@ class Training:
         loader.set_epoch(self.progress.epoch)
         loader.dataset.set_epoch(self.progress.epoch)  # which accelerate does not do for some kinds of loader
         self.model.train()
+        self.optimizer.train()  # schedule_free trains other weights than it tests
         for pixels, labels in loader:
             self.train_batch(pixels, labels)
             if self.accelerator.sync_gradients:
@@ -473,6 +476,7 @@ class Training:
         progress = self.progress
         progress.epoch += 1
         progress.batch = 0
+        self.optimizer.eval()
         scores = {"loss": float(progress.loss), **self.evaluate()}
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **scores})
         self.accelerator.log({f"test/{name}": value for name, value in scores.items()}, step=progress.step)
@@ -595,23 +599,52 @@ def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
         stop(f"--mixed_precision {recipe.mixed_precision} or --report_to {run.report_to}: {one_line(error)}")
 
 
-def make_timm_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Make an optimizer by its name in timm."""
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Make an optimizer by its name in timm, or muon_split, soap or schedule_free."""
+    if recipe.optimizer in ("soap", "schedule_free"):
+        return make_uncommon_optimizer(recipe, model)
+    name = recipe.optimizer
+    settings = {}
+    if name == "muon_split":
+        name = "muon"
+        first = [f"{layer.name}.*" for layer in find_first_layers(model)]
+        settings["fallback_list"] = (*first, *HEADS)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay
+            model, name, recipe.learning_rate, recipe.weight_decay, **settings
         )
     except (ValueError, AssertionError, TypeError, RuntimeError, ImportError) as error:
         stop(f"--optimizer {recipe.optimizer}: timm.optim.create_optimizer_v2 cannot make it: {one_line(error)}")
     return optimizer
 
 
+def make_uncommon_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Make an optimizer that timm does not have."""
+    try:
+        from pytorch_optimizer import SOAP, ScheduleFreeAdamW
+    except ImportError:
+        stop(f"--optimizer {recipe.optimizer} needs pytorch_optimizer: pip install pytorch_optimizer.")
+    groups = param_groups_weight_decay(model, recipe.weight_decay)
+    if recipe.optimizer == "soap":
+        soap: torch.optim.Optimizer = SOAP(groups, recipe.learning_rate)
+        return soap
+    if recipe.schedule != "constant":
+        say(f"schedule_free averages its weights in place of --schedule {recipe.schedule}: constant suits it better.")
+    averaging: torch.optim.Optimizer = ScheduleFreeAdamW(groups, recipe.learning_rate)
+    return averaging
+
+
 def make_schedule(recipe: Recipe, optimizer: Any, steps_per_epoch: int) -> Any:
     """Make a learning rate's schedule by its name in timm; it counts optimizer steps."""
+    name = recipe.schedule
+    lowest = 0.0
+    if name == "constant":  # which timm has since 1.0.31
+        name, lowest = "cosine", recipe.learning_rate
     schedule, _ = create_scheduler_v2(
         optimizer,
-        recipe.schedule,
+        name,
         recipe.epochs,
+        min_lr=lowest,
         warmup_epochs=recipe.warmup_epochs,
         warmup_lr=0.0,
         step_on_epochs=False,

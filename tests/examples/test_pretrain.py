@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,77 @@ def test_every_part_of_a_recipe_runs_together(tmp_path, monkeypatch):
     assert loaded.conv1.weight.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer", "muon_split"],
+        ["--optimizer", "soap"],
+        ["--optimizer", "schedule_free", "--schedule", "constant", "--warmup_epochs", "1"],
+    ],
+)
+def test_other_optimizers_are_resumed_in_the_middle_of_an_epoch(options, tmp_path, monkeypatch):
+    options = [*options, "--learning_rate", "0.01"]
+    expected = run(monkeypatch, tmp_path / "whole", *options)
+    folder = run(monkeypatch, tmp_path / "killed", *options, "--checkpointing_steps", "5")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint_2")
+    assert history(folder) == history(expected)
+    resumed = ["--checkpointing_steps", "5", "--resume_from_checkpoint", str(folder / "checkpoints" / "checkpoint_1")]
+    run(monkeypatch, folder, *options, *resumed)
+    assert history(folder) == history(expected)
+    assert torch.equal(weights(folder), weights(expected))
+
+
+def test_muon_leaves_first_layer_and_head_to_adamw(monkeypatch):
+    recipe, _ = parse(monkeypatch, "--optimizer", "muon_split", "--model_config", json.dumps(TINY))
+    model = pretrain_vit.make_model(recipe, ["a", "b"])
+    optimizer = pretrain_vit.make_optimizer(recipe, model)
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    by_muon = {name for name, each in model.named_parameters() if optimizer.state[each]["use_muon"]}
+    assert by_muon == {name for name, each in model.named_parameters() if ".layers." in name and each.ndim == 2}
+    assert by_muon
+
+
+def test_schedule_free_is_tested_and_saved_with_averaged_weights(tmp_path, monkeypatch):
+    made = []
+
+    def kept(recipe, model, make=pretrain_vit.make_optimizer):
+        made.append((model, make(recipe, model)))
+        return made[0][1]
+
+    monkeypatch.setattr(pretrain_vit, "make_optimizer", kept)
+    options = ["--optimizer", "schedule_free", "--schedule", "constant", "--learning_rate", "0.01"]
+    saved = weights(run(monkeypatch, tmp_path, *options))
+    model, optimizer = made[0]
+    assert not optimizer.param_groups[0]["train_mode"]
+    assert torch.equal(torch.cat([each.detach().flatten() for each in model.parameters()]), saved)
+    optimizer.train()
+    trained = torch.cat([each.detach().flatten() for each in model.parameters()])
+    assert (trained - saved).abs().max() > 1e-4
+
+
+def test_schedule_free_says_what_it_needs(monkeypatch, capsys):
+    recipe, _ = parse(monkeypatch, "--optimizer", "schedule_free", "--model_config", json.dumps(TINY))
+    model = pretrain_vit.make_model(recipe, ["a", "b"])
+    pretrain_vit.make_optimizer(recipe, model)
+    assert "schedule_free averages its weights in place of --schedule cosine" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(SystemExit, match="--optimizer schedule_free needs pytorch_optimizer: pip install"):
+        pretrain_vit.make_optimizer(recipe, model)
+
+
+def test_a_constant_rate_warms_up_and_stays(monkeypatch):
+    recipe, _ = parse(monkeypatch, "--schedule", "constant", "--warmup_epochs", "1", "--epochs", "3")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], recipe.learning_rate)
+    schedule = pretrain_vit.make_schedule(recipe, optimizer, 4)
+    rates = []
+    for step in range(13):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"] / recipe.learning_rate)
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, *[1.0] * 9])
+
+
 def parse(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", *map(str, arguments)])
     return pretrain_vit.parse_arguments()
@@ -265,7 +337,7 @@ def test_a_wrong_option_is_told_without_a_list_of_all_options(options, message, 
 def test_what_is_no_model_and_no_optimizer_is_told_in_one_line(options, message, monkeypatch):
     recipe, _ = parse(monkeypatch, *options)
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
-        pretrain_vit.make_timm_optimizer(recipe, pretrain_vit.make_model(recipe, ["a", "b"]))
+        pretrain_vit.make_optimizer(recipe, pretrain_vit.make_model(recipe, ["a", "b"]))
     assert "\n" not in str(error.value)
 
 
