@@ -48,7 +48,7 @@ ARMS: dict[str, dict[str, bool]] = {
     "matched start, TrAct": {"tract": True, "whiten": True},
 }
 LAM = 0.1
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 # To be set to vanilla's best of RATES on the validation blocks.
 CHOSEN_RATE = 1e-3
 TUNING_SEED = 50
