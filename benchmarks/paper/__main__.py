@@ -2,6 +2,7 @@
 
 python -m benchmarks.paper list
 python -m benchmarks.paper run cifar10_vit --scale small
+python -m benchmarks.paper choose evidence_tuning_cifar10 --results docs/results/evidence.jsonl
 python -m benchmarks.paper report --scale small
 """
 
@@ -15,8 +16,10 @@ from rich.table import Table
 
 from benchmarks import ROOT
 from benchmarks.common.options import new_parser, options_of
+from benchmarks.common.records import read_records
 from benchmarks.paper import report, runner
 from benchmarks.paper.catalogue import ALL, GROUPS
+from benchmarks.paper.choices import CHOSEN, choose, remember
 from benchmarks.paper.experiment import SCALES, Job
 from benchmarks.paper.runner import Launch
 
@@ -32,6 +35,8 @@ def main() -> None:
         list_experiments()
     elif args.do == "run":
         run_experiments(args)
+    elif args.do == "choose":
+        choose_cells(args)
     else:
         write_report(args)
 
@@ -64,14 +69,33 @@ def run_experiments(args: argparse.Namespace) -> None:
 
 
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
+    for name in _names(args):
+        yield from ALL[name].jobs(args.scale, args.seeds)
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """Return the names of the experiments that are asked for."""
     names: list[str] = []
     for name in args.experiments:
         names += GROUPS.get(name, [name])
     unknown = [name for name in names if name not in ALL]
     if unknown:
         raise SystemExit(f"{', '.join(unknown)}: there are {', '.join(ALL)}, and {', '.join(GROUPS)}.")
-    for name in names:
-        yield from ALL[name].jobs(args.scale, args.seeds)
+    return names
+
+
+def choose_cells(args: argparse.Namespace) -> None:
+    """Choose each arm's best cell by its tuning runs, and remember it for the final runs."""
+    have = read_records(args.results or RESULTS / f"{args.scale}.jsonl")
+    table = Table("experiment", "arm", "best cell", "top-1", "its rate")
+    for name in _names(args):
+        choices = choose(ALL[name], args.scale, have)
+        remember(name, choices)
+        for choice in choices:
+            edge = "is at the edge of the grid" if choice.at_edge else "lies between others"
+            table.add_row(name, choice.arm, choice.cell, f"{100 * choice.top1:.1f} %", edge)
+    Console().print(table)
+    print(f"Written to {CHOSEN.relative_to(ROOT)}: commit it before the final runs start.")
 
 
 def _places(datasets: list[str]) -> dict[str, str]:
@@ -99,12 +123,14 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="do", required=True)
     commands.add_parser("list", help="what there is, and how many runs it takes")
     run = options_of(commands, "run", "run what has not been run yet; killed, it goes on")
+    pick = options_of(commands, "choose", "choose the best cell of each arm by its tuning runs, for the final runs")
     write = options_of(commands, "report", "write tables and plots of the stored results")
-    for command in (run, write):
+    for command in (run, pick, write):
         add = command.add_argument
         add("--scale", choices=SCALES, default="small", help=SCALE_HELP)
         add("--results", type=Path, help="JSON lines; by default docs/results/SCALE.jsonl")
     write.add_argument("--output_dir", type=Path, default=RESULTS, help="for the report")
+    pick.add_argument("experiments", nargs="+", help="names of tuning experiments")
     add = run.add_argument
     add("experiments", nargs="+", help="names; all: the paper's; beyond: ours; evidence: by docs/results/plan.md")
     add("--seeds", type=int, help="the first N seeds; by default 5 at full scale, 3 at small, and more for evidence")

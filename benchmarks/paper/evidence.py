@@ -1,13 +1,12 @@
-"""Lists the experiments of docs/results/plan.md: is it more than a step size, and what does it save in time."""
+"""Lists E0 and E2 of docs/results/plan.md: is it more than a step size, and where may it hurt."""
 
 from __future__ import annotations
 
+from benchmarks.paper.choices import FRESH_SEED
 from benchmarks.paper.experiment import Changes, Experiment
-from benchmarks.paper.experiments import NO_TRACT, NORMS, VANILLA, VIT_SMALL, VIT_SMOKE, tract
+from benchmarks.paper.experiments import NO_TRACT, VANILLA, VIT_SMALL, VIT_SMOKE, tract
 
-# Seeds below 100 have been looked at, or chose something.
 TUNING_SEED = 50
-FRESH_SEED = 100
 VALIDATION = {"validation_samples": 5000}
 # Vanilla's best of four on the validation rows (evidence_rate), by seeds 50 and 51.
 CHOSEN_RATE = {"learning_rate": 2e-3}
@@ -45,13 +44,6 @@ STEP_SIZE_ARMS = {
     **SHORTER,
 }
 
-RATES = [1e-3 * 2 ** (step / 2) for step in range(10)]
-FLOWERS_SMALL = VIT_SMALL | {
-    "train_samples": 3800,
-    "epochs": 60,
-    "warmup_epochs": 4,
-    "model_config": VIT_SMALL["model_config"] | {"patch_size": 8},
-}
 # Four patches an image and n = 768: a step has fewer patches than n.
 FEW_PATCHES = {
     **VIT_SMALL,
@@ -60,37 +52,7 @@ FEW_PATCHES = {
     "model_config": VIT_SMALL["model_config"] | {"patch_size": 16},
 }
 LONG = VIT_SMALL | CHOSEN_RATE | {"epochs": 60}
-FLOWERS_VALIDATION = {"validation_samples": 672}
 SMOKE_VALIDATION = {"validation_samples": 32}
-
-
-def tuning_arms(epochs: int) -> dict[str, Changes]:
-    """Return ten cells of each arm: ten rates, or five rates and two dampings."""
-    found: dict[str, Changes] = {}
-    for rate in RATES:
-        cell = NO_TRACT | {"epochs": epochs, "learning_rate": rate}
-        found[f"vanilla, lr {rate:.3g}"] = cell
-        found[f"DualPatchNorm, lr {rate:.3g}"] = cell | NORMS["DualPatchNorm"]
-    for rate in RATES[::2]:
-        for lam in (0.1, 0.8):
-            cell = {"epochs": epochs, "learning_rate": rate, "lam": lam}
-            found[f"TrAct {lam}, lr {rate:.3g}"] = cell
-            found[f"matched start, TrAct {lam}, lr {rate:.3g}"] = MATCHED | cell
-    return found
-
-
-def tuning(data: str, recipe: str, epochs: int, small: Changes) -> Experiment:
-    """Return E1's choice of a cell for each arm."""
-    return Experiment(
-        f"E1: ten cells of each arm, {data}, on the validation split",
-        recipe,
-        {"": {}},
-        tuning_arms(epochs),
-        small,
-        VIT_SMOKE | SMOKE_VALIDATION,
-        small_seeds=1,
-        first_seed=TUNING_SEED,
-    )
 
 
 EVIDENCE = {
@@ -116,8 +78,6 @@ EVIDENCE = {
         first_seed=FRESH_SEED,
         reference="TrAct",
     ),
-    "evidence_tuning_cifar10": tuning("CIFAR-10", "cifar10_vit.yaml", 67, VIT_SMALL | VALIDATION),
-    "evidence_tuning_flowers": tuning("flowers", "flowers_vit.yaml", 267, FLOWERS_SMALL | FLOWERS_VALIDATION),
     "evidence_few_patches": Experiment(
         "E2: fewer patches in a step than n",
         "cifar10_vit.yaml",

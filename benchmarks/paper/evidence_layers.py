@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.paper.choices import final_runs, known
 from benchmarks.paper.evidence import SMOKE_VALIDATION, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, RESNET_SMALL, RESNET_SMOKE, VIT_SMALL, VIT_SMOKE
@@ -22,6 +23,9 @@ VIT_RATES = (1e-3, 2e-3, 4e-3)
 # With SGD the gradient's length counts too, so the range is wide.
 RESNET_RATES = (0.02, 0.04, 0.08, 0.16)
 LAMS = (0.1, 1.0)
+SEEDS = 5
+# The lengths of whole runs, in per cent of the longest: 10 and 15 epochs.
+SHARES = (67, 100)
 
 
 def cells(layers: dict[str, Changes], rates: tuple[float, ...]) -> dict[str, Changes]:
@@ -51,7 +55,7 @@ def tuning(model: str, recipe: str, arms: dict[str, Changes], small: Changes, sm
     )
 
 
-LAYER_EVIDENCE = {
+TUNINGS = {
     "evidence_tuning_vit_layers": tuning(
         "ViT", "cifar10_vit.yaml", cells(VIT_LAYERS, VIT_RATES), VIT_SMALL, VIT_SMOKE
     ),
@@ -59,3 +63,22 @@ LAYER_EVIDENCE = {
         "ResNet-18", "cifar10_resnet18.yaml", cells(RESNET_LAYERS, RESNET_RATES), RESNET_SMALL, RESNET_SMOKE
     ),
 }
+FINAL = {
+    "evidence_vit_layers": final_runs(
+        "E4: deeper layers, ViT",
+        "evidence_tuning_vit_layers",
+        TUNINGS["evidence_tuning_vit_layers"],
+        VIT_SMALL,
+        SEEDS,
+        SHARES,
+    ),
+    "evidence_resnet_layers": final_runs(
+        "E4: deeper layers, ResNet-18",
+        "evidence_tuning_resnet_layers",
+        TUNINGS["evidence_tuning_resnet_layers"],
+        RESNET_SMALL,
+        SEEDS,
+        SHARES,
+    ),
+}
+LAYER_EVIDENCE = TUNINGS | known(FINAL)

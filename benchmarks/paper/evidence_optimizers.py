@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.paper.choices import final_runs, known
 from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TRACT, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, VANILLA, VIT_SMALL, VIT_SMOKE
@@ -11,38 +12,38 @@ DECAY = {"weight_decay": 0.05}
 # A rate that falls would spoil what schedule-free optimizers average.
 CONSTANT = {"schedule": "constant"}
 OPTIMIZERS: dict[str, Changes] = {
-    "AdamW": {"optimizer": "adamw"},
-    "Muon, AdamW for first layer and head": {"optimizer": "muon_split"},
-    "Muon": {"optimizer": "muon"},
-    "SOAP": {"optimizer": "soap"},
-    "schedule-free AdamW": {"optimizer": "schedule_free"} | CONSTANT,
+    "adamw": {},
+    "muon_split": {},
+    "muon": {},
+    "soap": {},
+    "schedule_free": CONSTANT,
 }
 ARMS: dict[str, Changes] = VANILLA | {"TrAct": TRACT, "matched start, TrAct": MATCHED}
 COORDINATES = {"whitened coordinates": NO_TRACT | {"variant": "coordinates", "lam": 0.1}}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = 8
 
 
-def at_rates(arms: dict[str, Changes]) -> dict[str, Changes]:
-    """Return each arm at each rate."""
+def cells(optimizer: str) -> dict[str, Changes]:
+    """Return each arm under an optimizer, at each rate."""
+    arms = dict(ARMS)
+    if optimizer == "muon":
+        arms |= COORDINATES
+    settings = DECAY | {"optimizer": optimizer} | OPTIMIZERS[optimizer]
     found: dict[str, Changes] = {}
     for name, arm in arms.items():
         for rate in RATES:
-            found[f"{name}, lr {rate:g}"] = arm | {"learning_rate": rate}
+            found[f"{name}, lr {rate:g}"] = arm | settings | {"learning_rate": rate}
     return found
 
 
-def settings(*names: str) -> dict[str, Changes]:
-    """Return these optimizers as settings of an experiment."""
-    return {f"{name}; 100 epochs": OPTIMIZERS[name] | DECAY for name in names}
-
-
-def tuning(title: str, optimizers: dict[str, Changes], arms: dict[str, Changes]) -> Experiment:
-    """Return the choice of a rate for each arm under each optimizer."""
+def tuning(optimizer: str) -> Experiment:
+    """Return the choice of a rate for each arm under an optimizer."""
     return Experiment(
-        f"E3: {title}, on the validation split",
+        f"E3: four rates of each arm, {optimizer}, on the validation split",
         "cifar10_vit.yaml",
-        optimizers,
-        at_rates(arms),
+        {"": {}},
+        cells(optimizer),
         VIT_SMALL | VALIDATION,
         VIT_SMOKE | SMOKE_VALIDATION,
         small_seeds=1,
@@ -50,7 +51,12 @@ def tuning(title: str, optimizers: dict[str, Changes], arms: dict[str, Changes])
     )
 
 
-OPTIMIZER_EVIDENCE = {
-    "evidence_tuning_optimizers": tuning("four rates of each arm", settings(*OPTIMIZERS), ARMS),
-    "evidence_tuning_coordinates": tuning("Muon in whitened coordinates", settings("Muon"), COORDINATES),
-}
+def final(optimizer: str) -> Experiment | None:
+    """Return the runs of each arm at its best rate."""
+    title = f"E3: with other optimizers, {optimizer}"
+    tuned = f"evidence_tuning_{optimizer}"
+    return final_runs(title, tuned, TUNINGS[tuned], VIT_SMALL, SEEDS)
+
+
+TUNINGS = {f"evidence_tuning_{name}": tuning(name) for name in OPTIMIZERS}
+OPTIMIZER_EVIDENCE = TUNINGS | known({f"evidence_{name}": final(name) for name in OPTIMIZERS})

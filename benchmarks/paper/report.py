@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
-from benchmarks.paper import plots
+from benchmarks.paper import conclusions, plots
 from benchmarks.paper.catalogue import ALL, PLANNED
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
@@ -49,6 +49,7 @@ def write(scale: str, file: Path, folder: Path) -> Path:
             lines += [f"## {experiment.title}", "", unfinished, ""]
         elif settings:
             lines += _section(name, experiment, settings, folder / f"{file.stem}-{name}")
+    lines += conclusions.lines(scale, have)
     lines += ["## Runs", "", *_provenance(used.values())]
     path = folder / f"{file.stem}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.common.bootstrap import Estimate, estimate
+from benchmarks.paper.choices import name_at
 from benchmarks.paper.summary import Arms
 
 # A speed-up is claimed if its interval's lower end is above this on every data set.
@@ -27,14 +28,9 @@ class Horizons(NamedTuple):
     accuracy: np.ndarray
 
 
-def name_at(arm: str, epochs: int) -> str:
-    """Return the name under which an arm's runs of one length are stored."""
-    return f"{arm}, {epochs} epochs"
-
-
-def horizons_of(arms: Arms, arm: str, epochs: Sequence[int]) -> Horizons:
-    """Return the runs of an arm, by the numbers of epochs, shortest first."""
-    found = [arms[name_at(arm, each)] for each in epochs]
+def horizons_of(arms: Arms, arm: str, shares: Sequence[int]) -> Horizons:
+    """Return the runs of an arm, by their lengths in per cent of the longest, shortest first."""
+    found = [arms[name_at(arm, each)] for each in shares]
     seconds = np.stack([each.seconds[:, -1] for each in found], axis=1)
     accuracy = np.stack([each.final for each in found], axis=1)
     return Horizons(seconds, accuracy)

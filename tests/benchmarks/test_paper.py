@@ -20,8 +20,9 @@ from benchmarks.paper import __main__ as command
 from benchmarks.paper import plots, report, runner, train
 from benchmarks.paper.beyond import BEYOND
 from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.choices import FRESH_SEED
 from benchmarks.paper.cifar_models import cifar_model
-from benchmarks.paper.evidence import EVIDENCE, FRESH_SEED
+from benchmarks.paper.evidence import EVIDENCE
 from benchmarks.paper.evidence_layers import LAYER_EVIDENCE
 from benchmarks.paper.evidence_optimizers import OPTIMIZER_EVIDENCE
 from benchmarks.paper.experiment import Experiment, Job

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord
+from benchmarks.paper.choices import name_at
 from benchmarks.paper.summary import Arm
 from benchmarks.paper.time_to_accuracy import (
     NO_SPEED_UP,
     Horizons,
     horizons_of,
-    name_at,
     seconds_to_reach,
     sentence,
     speed_up,

@@ -1,0 +1,122 @@
+"""Chooses the best cell of each arm by its tuning runs, and makes the final runs of what was chosen."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from benchmarks.common.records import RunRecord
+from benchmarks.paper.experiment import Changes, Experiment, read_values
+
+CHOSEN = Path(__file__).with_name("chosen.yaml")
+HEAD = "# The best cell of each arm on the validation rows; `python -m benchmarks.paper choose` writes this.\n"
+# What stands in a cell's name behind that of its arm: perhaps a damping, and a rate.
+CELL = re.compile(r",? ?[\d.]*, lr .*$")
+# Seeds below have been looked at, or chose something.
+FRESH_SEED = 100
+
+
+class Choice(NamedTuple):
+    """Holds the best cell of an arm."""
+
+    arm: str
+    cell: str
+    # On the validation rows, from 0 to 1.
+    top1: float
+    # Whether its rate is the lowest or the highest that was tried.
+    at_edge: bool
+
+
+def arm_of(cell: str) -> str:
+    """Return the arm that a cell belongs to, by its name: "TrAct 0.1, lr 0.002" is one of TrAct's."""
+    return CELL.sub("", cell)
+
+
+def name_at(arm: str, share: int) -> str:
+    """Return the name of an arm's whole runs whose length is that many per cent of the longest."""
+    return f"{arm}, {share} % of the epochs"
+
+
+def choose(experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> list[Choice]:
+    """Return the best cell of each arm; the first of equals.
+
+    Raises:
+        SystemExit: where a cell has not been run yet.
+    """
+    best: dict[str, tuple[float, str]] = {}
+    rates: dict[str, set[float]] = {}
+    for job in experiment.jobs(scale):
+        if job.key not in have:
+            raise SystemExit(f"{experiment.title}: the run of {job.arm} is missing; `run` makes it.")
+        top1 = have[job.key].curve["top1"][-1]
+        arm = arm_of(job.arm)
+        rates.setdefault(arm, set()).add(job.config["learning_rate"])
+        if arm not in best or top1 > best[arm][0]:
+            best[arm] = (top1, job.arm)
+    choices = []
+    for arm, (top1, cell) in best.items():
+        edges = (min(rates[arm]), max(rates[arm]))
+        choices.append(Choice(arm, cell, top1, experiment.arms[cell]["learning_rate"] in edges))
+    return choices
+
+
+def remember(name: str, choices: Iterable[Choice], file: Path = CHOSEN) -> None:
+    """Write the choices of a tuning experiment beside those of others."""
+    chosen = dict(read(file))
+    chosen[name] = {choice.arm: choice.cell for choice in choices}
+    file.write_text(HEAD + yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
+    read.cache_clear()
+
+
+@functools.cache
+def read(file: Path = CHOSEN) -> Mapping[str, Mapping[str, str]]:
+    """Return the cell of each arm, by the name of the tuning experiment."""
+    found: dict[str, dict[str, str]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found
+
+
+def final_runs(
+    title: str, tuned: str, tuning: Experiment, small: Changes, seeds: int, shares: tuple[int, ...] = ()
+) -> Experiment | None:
+    """Return the runs of each arm's chosen cell from fresh seeds; None before the choice is made.
+
+    Args:
+        title: of the experiment.
+        tuned: the name of the tuning experiment.
+        tuning: that experiment.
+        small: of the small scale, without the validation split.
+        seeds: number of seeds.
+        shares: lengths of whole runs in per cent of the recipe's epochs, shortest first; without them the recipe's.
+    """
+    cells = {}
+    for arm, cell in read().get(tuned, {}).items():
+        cells[arm] = {key: value for key, value in tuning.arms[cell].items() if key != "epochs"}
+    if not cells:
+        return None
+    arms: dict[str, Changes] = {}
+    whole = read_values(tuning.recipe)["epochs"]
+    # The longest stand first, since the first arm is what others are compared with.
+    for share in reversed(shares):
+        for arm, changes in cells.items():
+            arms[name_at(arm, share)] = changes | {"epochs": round(share * whole / 100)}
+    return Experiment(
+        title,
+        tuning.recipe,
+        {"": {}},
+        arms or cells,
+        small,
+        tuning.smoke,
+        full_seeds=seeds,
+        small_seeds=seeds,
+        first_seed=FRESH_SEED,
+    )
+
+
+def known(experiments: Mapping[str, Experiment | None]) -> dict[str, Experiment]:
+    """Return the experiments whose cells are chosen."""
+    return {name: experiment for name, experiment in experiments.items() if experiment}

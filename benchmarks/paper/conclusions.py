@@ -1,0 +1,140 @@
+"""Says what several experiments of docs/results/plan.md decide together, after their last run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.common.bootstrap import Estimate
+from benchmarks.common.records import RunRecord
+from benchmarks.common.statistics import Interval
+from benchmarks.paper import evidence_layers, evidence_time
+from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.evidence_optimizers import OPTIMIZERS
+from benchmarks.paper.experiment import Experiment
+from benchmarks.paper.summary import Arms, collect, gain, holm
+from benchmarks.paper.time_to_accuracy import horizons_of, sentence, speed_up
+
+VANILLA = "vanilla"
+FIRST = "first layer"
+PRIMARY_OPTIMIZER = "muon_split"
+LEVEL = 0.05
+ADDS = "TrAct adds to Muon as it is usually used, at this size and length."
+NOT_SHOWN = "No gain under Muon as it is usually used was shown at this scale."
+
+
+def lines(scale: str, have: Mapping[str, RunRecord]) -> Iterator[str]:
+    """Yield, as Markdown, what follows from the experiments that are whole."""
+    data = {"CIFAR-10": "evidence_time_cifar10", "flowers": "evidence_time_flowers"}
+    found = _whole(data, scale, have)
+    if found:
+        yield from in_time(found, evidence_time.SHARES)
+    optimizers = {name: f"evidence_{name}" for name in OPTIMIZERS}
+    found = _whole(optimizers, scale, have)
+    if found:
+        yield from with_optimizers(found)
+    models = {"ViT": "evidence_vit_layers", "ResNet-18": "evidence_resnet_layers"}
+    found = _whole(models, scale, have)
+    if found:
+        yield from in_layers(found, evidence_layers.SHARES)
+
+
+def _whole(names: Mapping[str, str], scale: str, have: Mapping[str, RunRecord]) -> dict[str, Arms]:
+    """Return the arms of experiments, by what is different between them; nothing before the last run of all."""
+    found = {}
+    for told, name in names.items():
+        experiment = ALL.get(name)
+        if not experiment or not _is_whole(experiment, scale, have):
+            return {}
+        (found[told],) = collect(experiment, scale, experiment.small_seeds, have).values()
+    return found
+
+
+def _is_whole(experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> bool:
+    return all(job.key in have for job in experiment.jobs(scale))
+
+
+def speed_ups(arms: Arms, arm: str, bases: Sequence[str], shares: Sequence[int]) -> list[Estimate]:
+    """Return how many times faster an arm is than each base."""
+    mine = horizons_of(arms, arm, shares)
+    return [speed_up(mine, horizons_of(arms, base, shares)) for base in bases]
+
+
+def _arm_names(arms: Arms) -> list[str]:
+    """Return the arms without the lengths of their runs, in their order."""
+    names = (name.rpartition(", ")[0] for name in arms)
+    return list(dict.fromkeys(names))
+
+
+def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
+    """Yield what E1 decides."""
+    yield from ("## E1: what may be said", "")
+    yield from ("Vanilla's seconds for its longest run over those of the arm for the same accuracy.", "")
+    yield from _head("arm", *found, "so")
+    for arm in _arm_names(next(iter(found.values()))):
+        if arm != VANILLA:
+            estimates = {data: speed_ups(arms, arm, [VANILLA], shares)[0] for data, arms in found.items()}
+            yield _row(arm, *(each.text(digits=2) for each in estimates.values()), sentence(arm, estimates))
+    yield ""
+
+
+class OptimizerGain(NamedTuple):
+    """Holds what an arm gains over vanilla under one optimizer."""
+
+    arm: str
+    optimizer: str
+    gain: Interval
+    # Corrected by Holm over the optimizers.
+    p: float
+
+    @property
+    def adds(self) -> bool:
+        """Return whether the arm is above vanilla."""
+        return self.p < LEVEL and self.gain.mean > 0
+
+
+def optimizer_gains(found: Mapping[str, Arms], arm: str) -> list[OptimizerGain]:
+    """Return the gains of an arm under each optimizer."""
+    gains = [gain(arms[arm], arms[VANILLA]) for arms in found.values()]
+    corrected = holm([each.p or 1.0 for each in gains])
+    rows = zip(found, gains, corrected, strict=True)
+    return [OptimizerGain(arm, optimizer, each, p) for optimizer, each, p in rows]
+
+
+def with_optimizers(found: Mapping[str, Arms]) -> Iterator[str]:
+    """Yield what E3 decides."""
+    yield from ("## E3: what may be said", "")
+    primary = ""
+    yield from _head("arm", "under", "points above vanilla", "p, over the optimizers")
+    for arm in ("TrAct", "matched start, TrAct"):
+        for each in optimizer_gains(found, arm):
+            yield _row(arm, each.optimizer, each.gain.text("+"), f"{each.p:.3f}")
+            if (arm, each.optimizer) == ("TrAct", PRIMARY_OPTIMIZER):
+                primary = ADDS if each.adds else NOT_SHOWN
+    yield from ("", f"**Primary.** {primary}", "")
+
+
+def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
+    """Yield what E4 decides."""
+    yield from ("## E4: what may be said", "")
+    yield from _head("model", "layers", "times faster than vanilla", "than the first layer alone")
+    gained: dict[str, bool] = {}
+    for model, arms in found.items():
+        for arm in _arm_names(arms):
+            if arm in (VANILLA, FIRST):
+                continue
+            over_vanilla, over_first = speed_ups(arms, arm, [VANILLA, FIRST], shares)
+            yield _row(model, arm, over_vanilla.text(digits=2), over_first.text(digits=2))
+            gained[model] = gained.get(model, False) or over_first.low > 1
+    verdict = "Deeper layers save no time over the first layer alone that these runs show: there is no such option."
+    if all(gained.values()):
+        verdict = "Deeper layers save time over the first layer alone on both models."
+    yield from ("", f"**Primary.** {verdict}", "")
+
+
+def _head(*names: str) -> tuple[str, str]:
+    return _row(*names), "|---" * len(names) + "|"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,120 @@
+"""Cells are chosen by the validation rows, and final runs are made with them from fresh seeds."""
+
+import sys
+
+import pytest
+
+from benchmarks import ROOT
+from benchmarks.common.records import RunRecord, add_record
+from benchmarks.paper import __main__ as command
+from benchmarks.paper import choices
+from benchmarks.paper.catalogue import ALL, PLANNED
+from benchmarks.paper.choices import arm_of, choose, final_runs, read, remember
+from benchmarks.paper.experiments import VIT_SMALL
+
+NAME = "evidence_tuning_cifar10"
+TUNING = ALL[NAME]
+BEST = {
+    "vanilla": "vanilla, lr 0.002",
+    "DualPatchNorm": "DualPatchNorm, lr 0.0226",
+    "TrAct": "TrAct 0.8, lr 0.004",
+    "matched start, TrAct": "matched start, TrAct 0.1, lr 0.001",
+}
+
+
+def runs(without=()):
+    """A run of each cell, all alike but for the best of each arm."""
+    found = {}
+    for job in TUNING.jobs("small"):
+        if job.arm not in without:
+            top1 = 0.6 if job.arm in BEST.values() else 0.5
+            found[job.key] = RunRecord(job.key, job.arm, {}, job.seed, {"top1": [0.9, top1]}, [1.0, 2.0], command="x")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cell", "arm"),
+    [
+        ("vanilla, lr 0.00141", "vanilla"),
+        ("TrAct 0.8, lr 0.001", "TrAct"),
+        ("matched start, TrAct 0.1, lr 0.016", "matched start, TrAct"),
+        ("whitened coordinates, lr 0.002", "whitened coordinates"),
+        ("all layers, 1, lr 0.04", "all layers"),
+        ("and first block, 0.1, lr 0.004", "and first block"),
+    ],
+)
+def test_a_cell_is_named_after_its_arm(cell, arm):
+    assert arm_of(cell) == arm
+
+
+@pytest.mark.parametrize("name", [name for name in PLANNED if name.startswith("evidence_tuning_")])
+def test_every_arm_of_a_tuning_has_as_many_cells(name):
+    counts = {}
+    for cell in PLANNED[name].arms:
+        counts[arm_of(cell)] = counts.get(arm_of(cell), 0) + 1
+    assert len(set(counts.values())) == 1
+    assert len(counts) >= 3
+
+
+def test_the_best_cell_of_each_arm_is_chosen_by_its_last_epoch():
+    found = {choice.arm: choice for choice in choose(TUNING, "small", runs())}
+    assert {arm: choice.cell for arm, choice in found.items()} == BEST
+    assert {arm: choice.at_edge for arm, choice in found.items()} == {
+        "vanilla": False,
+        "DualPatchNorm": True,
+        "TrAct": False,
+        "matched start, TrAct": True,
+    }
+
+
+def test_nothing_is_chosen_before_the_last_cell():
+    with pytest.raises(SystemExit, match=r"the run of TrAct 0\.1, lr 0\.016 is missing"):
+        choose(TUNING, "small", runs(without=["TrAct 0.1, lr 0.016"]))
+
+
+def test_final_runs_have_the_chosen_cells_and_whole_lengths(tmp_path, monkeypatch):
+    file = tmp_path / "chosen.yaml"
+    file.write_text("{}\n")
+    remember("another", [choices.Choice("a", "a, lr 1", 0.5, False)], file)
+    remember(NAME, choose(TUNING, "small", runs()), file)
+    assert read(file) == {"another": {"a": "a, lr 1"}, NAME: BEST}
+    monkeypatch.setattr(choices, "read", lambda: {NAME: BEST})
+    assert final_runs("title", "not chosen", TUNING, VIT_SMALL, 8) is None
+    made = final_runs("title", NAME, TUNING, VIT_SMALL, 8, (33, 47, 67, 100))
+    assert next(iter(made.arms)) == "vanilla, 100 % of the epochs"
+    jobs = list(made.jobs("small"))
+    assert len(jobs) == 4 * 4 * 8
+    assert {job.seed for job in jobs} == set(range(100, 108))
+    lengths = {job.config["epochs"] for job in jobs if job.arm.startswith("TrAct")}
+    assert lengths == {5, 7, 10, 15}
+    for job in jobs:
+        arm = job.arm.rpartition(", ")[0]
+        wanted = TUNING.arms[BEST[arm]]
+        assert {name: job.config[name] for name in wanted if name != "epochs"} == {
+            name: value for name, value in wanted.items() if name != "epochs"
+        }
+        assert "validation_samples" not in job.config
+    plain = final_runs("title", NAME, TUNING, VIT_SMALL, 8)
+    assert list(plain.arms) == list(BEST)
+
+
+def test_the_command_writes_the_choices(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "x.jsonl"
+    for record in runs().values():
+        add_record(results, record)
+    told = []
+    monkeypatch.setattr(command, "remember", lambda name, chosen: told.append((name, len(chosen))))
+    monkeypatch.setattr(sys, "argv", ["benchmarks.paper", "choose", NAME, "--results", str(results)])
+    command.main()
+    printed = capsys.readouterr().out
+    assert told == [(NAME, 4)]
+    assert "is at the edge" in printed
+    assert "Written to benchmarks/paper/chosen.yaml: commit it" in printed
+
+
+def test_what_was_chosen_is_a_cell_of_its_tuning():
+    for name, arms in read().items():
+        for arm, cell in arms.items():
+            assert arm_of(cell) == arm
+            assert cell in ALL[name].arms
+    assert (ROOT / "benchmarks" / "paper" / "chosen.yaml").read_text().startswith(choices.HEAD)

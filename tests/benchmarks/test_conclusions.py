@@ -1,0 +1,102 @@
+"""What several experiments decide together is said by the plan's rules, and not before the last run."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.common.records import RunRecord
+from benchmarks.paper import conclusions
+from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.choices import name_at
+from benchmarks.paper.conclusions import ADDS, NOT_SHOWN, in_layers, in_time, lines, optimizer_gains, with_optimizers
+from benchmarks.paper.evidence_optimizers import OPTIMIZERS
+from benchmarks.paper.experiment import Experiment
+from benchmarks.paper.summary import Arm, holm
+from benchmarks.paper.time_to_accuracy import NO_SPEED_UP
+
+SEEDS = range(100, 108)
+SHARES = (33, 47, 67, 100)
+NOISE = np.random.default_rng(0).normal(0, 0.002, len(SEEDS))
+
+
+def arm_of_runs(top1, seconds, shares_of_noise=1.0):
+    arm = Arm()
+    for seed, draw in zip(SEEDS, NOISE, strict=True):
+        curve = {"top1": [0.1, top1 + shares_of_noise * draw]}
+        arm.runs[seed] = RunRecord("key", "arm", {}, seed, curve, [seconds / 2, seconds], command="x")
+    return arm
+
+
+def timed(**gains):
+    """Arms at four lengths, which gain a point with each length; `gains` are each arm's points above vanilla."""
+    arms = {}
+    for share in reversed(SHARES):
+        for name, points in gains.items():
+            top1 = 0.5 + 0.01 * SHARES.index(share) + points / 100
+            arms[name_at(name.replace("_", " "), share)] = arm_of_runs(top1, float(share))
+    return arms
+
+
+def test_a_speed_up_is_said_for_both_data_sets_or_not_at_all():
+    both = {
+        "CIFAR-10": timed(vanilla=0, TrAct=1, matched_start=2),
+        "flowers": timed(vanilla=0, TrAct=0, matched_start=1),
+    }
+    said = "\n".join(in_time(both, SHARES))
+    assert f"| TrAct | 1.49 (1.49-1.49) | 1.00 (1.00-1.00) | {NO_SPEED_UP} |" in said
+    assert "| matched start | 2.13 (2.13-2.13) | 1.49 (1.49-1.49) | matched start: at least 1.49 times as fast" in said
+    assert "| vanilla |" not in said
+
+
+def optimizers(**points):
+    found = {}
+    for number, name in enumerate(OPTIMIZERS):
+        base = arm_of_runs(0.5, 10.0)
+        gained = arm_of_runs(0.5 + points.get(name, 0) / 100, 10.0, 1.5 + number / 10)
+        found[name] = {"vanilla": base, "TrAct": gained, "matched start, TrAct": base}
+    return found
+
+
+def test_gains_are_corrected_over_the_optimizers():
+    found = optimizers(adamw=3, muon_split=1, soap=-2)
+    rows = optimizer_gains(found, "TrAct")
+    plain = []
+    for arms in found.values():
+        plain.append(stats.ttest_rel(arms["TrAct"].final, arms["vanilla"].final).pvalue)
+    assert [row.p for row in rows] == pytest.approx(holm(plain))
+    assert {row.optimizer for row in rows if row.adds} == {"adamw", "muon_split"}
+
+
+@pytest.mark.parametrize(("points", "said"), [(1, ADDS), (0, NOT_SHOWN), (-1, NOT_SHOWN)])
+def test_the_primary_question_is_about_the_usual_muon(points, said):
+    assert f"**Primary.** {said}" in "\n".join(with_optimizers(optimizers(adamw=3, muon_split=points, muon=3)))
+
+
+@pytest.mark.parametrize(("resnet", "said"), [(2, "Deeper layers save time over"), (0, "there is no such option")])
+def test_deeper_layers_must_be_faster_than_the_first_alone_on_both_models(resnet, said):
+    found = {
+        "ViT": timed(vanilla=0, first_layer=1, all_layers=2),
+        "ResNet-18": timed(vanilla=0, first_layer=1, all_layers=resnet),
+    }
+    text = "\n".join(in_layers(found, SHARES))
+    assert said in text
+    assert "| ViT | all layers | 2.13 (2.13-2.13) |" in text
+
+
+def test_nothing_is_said_before_the_last_run(monkeypatch):
+    assert list(lines("small", {})) == []
+    names = {f"evidence_{name}": name for name in OPTIMIZERS}
+    have = {}
+    for name in names:
+        arms = {arm: {"optimizer": name, "arm": arm} for arm in ("vanilla", "TrAct", "matched start, TrAct")}
+        made = Experiment("t", "cifar10_vit.yaml", {"": {}}, arms, {"epochs": 2}, {}, 8, 8, 100)
+        monkeypatch.setitem(ALL, name, made)
+        for job in made.jobs("small"):
+            top1 = 0.5 + NOISE[job.seed - 100] * len(job.arm)
+            have[job.key] = RunRecord(job.key, job.arm, {}, job.seed, {"top1": [top1]}, [1.0], command="x")
+    last = have.pop(next(reversed(have)))
+    assert list(lines("small", have)) == []
+    have[last.key] = last
+    said = list(conclusions.lines("small", have))
+    assert said[0] == "## E3: what may be said"
+    assert sum(line.startswith("| TrAct |") for line in said) == len(OPTIMIZERS)
