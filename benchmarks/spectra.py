@@ -48,10 +48,10 @@ ARMS: dict[str, dict[str, bool]] = {
     "matched start, TrAct": {"tract": True, "whiten": True},
 }
 LAM = 0.1
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 # To be set to vanilla's best of RATES on the validation blocks.
 CHOSEN_RATE = 1e-3
-TUNING_SEED = 50
+TUNING_SEEDS = (50, 51, 52)
 FIRST_SEED = 100
 BATCH = 32
 MOST_COMPONENTS = 30
@@ -123,8 +123,9 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
     """List arms, settings and seeds of the runs."""
     runs: list[tuple[str, dict[str, Any], int]] = []
     if args.tune:
-        for rate in RATES:
-            runs.append((VANILLA, {"rate": rate, "epochs": args.epochs, "part": "validation"}, TUNING_SEED))
+        for seed in TUNING_SEEDS:
+            for rate in RATES:
+                runs.append((VANILLA, {"rate": rate, "epochs": args.epochs, "part": "validation"}, seed))
         return runs
     settings = {"rate": CHOSEN_RATE, "epochs": args.epochs, "part": "test"}
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):

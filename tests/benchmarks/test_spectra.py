@@ -68,7 +68,8 @@ def test_every_arm_trains_and_no_run_is_made_twice(few, tmp_path, monkeypatch):
     assert run(monkeypatch, tmp_path, "--seeds", "1") == made
 
 
-def test_the_rate_is_chosen_on_other_blocks_by_another_seed(few, tmp_path, monkeypatch):
+def test_the_rate_is_chosen_on_other_blocks_by_other_seeds(few, tmp_path, monkeypatch):
     made = run(monkeypatch, tmp_path, "--tune")
-    assert [record.settings["rate"] for record in made] == list(spectra.RATES)
-    assert {(record.arm, record.seed, record.settings["part"]) for record in made} == {("vanilla", 50, "validation")}
+    assert [record.settings["rate"] for record in made] == 3 * list(spectra.RATES)
+    assert {(record.arm, record.settings["part"]) for record in made} == {("vanilla", "validation")}
+    assert not {record.seed for record in made} & set(range(100, 108))
