@@ -8,6 +8,7 @@ so does one that no sentence there covers.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main() -> None:
     problems: list[str] = []
     checked = 0
     for path in documents():
-        problems += problems_of(name_of(path), path.read_text(encoding="utf-8"))
+        problems += problems_of(name_of(path), text_of(path))
         checked += 1
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     for problem in problems:
@@ -40,10 +41,24 @@ def main() -> None:
 
 def documents() -> Iterator[Path]:
     """Yield the documents whose figures are checked."""
-    paths = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "model_cards").glob("*.md")]
+    paths = [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "model_cards").glob("*.md")]
+    for pattern in ("*.md", "*.ipynb"):
+        paths += (ROOT / "docs").rglob(pattern)
     for path in sorted(paths):
         if name_of(path) not in WHOLE:
             yield path
+
+
+def text_of(path: Path) -> str:
+    """Return what a reader sees of a document; of a notebook its text, without code and outputs."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = []
+    for cell in json.loads(text)["cells"]:
+        if cell["cell_type"] == "markdown":
+            cells.append("".join(cell["source"]))
+    return "\n\n".join(cells)
 
 
 def name_of(path: Path) -> str:
@@ -70,6 +85,8 @@ def problems_of(name: str, markdown: str) -> Iterator[str]:
 def write_tables() -> None:
     """Write the stored tables into the documents that have their marks."""
     for path in documents():
+        if path.suffix != ".md":
+            continue
         markdown = path.read_text(encoding="utf-8")
         named = figures.tables(markdown)
         if named:

@@ -25,6 +25,20 @@ def test_every_figure_of_the_documents_follows_from_a_stored_run(monkeypatch, ca
     assert f"{len(TABLES)} tables in" in capsys.readouterr().out
 
 
+def test_the_documents_are_all_that_a_user_reads():
+    names = {command.name_of(path) for path in command.documents()}
+    assert {
+        "README.md",
+        "examples/README.md",
+        "docs/tutorial.ipynb",
+        "docs/usage.md",
+        "model_cards/README.md",
+    } <= names
+    tutorial = command.text_of(ROOT / "docs" / "tutorial.ipynb")
+    assert "# Tutorial" in tutorial
+    assert "import torch" not in tutorial
+
+
 def test_every_stored_run_says_what_made_it():
     files = sorted(RESULTS.glob("*.jsonl"))
     assert len(files) >= 4
