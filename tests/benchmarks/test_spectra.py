@@ -5,8 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import spectra
-from benchmarks.common.records import read_records
+from benchmarks import spectra, spectra_results
+from benchmarks.common.records import RunRecord, add_record, read_records
+from benchmarks.common.statistics import interval
+from benchmarks.paper.summary import holm
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,31 @@ def test_the_rate_is_chosen_on_other_blocks_by_other_seeds(few, tmp_path, monkey
     assert [record.settings["rate"] for record in made] == 3 * list(spectra.RATES)
     assert {(record.arm, record.settings["part"]) for record in made} == {("vanilla", "validation")}
     assert not {record.seed for record in made} & set(range(100, 108))
+
+
+def record(arm, seed, error, part="test", rate=1e-3):
+    settings = {"rate": rate, "epochs": 2, "part": part}
+    key = f"{arm}{seed}{part}{rate}"
+    return RunRecord(key, arm, settings, seed, {"error": [1.0, error]}, [1.0, 2.0], command="x")
+
+
+def test_the_table_compares_seed_by_seed(tmp_path):
+    path = tmp_path / "x.jsonl"
+    noise = np.random.default_rng(0).normal(0, 0.01, 8)
+    better = dict(zip(spectra.ARMS, (0, 0.05, 0.0, 0.02), strict=True))
+    for seed, draw in enumerate(noise, 100):
+        for number, (arm, gained) in enumerate(better.items()):
+            add_record(path, record(arm, seed, 0.5 + draw * (1 + number) - gained))
+    add_record(path, record(spectra.PLS, 0, 0.4))
+    add_record(path, record("vanilla", 50, 0.9, "validation", 2e-3))
+    add_record(path, record("vanilla", 50, 0.8, "validation", 1e-3))
+    runs = spectra_results.read(path, "test")
+    found = {row[0]: dict(zip(spectra_results.HEAD, row, strict=True)) for row in spectra_results.rows(runs)}
+    assert list(found) == [*spectra.ARMS, spectra.PLS]
+    changes = [interval(noise * number - gained) for number, gained in enumerate(better.values())][1:]
+    told = [found[arm]["from vanilla"] for arm in list(better)[1:]]
+    assert told == [f"{each.mean:+.3f} ± {each.half_width:.3f}" for each in changes]
+    assert [found[arm]["p"] for arm in list(better)[1:]] == [f"{p:.3f}" for p in holm([each.p for each in changes])]
+    assert found[spectra.PLS]["test error"] == "0.400"
+    validation = spectra_results.read(path, "validation")
+    assert spectra_results.rate_rows(validation) == [["vanilla's error", "0.800", "0.900"]]

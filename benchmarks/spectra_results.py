@@ -1,0 +1,65 @@
+"""Tells what stored runs on spectra say: benchmarks/spectra.py makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common.records import RunRecord, read_records
+from benchmarks.common.statistics import Interval, interval
+from benchmarks.paper.summary import holm
+from benchmarks.spectra import ARMS, PLS, VANILLA
+
+HEAD = ["arm", "seeds", "test error", "from vanilla", "p", "seconds of training"]
+
+
+def read(path: Path, part: str) -> dict[str, list[RunRecord]]:
+    """Return the runs that were tested on a part of the spectra, by arm and in the order of seeds."""
+    found: dict[str, list[RunRecord]] = {}
+    records = sorted(read_records(path).values(), key=lambda record: record.seed)
+    for record in records:
+        if record.settings["part"] == part:
+            found.setdefault(record.arm, []).append(record)
+    return found
+
+
+def errors(records: Iterable[RunRecord]) -> np.ndarray:
+    """Return the error after the last epoch, (seeds,)."""
+    return np.array([record.curve["error"][-1] for record in records])
+
+
+def rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
+    """Return the rows under HEAD; less error is better."""
+    base = errors(runs[VANILLA])
+    others = [arm for arm in ARMS if arm != VANILLA]
+    changes = [interval(errors(runs[arm]) - base) for arm in others]
+    corrected = holm([change.p or 1.0 for change in changes])
+    cells = {VANILLA: ["", ""]}
+    for arm, change, p in zip(others, changes, corrected, strict=True):
+        cells[arm] = [text(change, "+"), f"{p:.3f}"]
+    made = []
+    for arm in ARMS:
+        seconds = np.mean([record.seconds[-1] for record in runs[arm]])
+        made.append([arm, str(len(runs[arm])), text(interval(errors(runs[arm]))), *cells[arm], f"{seconds:.0f}"])
+    (pls,) = runs[PLS]
+    made.append([PLS, "", text(interval(errors([pls]))), "", "", f"{pls.seconds[-1]:.0f}"])
+    return made
+
+
+def rate_rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
+    """Return vanilla's error on the validation blocks at each rate, by which the rate was chosen."""
+    by_rate: dict[float, list[RunRecord]] = {}
+    for record in runs[VANILLA]:
+        by_rate.setdefault(record.settings["rate"], []).append(record)
+    rates = sorted(by_rate)
+    return [["vanilla's error", *(text(interval(errors(by_rate[rate]))) for rate in rates)]]
+
+
+def text(found: Interval, sign: str = "") -> str:
+    """Return a mean and the half width of its interval with three digits."""
+    mean = f"{found.mean:{sign}.3f}"
+    if found.half_width is None:
+        return mean
+    return f"{mean} ± {found.half_width:.3f}"
