@@ -33,16 +33,15 @@ def errors(records: Iterable[RunRecord]) -> np.ndarray:
 def rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     """Return the rows under HEAD; less error is better."""
     base = errors(runs[VANILLA])
-    others = [arm for arm in ARMS if arm != VANILLA]
-    changes = [interval(errors(runs[arm]) - base) for arm in others]
-    corrected = holm([change.p or 1.0 for change in changes])
+    changes = {arm: interval(errors(runs[arm]) - base) for arm in ARMS if arm != VANILLA}
+    corrected = holm([change.p or 1.0 for change in changes.values()])
     cells = {VANILLA: ["", ""]}
-    for arm, change, p in zip(others, changes, corrected, strict=True):
+    for (arm, change), p in zip(changes.items(), corrected, strict=True):
         cells[arm] = [text(change, "+"), f"{p:.3f}"]
     made = []
     for arm in ARMS:
-        seconds = np.mean([record.seconds[-1] for record in runs[arm]])
-        made.append([arm, str(len(runs[arm])), text(interval(errors(runs[arm]))), *cells[arm], f"{seconds:.0f}"])
+        seconds = f"{np.mean([record.seconds[-1] for record in runs[arm]]):.0f}"
+        made.append([arm, str(len(runs[arm])), text(interval(errors(runs[arm]))), *cells[arm], seconds])
     (pls,) = runs[PLS]
     made.append([PLS, "", text(interval(errors([pls]))), "", "", f"{pls.seconds[-1]:.0f}"])
     return made
@@ -53,8 +52,10 @@ def rate_rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     by_rate: dict[float, list[RunRecord]] = {}
     for record in runs[VANILLA]:
         by_rate.setdefault(record.settings["rate"], []).append(record)
-    rates = sorted(by_rate)
-    return [["vanilla's error", *(text(interval(errors(by_rate[rate]))) for rate in rates)]]
+    row = ["vanilla's error"]
+    for rate in sorted(by_rate):
+        row.append(text(interval(errors(by_rate[rate]))))
+    return [row]
 
 
 def text(found: Interval, sign: str = "") -> str:

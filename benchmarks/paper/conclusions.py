@@ -54,16 +54,17 @@ def _is_whole(experiment: Experiment, scale: str, have: Mapping[str, RunRecord])
     return all(job.key in have for job in experiment.jobs(scale))
 
 
-def speed_ups(arms: Arms, arm: str, bases: Sequence[str], shares: Sequence[int]) -> list[Estimate]:
-    """Return how many times faster an arm is than each base."""
-    mine = horizons_of(arms, arm, shares)
-    return [speed_up(mine, horizons_of(arms, base, shares)) for base in bases]
+def faster_than(base: str, arms: Arms, arm: str, shares: Sequence[int]) -> Estimate:
+    """Return how many times faster an arm is than a base."""
+    return speed_up(horizons_of(arms, arm, shares), horizons_of(arms, base, shares))
 
 
 def _arm_names(arms: Arms) -> list[str]:
     """Return the arms without the lengths of their runs, in their order."""
-    names = (name.rpartition(", ")[0] for name in arms)
-    return list(dict.fromkeys(names))
+    found: dict[str, None] = {}
+    for name in arms:
+        found[name.rpartition(", ")[0]] = None
+    return list(found)
 
 
 def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
@@ -72,9 +73,13 @@ def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
     yield from ("Vanilla's seconds for its longest run over those of the arm for the same accuracy.", "")
     yield from _head("arm", *found, "so")
     for arm in _arm_names(next(iter(found.values()))):
-        if arm != VANILLA:
-            estimates = {data: speed_ups(arms, arm, [VANILLA], shares)[0] for data, arms in found.items()}
-            yield _row(arm, *(each.text(digits=2) for each in estimates.values()), sentence(arm, estimates))
+        if arm == VANILLA:
+            continue
+        estimates, cells = {}, []
+        for data, arms in found.items():
+            estimates[data] = faster_than(VANILLA, arms, arm, shares)
+            cells.append(estimates[data].text(digits=2))
+        yield _row(arm, *cells, sentence(arm, estimates))
     yield ""
 
 
@@ -95,10 +100,12 @@ class OptimizerGain(NamedTuple):
 
 def optimizer_gains(found: Mapping[str, Arms], arm: str) -> list[OptimizerGain]:
     """Return the gains of an arm under each optimizer."""
-    gains = [gain(arms[arm], arms[VANILLA]) for arms in found.values()]
-    corrected = holm([each.p or 1.0 for each in gains])
-    rows = zip(found, gains, corrected, strict=True)
-    return [OptimizerGain(arm, optimizer, each, p) for optimizer, each, p in rows]
+    gains, plain = [], []
+    for arms in found.values():
+        gained = gain(arms[arm], arms[VANILLA])
+        gains.append(gained)
+        plain.append(gained.p or 1.0)
+    return list(map(OptimizerGain, [arm] * len(found), found, gains, holm(plain)))
 
 
 def with_optimizers(found: Mapping[str, Arms]) -> Iterator[str]:
@@ -123,7 +130,8 @@ def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]
         for arm in _arm_names(arms):
             if arm in (VANILLA, FIRST):
                 continue
-            over_vanilla, over_first = speed_ups(arms, arm, [VANILLA, FIRST], shares)
+            over_vanilla = faster_than(VANILLA, arms, arm, shares)
+            over_first = faster_than(FIRST, arms, arm, shares)
             yield _row(model, arm, over_vanilla.text(digits=2), over_first.text(digits=2))
             gained[model] = gained.get(model, False) or over_first.low > 1
     verdict = "Deeper layers save no time over the first layer alone that these runs show: there is no such option."

@@ -97,6 +97,13 @@ def test_the_report_shows_shape_cost_and_mean_eigenvalue(checkpoint):
     assert "Mean eigenvalue of C for natural images: about 1; lam is 0.1." in text
 
 
+def test_images_are_not_expected_at_a_layer_that_a_user_names(checkpoint):
+    result = CliRunner().invoke(app, ["inspect", str(checkpoint), "--layers", "classifier"])
+    assert result.exit_code == 0
+    text = " ".join(result.output.split())
+    assert "Mean eigenvalue of C for natural images, where the layer reads their pixels: about 1;" in text
+
+
 @pytest.mark.parametrize(
     "args, parts",
     [

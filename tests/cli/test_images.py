@@ -1,5 +1,6 @@
 """Images of any number of channels and any bit depth, for `hf-tract inspect --dataset`."""
 
+import io
 import sys
 
 import datasets
@@ -89,6 +90,23 @@ def test_samples_are_drawn_from_all_over_the_set(tmp_path):
     assert len(images) == 32
     assert 8 <= int(images.mean((1, 2, 3)).sum()) <= 24
     assert torch.equal(images, read(tmp_path, 1, samples=32))
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(TrActError, match=says("cannot be read: ", "bad.png: ", "cannot identify image")):
+        read(tmp_path)
+
+
+def test_a_corrupt_image_in_a_table_is_told(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    images = [{"bytes": buffer.getvalue(), "path": None}, {"bytes": b"no image", "path": None}]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(TrActError, match=says("cannot be read: an image inside a file of rows: ", "cannot identify")):
+        read(tmp_path / "rows.parquet")
 
 
 def test_a_split_that_is_not_there_is_an_error_in_a_line(tmp_path):

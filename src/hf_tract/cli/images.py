@@ -66,9 +66,28 @@ def _draw_rows(name: str, split: str, samples: int) -> list[Row]:
         if not path.exists():  # a stream from the Hub
             stream = rows.shuffle(seed=0, buffer_size=BUFFER_SIZE)
             return list(stream.take(samples))
-        return list(rows.shuffle(seed=0).select(range(min(samples, len(rows)))))
+        drawn = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
+        return [_decoded(drawn, index) for index in range(len(drawn))]
     except Exception as error:  # what a data set's files and the Hub raise has no common class
         raise TrActError(f"`dataset` (={name!r}) cannot be read: {one_line(error)}") from error
+
+
+def _decoded(rows: Any, index: int) -> Row:
+    """Return a row; an error names the file that cannot be decoded."""
+    try:
+        row: Row = rows[index]
+        return row
+    except Exception as error:
+        raise ValueError(f"{_file_of(rows, index)}: {one_line(error)}") from error
+
+
+def _file_of(rows: Any, index: int) -> str:
+    """Return the path of a row's image as it is stored."""
+    for column, feature in rows.features.items():
+        if getattr(feature, "decode", False):
+            stored = rows.cast_column(column, type(feature)(decode=False))[index][column]
+            return stored["path"] or "an image inside a file of rows"
+    return "a row"
 
 
 def _open_dataset(name: str, split: str) -> Any:

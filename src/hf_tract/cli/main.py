@@ -15,6 +15,7 @@ from rich.text import Text
 from hf_tract.cli.loading import load
 from hf_tract.cli.report import LayerInspection, Report, inspect_model, measure_spectrum, warnings_for
 from hf_tract.config import TrActConfig, TrActError
+from hf_tract.discovery.first_layer import NAMED
 
 PACKAGES = ("hf-tract", "torch", "transformers")  # whose versions are printed
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -154,7 +155,10 @@ def _print_scale(console: Console, report: Report) -> None:
         )
     elif normalization is not None:
         expected = normalization.expected_mean_eigenvalue()
-        console.print(f"Mean eigenvalue of C for natural images: about {expected:.2g}; lam is {lam:g}.")
+        condition = ""
+        if any(layer.source == NAMED for layer in report.inspection.layers):
+            condition = ", where the layer reads their pixels"
+        console.print(f"Mean eigenvalue of C for natural images{condition}: about {expected:.2g}; lam is {lam:g}.")
 
 
 def _with_prefix(number: int) -> str:
