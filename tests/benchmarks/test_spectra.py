@@ -57,7 +57,14 @@ def run(monkeypatch, folder, *options):
     return list(read_records(folder / "x.jsonl").values())
 
 
+def test_no_final_run_is_made_before_the_rate_is_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(spectra, "CHOSEN_RATE", None)
+    with pytest.raises(SystemExit, match="The rate is not chosen yet"):
+        run(monkeypatch, tmp_path)
+
+
 def test_every_arm_trains_and_no_run_is_made_twice(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(spectra, "CHOSEN_RATE", 1e-3)
     made = run(monkeypatch, tmp_path, "--seeds", "1")
     assert [record.arm for record in made] == [*spectra.ARMS, spectra.PLS]
     for record in made[:-1]:
