@@ -13,7 +13,10 @@ from benchmarks.paper.summary import holm
 from benchmarks.robustness import ARMS, CLEAN, CORRUPTIONS, SEEDS
 
 BASE = ARMS[0]
-HEAD = ["arm", "clean", "corrupted", "lost", "loses more than vanilla", "p", "ECE, clean", "ECE, corrupted"]
+# Per cent that a guess gets right, of ten classes.
+CHANCE = 10
+HEAD = ["arm", "clean", "corrupted", "points lost", "from vanilla", "p", "share lost, %", "from vanilla", "p"]
+ERROR_HEAD = ["arm", "ECE of clean images, %", "of corrupted ones, %"]
 
 
 class Arm:
@@ -38,6 +41,12 @@ class Arm:
         points: np.ndarray = self.clean - self.corrupted
         return points
 
+    @property
+    def share_lost(self) -> np.ndarray:
+        """Return the same in per cent of what the arm has above chance: a better arm has more to lose."""
+        share: np.ndarray = 100 * self.lost / (self.clean - CHANCE)
+        return share
+
 
 def _of(records: Sequence[RunRecord], name: str) -> np.ndarray:
     """Return a figure in per cent, the mean over strengths, (seeds,)."""
@@ -56,22 +65,37 @@ def read(path: Path) -> dict[str, Arm]:
 
 
 def rows(arms: dict[str, Arm]) -> list[list[str]]:
-    """Return the rows under HEAD: means over all corruptions, what is lost to them, and calibration errors."""
-    others = [name for name in arms if name != BASE]
-    more = [interval(arms[name].lost - arms[BASE].lost) for name in others]
-    corrected = holm([found.p or 1.0 for found in more])
-    cells = {BASE: ["", ""]}
-    for name, found, p in zip(others, more, corrected, strict=True):
-        cells[name] = [found.text("+"), f"{p:.3f}"]
+    """Return the rows under HEAD: means over all corruptions, and what is lost to them."""
+    lost, shares = {}, {}
+    for name, arm in arms.items():
+        lost[name] = arm.lost
+        shares[name] = arm.share_lost
+    by_points, by_share = _from_vanilla(lost), _from_vanilla(shares)
     made = []
     for name, arm in arms.items():
-        row = [name]
-        for values in (arm.clean, arm.corrupted, arm.lost):
-            row.append(interval(values).text())
-        row += cells[name]
-        for values in (arm.clean_error, arm.corrupted_error):
-            row.append(interval(values).text())
+        row = [name, interval(arm.clean).text(), interval(arm.corrupted).text()]
+        row += [interval(lost[name]).text(), *by_points[name]]
+        row += [interval(shares[name]).text(), *by_share[name]]
         made.append(row)
+    return made
+
+
+def _from_vanilla(values: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    """Return the difference from vanilla and its p by Holm, by arm."""
+    others = [name for name in values if name != BASE]
+    differences = [interval(values[name] - values[BASE]) for name in others]
+    corrected = holm([found.p or 1.0 for found in differences])
+    cells = {BASE: ["", ""]}
+    for name, found, p in zip(others, differences, corrected, strict=True):
+        cells[name] = [found.text("+"), f"{p:.3f}"]
+    return cells
+
+
+def error_rows(arms: dict[str, Arm]) -> list[list[str]]:
+    """Return the rows under ERROR_HEAD."""
+    made = []
+    for name, arm in arms.items():
+        made.append([name, interval(arm.clean_error).text(), interval(arm.corrupted_error).text()])
     return made
 
 

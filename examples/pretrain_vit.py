@@ -604,14 +604,17 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if recipe.optimizer in ("soap", "schedule_free"):
         return make_uncommon_optimizer(recipe, model)
     name = recipe.optimizer
+    momentum = 0.9
     settings = {}
+    if name in ("muon", "muon_split"):
+        momentum = 0.95
     if name == "muon_split":
         name = "muon"
         first = [f"{layer.name}.*" for layer in find_first_layers(model)]
         settings["fallback_list"] = (*first, *HEADS)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, name, recipe.learning_rate, recipe.weight_decay, **settings
+            model, name, recipe.learning_rate, recipe.weight_decay, momentum, **settings
         )
     except (ValueError, AssertionError, TypeError, RuntimeError, ImportError) as error:
         stop(f"--optimizer {recipe.optimizer}: timm.optim.create_optimizer_v2 cannot make it: {one_line(error)}")

@@ -26,7 +26,7 @@ class Choice(NamedTuple):
 
     arm: str
     cell: str
-    # On the validation rows, from 0 to 1.
+    # On the validation rows, from 0 to 1, the mean over seeds.
     top1: float
     # Whether its rate is the lowest or the highest that was tried.
     at_edge: bool
@@ -43,26 +43,32 @@ def name_at(arm: str, share: int) -> str:
 
 
 def choose(experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> list[Choice]:
-    """Return the best cell of each arm; the first of equals.
+    """Return the cell of each arm that is the best on average over seeds; the first of equals.
 
     Raises:
         SystemExit: where a cell has not been run yet.
     """
-    best: dict[str, tuple[float, str]] = {}
-    rates: dict[str, set[float]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
     for job in experiment.jobs(scale):
         if job.key not in have:
-            raise SystemExit(f"{experiment.title}: the run of {job.arm} is missing; `run` makes it.")
+            raise SystemExit(f"{experiment.title}: seed {job.seed} of {job.arm} is missing; `run` makes it.")
         top1 = have[job.key].curve["top1"][-1]
-        arm = arm_of(job.arm)
-        rates.setdefault(arm, set()).add(job.config["learning_rate"])
-        if arm not in best or top1 > best[arm][0]:
-            best[arm] = (top1, job.arm)
+        scores.setdefault(arm_of(job.arm), {}).setdefault(job.arm, []).append(top1)
     choices = []
-    for arm, (top1, cell) in best.items():
-        edges = (min(rates[arm]), max(rates[arm]))
-        choices.append(Choice(arm, cell, top1, experiment.arms[cell]["learning_rate"] in edges))
+    for arm, cells in scores.items():
+        means = {cell: sum(found) / len(found) for cell, found in cells.items()}
+        best = max(means, key=means.__getitem__)
+        choices.append(Choice(arm, best, means[best], is_at_edge(experiment, best)))
     return choices
+
+
+def is_at_edge(experiment: Experiment, cell: str) -> bool:
+    """Return whether a cell has the lowest or the highest rate of its arm."""
+    rates = []
+    for name, changes in experiment.arms.items():
+        if arm_of(name) == arm_of(cell):
+            rates.append(changes["learning_rate"])
+    return experiment.arms[cell]["learning_rate"] in (min(rates), max(rates))
 
 
 def remember(name: str, choices: Iterable[Choice], file: Path = CHOSEN) -> None:
@@ -81,16 +87,16 @@ def read(file: Path = CHOSEN) -> Mapping[str, Mapping[str, str]]:
 
 
 def final_runs(
-    title: str, tuned: str, tuning: Experiment, small: Changes, seeds: int, shares: tuple[int, ...] = ()
+    title: str, tuned: str, tuning: Experiment, small: Changes, seeds: range, shares: tuple[int, ...] = ()
 ) -> Experiment | None:
-    """Return the runs of each arm's chosen cell from fresh seeds; None before the choice is made.
+    """Return the runs of each arm's chosen cell; None before the choice is made.
 
     Args:
         title: of the experiment.
         tuned: the name of the tuning experiment.
         tuning: that experiment.
         small: of the small scale, without the validation split.
-        seeds: number of seeds.
+        seeds: fresh ones; where time is measured, no other experiment has them, since runs of other days do not count.
         shares: lengths of whole runs in per cent of the recipe's epochs, shortest first; without them the recipe's.
     """
     cells = {}
@@ -104,6 +110,9 @@ def final_runs(
     for share in reversed(shares):
         for arm, changes in cells.items():
             arms[name_at(arm, share)] = changes | {"epochs": round(share * whole / 100)}
+    reference = ""
+    if not shares:
+        reference = "TrAct"
     return Experiment(
         title,
         tuning.recipe,
@@ -111,9 +120,10 @@ def final_runs(
         arms or cells,
         small,
         tuning.smoke,
-        full_seeds=seeds,
-        small_seeds=seeds,
-        first_seed=FRESH_SEED,
+        full_seeds=len(seeds),
+        small_seeds=len(seeds),
+        first_seed=seeds.start,
+        reference=reference,
     )
 
 

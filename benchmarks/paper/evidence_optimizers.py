@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, Changes] = {
 ARMS: dict[str, Changes] = VANILLA | {"TrAct": TRACT, "matched start, TrAct": MATCHED}
 COORDINATES = {"whitened coordinates": NO_TRACT | {"variant": "coordinates", "lam": 0.1}}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-SEEDS = 8
+SEEDS = range(100, 108)
 
 
 def cells(optimizer: str) -> dict[str, Changes]:
@@ -46,7 +46,7 @@ def tuning(optimizer: str) -> Experiment:
         cells(optimizer),
         VIT_SMALL | VALIDATION,
         VIT_SMOKE | SMOKE_VALIDATION,
-        small_seeds=1,
+        small_seeds=2,
         first_seed=TUNING_SEED,
     )
 

@@ -46,11 +46,16 @@ class Experiment:
     then: str | None = None
 
     def jobs(self, scale: str, seeds: int | None = None) -> Iterator[Job]:
-        """List what is to be run: the first seed of everything before the second."""
+        """List what is to be run: the first seed of everything before the second.
+
+        Each seed begins with another arm, so that the same arms do not always run at the same time.
+        """
         count = seeds or self._usual_seeds(scale)
         for seed in range(self.first_seed, self.first_seed + count):
             seen: set[str] = set()
-            for setting, arm in itertools.product(self._settings(scale), self._arms(scale)):
+            pairs = list(itertools.product(self._settings(scale), self._arms(scale)))
+            turn = (seed - self.first_seed) % len(pairs)
+            for setting, arm in pairs[turn:] + pairs[:turn]:
                 if seed - self.first_seed >= self.at_most.get(arm, count):
                     continue
                 config = self.config(scale, setting, arm)
@@ -112,7 +117,10 @@ def _kind(arm: Changes) -> tuple[str, ...]:
     """Return what an arm changes, without the numbers."""
     kind = []
     for name, value in arm.items():
-        kind.append(value if name == "variant" else name)
+        if name == "layers":
+            kind += value
+        else:
+            kind.append(value if name == "variant" else name)
     return tuple(kind)
 
 

@@ -9,7 +9,10 @@ from benchmarks.paper.layers import first_layer
 from benchmarks.training.loop import usual_optimizer
 from benchmarks.training.recipe import Recipe
 
+MUON = "muon"
 MUON_SPLIT = "muon_split"
+# Its authors'; timm's factory gives every optimizer 0.9.
+MUON_MOMENTUM = 0.95
 OTHERS = {"soap": SOAP, "schedule_free": ScheduleFreeAdamW}
 # What transformers and timm call the layer that returns the classes' scores.
 HEADS = ("classifier.*", "head.*", "fc.*")
@@ -22,7 +25,9 @@ def named_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     and what is no matrix. timm's own `muon` takes every matrix, and the patch embedding as one.
     """
     if recipe.optimizer == MUON_SPLIT:
-        return _muon_split(recipe, model)
+        return _muon(recipe, model, (f"{first_layer(model)}.*", *HEADS))
+    if recipe.optimizer == MUON:
+        return _muon(recipe, model, ())
     if recipe.optimizer not in OTHERS:
         return usual_optimizer(recipe, model)
     groups = param_groups_weight_decay(model, recipe.weight_decay, weight_decay_exclude_1d=not recipe.decay_all)
@@ -30,13 +35,15 @@ def named_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return made
 
 
-def _muon_split(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def _muon(recipe: Recipe, model: nn.Module, by_adamw: tuple[str, ...]) -> torch.optim.Optimizer:
+    """Return timm's Muon, which leaves to AdamW the parameters of these patterns and those that are no matrices."""
     made: torch.optim.Optimizer = create_optimizer_v2(
         model,
-        "muon",
+        MUON,
         recipe.learning_rate,
         recipe.weight_decay,
+        momentum=MUON_MOMENTUM,
         filter_bias_and_bn=not recipe.decay_all,
-        fallback_list=(f"{first_layer(model)}.*", *HEADS),
+        fallback_list=by_adamw,
     )
     return made

@@ -9,10 +9,10 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
 from benchmarks.paper import conclusions, plots
-from benchmarks.paper.catalogue import ALL, PLANNED
+from benchmarks.paper.catalogue import ALL, PLANNED, edges
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
-from benchmarks.paper.verdicts import step_size
+from benchmarks.paper.verdicts import challengers, step_size
 
 MAX_SEEDS = 100
 SMALLEST_P = 0.001
@@ -78,9 +78,12 @@ def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem:
         if setting:
             lines += [f"**{setting}**", ""]
         lines += [*_table(arms, experiment.reference), ""]
+    at_edge = edges(name)
+    if at_edge:
+        lines += [f"The best rate is at the edge of the grid for {', '.join(at_edge)}.", ""]
     if name == "evidence_step_size":
         for arms in settings.values():
-            lines += step_size(arms).lines()
+            lines += [*step_size(arms).lines(), *challengers(arms)]
     plot = plots.curves(experiment.title, settings, experiment.reference, stem.with_suffix(".png"))
     lines += [f"![{experiment.title}: {_caption(experiment, settings)}]({plot.name})", ""]
     if name == "lambda_sweep":

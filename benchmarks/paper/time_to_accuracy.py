@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.common.bootstrap import Estimate, estimate
+from benchmarks.common.bootstrap import Estimate
+from benchmarks.common.statistics import half_widths
 from benchmarks.paper.choices import name_at
 from benchmarks.paper.summary import Arms
 
@@ -37,42 +38,46 @@ def horizons_of(arms: Arms, arm: str, shares: Sequence[int]) -> Horizons:
 
 
 def speed_up(arm: Horizons, base: Horizons) -> Estimate:
-    """Return the base's seconds for its longest run over those in which the arm is as accurate.
+    """Return in how many times fewer seconds the arm reaches the accuracy that the base has after its longest run.
 
-    The arm's accuracy is the line through its means over seeds at its horizons. The interval is over resampled seeds,
-    of both arms together; a sample that never gets there counts as 0.
+    The accuracy of both is the line through the means over seeds at the horizons, so a base whose accuracy has stopped
+    rising is as fast as itself. Where the arm never gets there, it is 0. The interval is Student's over seeds, of the
+    logarithm by the jackknife; where one left-out seed decides whether the arm gets there, it begins at 0.
     """
+    seeds = np.arange(len(base.accuracy))
+    value = _ratio(arm, base, seeds)
+    left_out = []
+    for seed in seeds:
+        left_out.append(_ratio(arm, base, seeds[seeds != seed]))
+    if not value or not min(left_out):
+        return Estimate(value, 0.0, max(value, *left_out))
+    pseudo = len(seeds) * np.log(value) - (len(seeds) - 1) * np.log(left_out)
+    width = float(half_widths(pseudo))
+    return Estimate(value, float(value * np.exp(-width)), float(value * np.exp(width)))
 
-    def ratios(chosen: np.ndarray) -> np.ndarray:
-        """Take numbers of seeds, (samples, seeds)."""
-        goals = base.accuracy[chosen].mean(1)[:, -1]
-        whole = base.seconds[chosen].mean(1)[:, -1]
-        spent = seconds_to_reach(goals, arm.seconds[chosen].mean(1), arm.accuracy[chosen].mean(1))
-        result: np.ndarray = whole / spent
-        return result
 
-    return estimate(ratios, np.arange(len(base.accuracy)))
+def _ratio(arm: Horizons, base: Horizons, seeds: np.ndarray) -> float:
+    """Return the base's seconds to its last accuracy over the arm's, over these seeds."""
+    goal = base.accuracy[seeds].mean(0)[-1]
+    whole = seconds_to_reach(goal, base.seconds[seeds].mean(0), base.accuracy[seeds].mean(0))
+    return whole / seconds_to_reach(goal, arm.seconds[seeds].mean(0), arm.accuracy[seeds].mean(0))
 
 
-def seconds_to_reach(goals: np.ndarray, seconds: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """Return where lines first reach their goals, (samples,); inf where they do not, the first point if it is above.
+def seconds_to_reach(goal: float, seconds: np.ndarray, accuracy: np.ndarray) -> float:
+    """Return where a line first reaches a goal; inf where it does not, the first point if that is above.
 
     Args:
-        goals: (samples,).
-        seconds: of the points, ascending, (samples, points).
-        accuracy: of the points, (samples, points).
+        goal: the accuracy.
+        seconds: of the points, ascending, (points,).
+        accuracy: of the points, (points,).
     """
-    above = accuracy >= goals[:, None]
-    rows = np.arange(len(goals))
-    first = above.argmax(1)
-    before = np.maximum(first - 1, 0)
-    rise = accuracy[rows, first] - accuracy[rows, before]
-    missing = goals - accuracy[rows, before]
-    share = np.ones(len(goals))
-    np.divide(missing, rise, out=share, where=first > 0)
-    start = seconds[rows, before]
-    reached = start + share * (seconds[rows, first] - start)
-    return np.where(above.any(1), reached, np.inf)
+    above = np.flatnonzero(accuracy >= goal)
+    if not len(above):
+        return float("inf")
+    first = int(above[0])
+    if not first:
+        return float(seconds[0])
+    return float(np.interp(goal, accuracy[first - 1 : first + 1], seconds[first - 1 : first + 1]))
 
 
 def sentence(arm: str, speed_ups: Mapping[str, Estimate]) -> str:

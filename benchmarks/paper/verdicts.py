@@ -9,7 +9,7 @@ from scipy import stats
 
 from benchmarks.common.bootstrap import Estimate, estimate
 from benchmarks.common.statistics import Interval, interval
-from benchmarks.paper.summary import Arm, Arms, gain
+from benchmarks.paper.summary import Arm, Arms, gain, holm
 
 PRIMARY_P = 0.01
 RATE_CONTROLS = (
@@ -23,6 +23,12 @@ RATE_CONTROLS = (
 LENT = ("first layer of vanilla", "first layer of TrAct")
 MORE = "At this setting TrAct is more than a learning rate of the first layer."
 NOT_MORE = "A learning rate of the first layer does as much here, as far as these seeds tell."
+
+
+# What would become an option of the library.
+CHALLENGERS = ("TrAct, grafted", "eigenvectors, lam 0.001", "eigenvectors, lam 0.01", "eigenvectors, lam 0.1")
+INCUMBENTS = ("TrAct", "matched start, TrAct")
+LEVEL = 0.05
 
 
 class StepSize(NamedTuple):
@@ -57,6 +63,26 @@ class StepSize(NamedTuple):
             f"{self.room.text('+')} points above vanilla, {share}."
         )
         return [primary, "", room, ""]
+
+
+def challengers(arms: Arms) -> list[str]:
+    """Return as Markdown what grafting and the eigenvectors' coordinates gain over what the library has."""
+    lines = ["| arm | from TrAct | p | from matched start, TrAct | p |", "|---" * 5 + "|"]
+    cells: dict[str, list[str]] = {name: [] for name in CHALLENGERS}
+    ahead = dict.fromkeys(CHALLENGERS, 0)
+    for incumbent in INCUMBENTS:
+        gains = [gain(arms[name], arms[incumbent]) for name in CHALLENGERS]
+        corrected = holm([found.p or 1.0 for found in gains])
+        for name, found, p in zip(CHALLENGERS, gains, corrected, strict=True):
+            cells[name] += [found.text("+"), f"{p:.3f}"]
+            ahead[name] += found.mean > 0 and p < LEVEL
+    for name, row in cells.items():
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    winners = [name for name, count in ahead.items() if count == len(INCUMBENTS)]
+    verdict = "None of them becomes an option."
+    if winners:
+        verdict = f"To be run on the flowers too: {', '.join(winners)}."
+    return [*lines, "", verdict, ""]
 
 
 def step_size(arms: Arms) -> StepSize:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import ROOT
 from benchmarks.common.records import RunRecord, add_record
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import choices
+from benchmarks.paper import catalogue, choices, evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL, PLANNED
 from benchmarks.paper.choices import arm_of, choose, final_runs, read, remember
 from benchmarks.paper.experiments import VIT_SMALL
@@ -23,11 +23,13 @@ BEST = {
 
 
 def runs(without=()):
-    """A run of each cell, all alike but for the best of each arm."""
+    """Runs of each cell, all alike but for the best of each arm, and another that is better by one seed alone."""
     found = {}
     for job in TUNING.jobs("small"):
         if job.arm not in without:
             top1 = 0.6 if job.arm in BEST.values() else 0.5
+            if job.arm == "vanilla, lr 0.004":
+                top1 = 0.65 if job.seed == 50 else 0.5
             found[job.key] = RunRecord(job.key, job.arm, {}, job.seed, {"top1": [0.9, top1]}, [1.0, 2.0], command="x")
     return found
 
@@ -68,7 +70,7 @@ def test_the_best_cell_of_each_arm_is_chosen_by_its_last_epoch():
 
 
 def test_nothing_is_chosen_before_the_last_cell():
-    with pytest.raises(SystemExit, match=r"the run of TrAct 0\.1, lr 0\.016 is missing"):
+    with pytest.raises(SystemExit, match=r"seed 50 of TrAct 0\.1, lr 0\.016 is missing"):
         choose(TUNING, "small", runs(without=["TrAct 0.1, lr 0.016"]))
 
 
@@ -79,12 +81,12 @@ def test_final_runs_have_the_chosen_cells_and_whole_lengths(tmp_path, monkeypatc
     remember(NAME, choose(TUNING, "small", runs()), file)
     assert read(file) == {"another": {"a": "a, lr 1"}, NAME: BEST}
     monkeypatch.setattr(choices, "read", lambda: {NAME: BEST})
-    assert final_runs("title", "not chosen", TUNING, VIT_SMALL, 8) is None
-    made = final_runs("title", NAME, TUNING, VIT_SMALL, 8, (33, 47, 67, 100))
+    assert final_runs("title", "not chosen", TUNING, VIT_SMALL, range(200, 208)) is None
+    made = final_runs("title", NAME, TUNING, VIT_SMALL, range(200, 208), (33, 47, 67, 100))
     assert next(iter(made.arms)) == "vanilla, 100 % of the epochs"
     jobs = list(made.jobs("small"))
     assert len(jobs) == 4 * 4 * 8
-    assert {job.seed for job in jobs} == set(range(100, 108))
+    assert {job.seed for job in jobs} == set(range(200, 208))
     lengths = {job.config["epochs"] for job in jobs if job.arm.startswith("TrAct")}
     assert lengths == {5, 7, 10, 15}
     for job in jobs:
@@ -94,8 +96,33 @@ def test_final_runs_have_the_chosen_cells_and_whole_lengths(tmp_path, monkeypatc
             name: value for name, value in wanted.items() if name != "epochs"
         }
         assert "validation_samples" not in job.config
-    plain = final_runs("title", NAME, TUNING, VIT_SMALL, 8)
+    plain = final_runs("title", NAME, TUNING, VIT_SMALL, range(200, 208))
     assert list(plain.arms) == list(BEST)
+
+
+def test_runs_that_measure_time_are_shared_with_no_other_experiment(monkeypatch):
+    """Those of another day would be no measure, so their seeds are their own."""
+    tunings = {name: made for name, made in PLANNED.items() if name.startswith("evidence_tuning_")}
+    first = {name: {arm_of(cell): cell for cell in made.arms} for name, made in tunings.items()}
+    monkeypatch.setattr(choices, "read", lambda: first)
+    seeds = {"cifar10": evidence_time, "flowers": evidence_time}
+    seeds |= {"vit_layers": evidence_layers, "resnet_layers": evidence_layers}
+    timed = {}
+    for name, module in seeds.items():
+        tuned = f"evidence_tuning_{name}"
+        made = final_runs("title", tuned, tunings[tuned], VIT_SMALL, module.SEEDS, module.SHARES)
+        timed[name] = {(job.seed, job.setting, job.arm) for job in made.jobs("small")}
+        assert not {seed for seed, *_ in timed[name]} & set(range(200))
+    assert not {seed for seed, *_ in timed["cifar10"]} & {seed for seed, *_ in timed["vit_layers"]}
+    for name, made in PLANNED.items():
+        if name.removeprefix("evidence_") not in seeds:
+            assert made.first_seed + made.small_seeds <= 200
+
+
+def test_arms_at_the_edge_of_their_grid_are_told(monkeypatch):
+    monkeypatch.setattr(catalogue, "read", lambda: {NAME: BEST})
+    assert catalogue.edges("evidence_cifar10") == ["DualPatchNorm", "matched start, TrAct"]
+    assert catalogue.edges("evidence_step_size") == []
 
 
 def test_the_command_writes_the_choices(tmp_path, monkeypatch, capsys):

@@ -72,11 +72,14 @@ def test_the_primary_question_is_about_the_usual_muon(points, said):
     assert f"**Primary.** {said}" in "\n".join(with_optimizers(optimizers(adamw=3, muon_split=points, muon=3)))
 
 
-@pytest.mark.parametrize(("resnet", "said"), [(2, "Deeper layers save time over"), (0, "there is no such option")])
-def test_deeper_layers_must_be_faster_than_the_first_alone_on_both_models(resnet, said):
+@pytest.mark.parametrize(
+    ("stage", "everything", "said"),
+    [(0, 2, "All layers save time over"), (2, 0, "there is no such option"), (0, 1, "there is no such option")],
+)
+def test_all_layers_must_be_faster_than_the_first_alone_on_both_models(stage, everything, said):
     found = {
-        "ViT": timed(vanilla=0, first_layer=1, all_layers=2),
-        "ResNet-18": timed(vanilla=0, first_layer=1, all_layers=resnet),
+        "ViT": timed(vanilla=0, first_layer=1, and_first_block=0, all_layers=2),
+        "ResNet-18": timed(vanilla=0, first_layer=1, and_first_stage=stage, all_layers=everything),
     }
     text = "\n".join(in_layers(found, SHARES))
     assert said in text

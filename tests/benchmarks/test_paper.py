@@ -19,12 +19,10 @@ from benchmarks.common.statistics import Interval
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import plots, report, runner, train
 from benchmarks.paper.beyond import BEYOND
-from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.catalogue import ALL, PLANNED
 from benchmarks.paper.choices import FRESH_SEED
 from benchmarks.paper.cifar_models import cifar_model
 from benchmarks.paper.evidence import EVIDENCE
-from benchmarks.paper.evidence_layers import LAYER_EVIDENCE
-from benchmarks.paper.evidence_optimizers import OPTIMIZER_EVIDENCE
 from benchmarks.paper.experiment import Experiment, Job
 from benchmarks.paper.experiments import CIFAR100, EXPERIMENTS
 from benchmarks.paper.layers import first_layer
@@ -130,7 +128,7 @@ def small_enough(experiment: Experiment) -> Experiment:
 
 
 SWEPT = [small_enough(experiment) for experiment in [*EXPERIMENTS.values(), BEYOND["beyond_vit"]]]
-SWEPT += [EVIDENCE["evidence_step_size"], *OPTIMIZER_EVIDENCE.values(), *LAYER_EVIDENCE.values()]
+SWEPT += PLANNED.values()
 
 
 def run_here(what, todo, at_once, done, devices):

@@ -13,8 +13,9 @@ from benchmarks.paper.layers import Around, ChannelNorm, OnPatches, Whitening, f
 from benchmarks.paper.named_optimizers import named_optimizer
 from benchmarks.paper.optimizers import Both, Grafted, optimizer_maker
 from benchmarks.paper.relative_damping import relative_damping
+from benchmarks.training import loop
 from benchmarks.training.data import Normalization, load_splits
-from benchmarks.training.loop import Options, train
+from benchmarks.training.loop import Options, evaluate, train
 from benchmarks.training.recipe import Recipe
 from helpers.environments import reset_accelerate
 from hf_tract import apply_tract
@@ -162,7 +163,9 @@ def adamw_takes(optimizer, model):
 def test_the_usual_muon_leaves_first_layer_and_head_to_adamw():
     recipe = Recipe(model="vit", model_config=VIT, train_samples=64, optimizer="muon_split", weight_decay=0.05)
     model = maker("none")(recipe, load_splits(recipe), LOOK)
-    theirs = adamw_takes(named_optimizer(recipe, model), model)
+    optimizer = named_optimizer(recipe, model)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.95}
+    theirs = adamw_takes(optimizer, model)
     blocks = {name for name, each in model.vit.named_parameters(prefix="vit") if ".layers." in name and each.ndim == 2}
     assert theirs == {name for name, _ in model.named_parameters()} - blocks
     assert len(blocks) == 6
@@ -180,7 +183,8 @@ def test_every_optimizer_decays_matrices_alone_and_goes_on_from_a_checkpoint(nam
     assert len(decays) == len(list(model.parameters()))
     for each in model.parameters():
         assert decays[id(each)] == (0.05 if each.ndim > 1 else 0.0)
-    images = torch.randn(3, 4, 3, 32, 32)
+    # SOAP's bases change after the tenth step.
+    images = torch.randn(13, 4, 3, 32, 32)
 
     def steps(model, optimizer, batches):
         for batch in batches:
@@ -188,19 +192,19 @@ def test_every_optimizer_decays_matrices_alone_and_goes_on_from_a_checkpoint(nam
             model(batch).logits.logsumexp(-1).sum().backward()
             optimizer.step()
 
-    steps(model, optimizer, images[:2])
+    steps(model, optimizer, images[:9])
     resumed = maker("none")(recipe, splits, LOOK)
     resumed.load_state_dict(model.state_dict())
     again = named_optimizer(recipe, resumed)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     before = copy.deepcopy(list(model.parameters()))
-    steps(model, optimizer, images[2:])
-    steps(resumed, again, images[2:])
+    steps(model, optimizer, images[9:])
+    steps(resumed, again, images[9:])
     torch.testing.assert_close(list(resumed.parameters()), list(model.parameters()))
     assert any((old - new).abs().max() > 1e-4 for old, new in zip(before, model.parameters(), strict=True))
 
 
-def test_schedule_free_is_tested_with_the_averaged_weights(tmp_path):
+def test_schedule_free_is_tested_with_the_averaged_weights(tmp_path, monkeypatch):
     recipe = Recipe(
         model="vit",
         model_config=VIT,
@@ -216,6 +220,11 @@ def test_schedule_free_is_tested_with_the_averaged_weights(tmp_path):
         seen.append(named_optimizer(recipe, model))
         return seen[0]
 
+    def tested(*arguments):
+        assert not seen[0].param_groups[0]["train_mode"]
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", tested)
     trained = train(recipe, Options(tmp_path), make_optimizer=kept)
     (optimizer,) = seen
     assert not optimizer.param_groups[0]["train_mode"]

@@ -1,6 +1,8 @@
 """Corruptions are what they are called, kept runs are tested once, and the table says what an arm loses."""
 
+import argparse
 import dataclasses
+import json
 import sys
 
 import numpy as np
@@ -61,6 +63,9 @@ def kept(tmp_path, monkeypatch):
         weights = folder / "checkpoints" / str(job.config["epochs"])
         weights.mkdir(parents=True)
         save_file(model.state_dict(), weights / "model.safetensors")
+        images = robustness.read_images(job, argparse.Namespace(runs=tmp_path / "runs", dataset="photo_crops"))
+        top1, _ = robustness.score(model.eval(), images, lambda pixels: pixels)
+        (folder / "run.json").write_text(json.dumps({"curve": {"top1": [0.0, top1]}}))
     monkeypatch.setattr(robustness, "jobs_of_the_plan", lambda: iter(JOBS))
     arguments = ["--dataset", "photo_crops", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "x.jsonl")]
     monkeypatch.setattr(sys, "argv", ["robustness", *arguments])
@@ -99,6 +104,13 @@ def test_runs_without_weights_are_named(kept, monkeypatch):
         robustness.main()
 
 
+def test_weights_that_are_not_those_of_the_stored_run_are_refused(kept):
+    file = kept / "runs" / JOBS[0].key / "0" / "run.json"
+    file.write_text(json.dumps({"curve": {"top1": [0.9]}}))
+    with pytest.raises(SystemExit, match=r"vanilla, seed 100: top-1 is 0\.\d+ here, and the run's own test says 0\.9"):
+        robustness.main()
+
+
 def record(arm, seed, clean, corrupted):
     curve = {"clean": [clean], "clean ECE": [0.02]}
     for name in CORRUPTIONS:
@@ -120,11 +132,18 @@ def test_an_arm_that_is_better_on_both_loses_no_less(tmp_path):
     add_record(tmp_path / "x.jsonl", dataclasses.replace(records[0]))
     arms = robustness_results.read(tmp_path / "x.jsonl")
     assert arms["vanilla"].seeds == list(SEEDS)
-    found = {row[0]: dict(zip(robustness_results.HEAD, row, strict=True)) for row in robustness_results.rows(arms)}
-    assert found["TrAct"]["loses more than vanilla"] == interval(100 * noise * 0.3).text("+")
-    assert found["matched start"]["loses more than vanilla"].startswith("+4.")
-    assert float(found["matched start"]["p"]) < 0.001
-    assert found["vanilla"]["corrupted"] == "40.0 ± 0.0"
-    assert found["vanilla"]["ECE, corrupted"] == "5.0 ± 0.0"
+    found = {row[0]: row[1:] for row in robustness_results.rows(arms)}
+    _, corrupted, points, more_points, _, share, more_share, _ = found["TrAct"]
+    lost = 10 + 100 * noise * 1.3
+    assert (corrupted, points) == ("43.0 ± 0.0", interval(lost).text())
+    assert more_points == interval(100 * noise * 0.3).text("+")
+    vanilla_share = (10 + 100 * noise) / (40 + 100 * noise)
+    assert share == interval(100 * lost / (43 + 100 * noise * 1.3)).text()
+    assert more_share == interval(100 * (lost / (43 + 100 * noise * 1.3) - vanilla_share)).text("+")
+    assert found["matched start"][3].startswith("+4.")
+    assert float(found["matched start"][4]) < 0.001
+    assert found["vanilla"][3:5] == ["", ""]
+    assert robustness_results.error_rows(arms)[0] == ["vanilla", "2.0 ± 0.0", "5.0 ± 0.0"]
+    assert {len(row) for row in robustness_results.rows(arms)} == {len(robustness_results.HEAD)}
     by_corruption = robustness_results.rows_by_corruption(arms)
     assert [len(row) for row in by_corruption] == [1 + len(CORRUPTIONS)] * 4

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord
@@ -38,9 +39,32 @@ def test_an_arm_that_is_as_accurate_in_fewer_epochs_is_as_much_faster_as_its_sec
     assert found.low == pytest.approx(found.value)
 
 
-def test_the_baseline_is_as_fast_as_itself():
-    base = runs([50, 52, 54, 56], 1.0)
+@pytest.mark.parametrize("accuracies", [[50, 52, 54, 56], [50, 56, 56, 56], [50, 52, 54.1, 54]])
+def test_the_baseline_is_as_fast_as_itself_even_where_it_no_longer_rises(accuracies):
+    base = runs(accuracies, 1.0)
     assert speed_up(base, base) == pytest.approx((1, 1, 1))
+
+
+def test_the_interval_is_students_over_seeds():
+    """For one straight line, whose ratio is that of seconds alone, it is the interval of their mean's logarithm."""
+    base = runs([50, 52, 54, 56], 1.0)
+    spread = np.random.default_rng(1).normal(1, 0.02, len(SEEDS))
+    arm = Horizons(base.seconds * spread[:, None] / 1.5, base.accuracy)
+    found = speed_up(arm, base)
+    logs = np.log(spread)
+    width = stats.t.ppf(0.975, len(SEEDS) - 1) * logs.std(ddof=1) / np.sqrt(len(SEEDS))
+    assert found.value == pytest.approx(1.5 / spread.mean())
+    assert np.log(found.high / found.value) == pytest.approx(width, rel=0.05)
+    assert np.log(found.value / found.low) == pytest.approx(width, rel=0.05)
+
+
+def test_a_speed_up_that_one_seed_decides_begins_at_nothing():
+    base = runs([50, 52, 54, 56], 1.0)
+    accuracy = base.accuracy - 1
+    accuracy[0] += 9
+    found = speed_up(Horizons(base.seconds, accuracy), base)
+    assert found.value >= 1
+    assert found.low == 0
 
 
 def test_what_is_never_reached_counts_as_nothing():
@@ -49,10 +73,10 @@ def test_what_is_never_reached_counts_as_nothing():
 
 
 def test_between_two_horizons_the_line_is_taken_and_before_the_first_nothing_is_guessed():
-    seconds = np.array([[5.0, 7, 10, 15]])
-    accuracy = np.array([[50.0, 52, 54, 56]])
+    seconds = np.array([5.0, 7, 10, 15])
+    accuracy = np.array([50.0, 52, 54, 56])
     for goal, expected in ((53.0, 8.5), (49.0, 5.0), (50.0, 5.0), (56.0, 15.0), (56.1, np.inf)):
-        assert seconds_to_reach(np.array([goal]), seconds, accuracy) == pytest.approx(expected)
+        assert seconds_to_reach(goal, seconds, accuracy) == pytest.approx(expected)
 
 
 @given(st.lists(st.floats(0, 100), min_size=4, max_size=4), st.floats(0, 100))
@@ -60,15 +84,13 @@ def test_seconds_are_those_of_a_plain_search(accuracies, goal):
     """The line need not rise everywhere: its first crossing counts."""
     seconds = [5.0, 7.0, 10.0, 15.0]
     expected = np.inf
-    if accuracies[0] >= goal:
-        expected = seconds[0]
-    else:
-        for i in range(3):
-            if accuracies[i + 1] >= goal:
-                expected = np.interp(goal, accuracies[i : i + 2], seconds[i : i + 2])
-                break
-    found = seconds_to_reach(np.array([goal]), np.array([seconds]), np.array([accuracies]))
-    assert found == pytest.approx(expected)
+    for second in np.linspace(5, 15, 10 * 1024 + 1):
+        if np.interp(second, seconds, accuracies) >= goal:
+            expected = second
+            break
+    share = 1 / 1024  # of the way, by which the line is searched
+    found = seconds_to_reach(goal, np.array(seconds), np.array(accuracies))
+    assert found == pytest.approx(expected, abs=10 * share)
 
 
 def test_horizons_are_read_from_the_arms_by_their_names():

@@ -10,7 +10,7 @@ from benchmarks.common.records import RunRecord, add_record
 from benchmarks.paper import report
 from benchmarks.paper.evidence import EVIDENCE, STEP_SIZE_ARMS
 from benchmarks.paper.summary import Arm
-from benchmarks.paper.verdicts import LENT, MORE, NOT_MORE, RATE_CONTROLS, step_size
+from benchmarks.paper.verdicts import LENT, MORE, NOT_MORE, RATE_CONTROLS, challengers, step_size
 
 SEEDS = range(100, 110)
 JOBS = list(EVIDENCE["evidence_step_size"].jobs("small"))
@@ -68,6 +68,15 @@ def test_a_share_of_no_room_is_not_told():
     verdict = step_size(made_up(**dict.fromkeys(LENT, 0.5), TrAct=0.52))
     assert verdict.share is None
     assert "has no meaning" in "\n".join(verdict.lines())
+
+
+def test_an_option_must_be_above_tract_with_and_without_the_start():
+    none = "\n".join(challengers(made_up(**{"TrAct, grafted": 0.53, "matched start, TrAct": 0.53})))
+    assert "None of them becomes an option." in none
+    assert "| TrAct, grafted | +2.9 ± 0.3 | 0.000 | " in none
+    won = challengers(made_up(**{"TrAct, grafted": 0.53, "eigenvectors, lam 0.01": 0.45, "TrAct": 0.51}))
+    assert won[-2] == "To be run on the flowers too: TrAct, grafted."
+    assert len(won) == 2 + 4 + 3
 
 
 @pytest.fixture

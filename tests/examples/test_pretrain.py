@@ -196,6 +196,7 @@ def test_muon_leaves_first_layer_and_head_to_adamw(monkeypatch):
     recipe, _ = parse(monkeypatch, "--optimizer", "muon_split", "--model_config", json.dumps(TINY))
     model = pretrain_vit.make_model(recipe, ["a", "b"])
     optimizer = pretrain_vit.make_optimizer(recipe, model)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.95}
     for each in model.parameters():
         each.grad = torch.ones_like(each)
     optimizer.step()
@@ -211,7 +212,12 @@ def test_schedule_free_is_tested_and_saved_with_averaged_weights(tmp_path, monke
         made.append((model, make(recipe, model)))
         return made[0][1]
 
+    def tested(training, evaluate=pretrain_vit.Training.evaluate):
+        assert not made[0][1].param_groups[0]["train_mode"]
+        return evaluate(training)
+
     monkeypatch.setattr(pretrain_vit, "make_optimizer", kept)
+    monkeypatch.setattr(pretrain_vit.Training, "evaluate", tested)
     options = ["--optimizer", "schedule_free", "--schedule", "constant", "--learning_rate", "0.01"]
     saved = weights(run(monkeypatch, tmp_path, *options))
     model, optimizer = made[0]
