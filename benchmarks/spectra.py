@@ -50,7 +50,7 @@ ARMS: dict[str, dict[str, bool]] = {
 LAM = 0.1
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 # Vanilla's best of RATES on the validation blocks; None until it is chosen.
-CHOSEN_RATE: float | None = None
+CHOSEN_RATE: float | None = 4e-3
 TUNING_SEEDS = (50, 51, 52)
 FIRST_SEED = 100
 BATCH = 32
