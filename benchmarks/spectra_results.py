@@ -49,13 +49,16 @@ def rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
 
 def rate_rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     """Return vanilla's error on the validation blocks at each rate, by which the rate was chosen."""
-    by_rate: dict[float, list[RunRecord]] = {}
-    for record in runs[VANILLA]:
-        by_rate.setdefault(record.settings["rate"], []).append(record)
     row = ["vanilla's error"]
-    for rate in sorted(by_rate):
-        row.append(text(interval(errors(by_rate[rate]))))
+    for rate in rates_of(runs):
+        mine = [record for record in runs[VANILLA] if record.settings["rate"] == rate]
+        row.append(text(interval(errors(mine))))
     return [row]
+
+
+def rates_of(runs: dict[str, list[RunRecord]]) -> list[float]:
+    """Return vanilla's rates, rising."""
+    return sorted({record.settings["rate"] for record in runs[VANILLA]})
 
 
 def text(found: Interval, sign: str = "") -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks import spectra_results
 from benchmarks.paper.summary import gain
 from benchmarks.verify.stored import (
+    RESULTS,
     Quickstart,
     arm_table,
     arms,
@@ -48,6 +50,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lam_units_reflectance": lambda: arm_table("lam_units", "reflectance (0 to 0.3)", TRACT),
     "lam": lambda: lam_table(),
     "whitened_start": lambda: start_table(),
+    "spectra_rates": lambda: spectra_table("validation"),
+    "spectra": lambda: spectra_table("test"),
 }
 # Documents whose figures are not looked for, and why.
 WHOLE = {
@@ -193,6 +197,15 @@ def torch_tract_difference() -> str:
     """Return the largest difference between the paper's package and hf-tract in points, over epochs, from one seed."""
     both = pair("baselines", "torch_tract 0.1", TRACT)
     return f"{abs(both.arm.curves - both.base.curves).max():.2f}"
+
+
+def spectra_table(part: str) -> str:
+    """Return vanilla's error at each rate on the validation blocks, or every arm's on the test blocks."""
+    runs = spectra_results.read(RESULTS / "spectra.jsonl", part)
+    if part == "test":
+        return markdown(spectra_results.HEAD, spectra_results.rows(runs))
+    rates = [f"{rate:g}" for rate in spectra_results.rates_of(runs)]
+    return markdown(["learning rate", *rates], spectra_results.rate_rows(runs))
 
 
 def lam_table() -> str:
