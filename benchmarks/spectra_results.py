@@ -51,8 +51,7 @@ def rate_rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     """Return vanilla's error on the validation blocks at each rate, by which the rate was chosen."""
     row = ["vanilla's error"]
     for rate in rates_of(runs):
-        mine = [record for record in runs[VANILLA] if record.settings["rate"] == rate]
-        row.append(text(interval(errors(mine))))
+        row.append(text(interval(errors(record for record in runs[VANILLA] if record.settings["rate"] == rate))))
     return [row]
 
 

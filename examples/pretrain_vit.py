@@ -8,6 +8,7 @@
 #     "matplotlib>=3.9",
 #     "numpy",
 #     "pillow>=10",
+#     "pytorch-optimizer>=4.0",
 #     "pyyaml>=6",
 #     "scikit-image>=0.24",
 #     "scikit-learn>=1.5",
@@ -388,7 +389,7 @@ class Training:
         if recipe.whiten_init:
             whiten_first_layer(model, train_loader, recipe.lam)
         set_seed(recipe.seed, device_specific=True)  # so that dropout and mixup differ between processes
-        optimizer = make_optimizer(recipe, model)
+        optimizer = make_named_optimizer(recipe, model)
         self.handle = None
         if not run.no_tract:
             self.handle = apply_tract(model, recipe.lam)
@@ -599,7 +600,7 @@ def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
         stop(f"--mixed_precision {recipe.mixed_precision} or --report_to {run.report_to}: {one_line(error)}")
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def make_named_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Make an optimizer by its name in timm, or muon_split, soap or schedule_free."""
     if recipe.optimizer in ("soap", "schedule_free"):
         return make_uncommon_optimizer(recipe, model)

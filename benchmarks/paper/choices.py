@@ -101,7 +101,8 @@ def final_runs(
     """
     cells = {}
     for arm, cell in read().get(tuned, {}).items():
-        cells[arm] = {key: value for key, value in tuning.arms[cell].items() if key != "epochs"}
+        cells[arm] = dict(tuning.arms[cell])
+        cells[arm].pop("epochs", None)
     if not cells:
         return None
     arms: dict[str, Changes] = {}
@@ -129,4 +130,8 @@ def final_runs(
 
 def known(experiments: Mapping[str, Experiment | None]) -> dict[str, Experiment]:
     """Return the experiments whose cells are chosen."""
-    return {name: experiment for name, experiment in experiments.items() if experiment}
+    found = {}
+    for name, experiment in experiments.items():
+        if experiment:
+            found[name] = experiment
+    return found

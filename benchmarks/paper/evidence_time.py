@@ -43,7 +43,7 @@ def tuning(data: str, recipe: str, epochs: int, small: Changes) -> Experiment:
         {"": {}},
         tuning_arms(epochs),
         small,
-        VIT_SMOKE | SMOKE_VALIDATION,
+        VIT_SMOKE | SMOKE_VALIDATION | {"image_size": 32, "crop_padding": 4},
         small_seeds=2,
         first_seed=TUNING_SEED,
     )

@@ -195,7 +195,7 @@ def test_other_optimizers_are_resumed_in_the_middle_of_an_epoch(options, tmp_pat
 def test_muon_leaves_first_layer_and_head_to_adamw(monkeypatch):
     recipe, _ = parse(monkeypatch, "--optimizer", "muon_split", "--model_config", json.dumps(TINY))
     model = pretrain_vit.make_model(recipe, ["a", "b"])
-    optimizer = pretrain_vit.make_optimizer(recipe, model)
+    optimizer = pretrain_vit.make_named_optimizer(recipe, model)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.95}
     for each in model.parameters():
         each.grad = torch.ones_like(each)
@@ -208,7 +208,7 @@ def test_muon_leaves_first_layer_and_head_to_adamw(monkeypatch):
 def test_schedule_free_is_tested_and_saved_with_averaged_weights(tmp_path, monkeypatch):
     made = []
 
-    def kept(recipe, model, make=pretrain_vit.make_optimizer):
+    def kept(recipe, model, make=pretrain_vit.make_named_optimizer):
         made.append((model, make(recipe, model)))
         return made[0][1]
 
@@ -216,7 +216,7 @@ def test_schedule_free_is_tested_and_saved_with_averaged_weights(tmp_path, monke
         assert not made[0][1].param_groups[0]["train_mode"]
         return evaluate(training)
 
-    monkeypatch.setattr(pretrain_vit, "make_optimizer", kept)
+    monkeypatch.setattr(pretrain_vit, "make_named_optimizer", kept)
     monkeypatch.setattr(pretrain_vit.Training, "evaluate", tested)
     options = ["--optimizer", "schedule_free", "--schedule", "constant", "--learning_rate", "0.01"]
     saved = weights(run(monkeypatch, tmp_path, *options))
@@ -231,11 +231,11 @@ def test_schedule_free_is_tested_and_saved_with_averaged_weights(tmp_path, monke
 def test_schedule_free_says_what_it_needs(monkeypatch, capsys):
     recipe, _ = parse(monkeypatch, "--optimizer", "schedule_free", "--model_config", json.dumps(TINY))
     model = pretrain_vit.make_model(recipe, ["a", "b"])
-    pretrain_vit.make_optimizer(recipe, model)
+    pretrain_vit.make_named_optimizer(recipe, model)
     assert "schedule_free averages its weights in place of --schedule cosine" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(SystemExit, match="--optimizer schedule_free needs pytorch_optimizer: pip install"):
-        pretrain_vit.make_optimizer(recipe, model)
+        pretrain_vit.make_named_optimizer(recipe, model)
 
 
 def test_a_constant_rate_warms_up_and_stays(monkeypatch):
@@ -343,7 +343,7 @@ def test_a_wrong_option_is_told_without_a_list_of_all_options(options, message, 
 def test_what_is_no_model_and_no_optimizer_is_told_in_one_line(options, message, monkeypatch):
     recipe, _ = parse(monkeypatch, *options)
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
-        pretrain_vit.make_optimizer(recipe, pretrain_vit.make_model(recipe, ["a", "b"]))
+        pretrain_vit.make_named_optimizer(recipe, pretrain_vit.make_model(recipe, ["a", "b"]))
     assert "\n" not in str(error.value)
 
 
