@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
-from benchmarks.paper.summary import holm
+from benchmarks.paper.summary import corrected
 from benchmarks.robustness import ARMS, CLEAN, CORRUPTIONS, SEEDS
 
 BASE = ARMS[0]
@@ -84,9 +84,8 @@ def _from_vanilla(values: dict[str, np.ndarray]) -> dict[str, list[str]]:
     """Return the difference from vanilla and its p by Holm, by arm."""
     others = [name for name in values if name != BASE]
     differences = [interval(values[name] - values[BASE]) for name in others]
-    corrected = holm([found.p or 1.0 for found in differences])
     cells = {BASE: ["", ""]}
-    for name, found, p in zip(others, differences, corrected, strict=True):
+    for name, found, p in zip(others, differences, corrected(differences), strict=True):
         cells[name] = [found.text("+"), f"{p:.3f}"]
     return cells
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, interval
-from benchmarks.paper.summary import holm
+from benchmarks.paper.summary import corrected
 from benchmarks.spectra import ARMS, PLS, VANILLA
 
 HEAD = ["arm", "seeds", "test error", "from vanilla", "p", "seconds of training"]
@@ -34,9 +34,8 @@ def rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     """Return the rows under HEAD; less error is better."""
     base = errors(runs[VANILLA])
     changes = {arm: interval(errors(runs[arm]) - base) for arm in ARMS if arm != VANILLA}
-    corrected = holm([change.p or 1.0 for change in changes.values()])
     cells = {VANILLA: ["", ""]}
-    for (arm, change), p in zip(changes.items(), corrected, strict=True):
+    for (arm, change), p in zip(changes.items(), corrected(changes.values()), strict=True):
         cells[arm] = [text(change, "+"), f"{p:.3f}"]
     made = []
     for arm in ARMS:

@@ -12,7 +12,7 @@ from benchmarks.paper import evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS
 from benchmarks.paper.experiment import Experiment
-from benchmarks.paper.summary import Arms, collect, gain, holm
+from benchmarks.paper.summary import Arms, collect, corrected, gain
 from benchmarks.paper.time_to_accuracy import horizons_of, sentence, speed_up
 
 VANILLA = "vanilla"
@@ -102,12 +102,8 @@ class OptimizerGain(NamedTuple):
 
 def optimizer_gains(found: Mapping[str, Arms], arm: str) -> list[OptimizerGain]:
     """Return the gains of an arm under each optimizer."""
-    gains, plain = [], []
-    for arms in found.values():
-        gained = gain(arms[arm], arms[VANILLA])
-        gains.append(gained)
-        plain.append(gained.p or 1.0)
-    return list(map(OptimizerGain, [arm] * len(found), found, gains, holm(plain)))
+    gains = [gain(arms[arm], arms[VANILLA]) for arms in found.values()]
+    return list(map(OptimizerGain, [arm] * len(found), found, gains, corrected(gains)))
 
 
 def with_optimizers(found: Mapping[str, Arms]) -> Iterator[str]:

@@ -67,10 +67,7 @@ def _grafted(recipe: Recipe, model: nn.Module, layer: Any) -> torch.optim.Optimi
     if recipe.optimizer != "adam" or layer.kernel_size != layer.stride:
         raise ValueError(f"`variant` (='grafted') is of Adam (not {recipe.optimizer}) and of patches, not of {layer}.")
     rest = usual_optimizer(recipe, model)
-    decay = 0.0
-    for group in rest.param_groups:
-        if _take(group, {layer.weight}):
-            decay = group["weight_decay"]
+    (decay,) = [group["weight_decay"] for group in rest.param_groups if _take(group, {layer.weight})]
     return Both(Grafted(layer, recipe.learning_rate, decay, recipe.lam), rest)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -119,6 +119,14 @@ def time_ratio(
     if not found.value:
         return None
     return found
+
+
+def corrected(differences: Iterable[Interval]) -> list[float]:
+    """Return the p of differences, corrected by Holm for their number; 1 where all seeds have the same difference."""
+    plain = []
+    for difference in differences:
+        plain.append(1.0 if difference.p is None else difference.p)
+    return holm(plain)
 
 
 def holm(probabilities: Sequence[float]) -> list[float]:

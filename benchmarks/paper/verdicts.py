@@ -9,7 +9,7 @@ from scipy import stats
 
 from benchmarks.common.bootstrap import Estimate, estimate
 from benchmarks.common.statistics import Interval, interval
-from benchmarks.paper.summary import Arm, Arms, gain, holm
+from benchmarks.paper.summary import Arm, Arms, corrected, gain
 
 PRIMARY_P = 0.01
 RATE_CONTROLS = (
@@ -23,8 +23,6 @@ RATE_CONTROLS = (
 LENT = ("first layer of vanilla", "first layer of TrAct")
 MORE = "At this setting TrAct is more than a learning rate of the first layer."
 NOT_MORE = "A learning rate of the first layer does as much here, as far as these seeds tell."
-
-
 # What would become an option of the library.
 CHALLENGERS = ("TrAct, grafted", "eigenvectors, lam 0.001", "eigenvectors, lam 0.01", "eigenvectors, lam 0.1")
 INCUMBENTS = ("TrAct", "matched start, TrAct")
@@ -72,8 +70,7 @@ def challengers(arms: Arms) -> list[str]:
     ahead = dict.fromkeys(CHALLENGERS, 0)
     for incumbent in INCUMBENTS:
         gains = [gain(arms[name], arms[incumbent]) for name in CHALLENGERS]
-        corrected = holm([found.p or 1.0 for found in gains])
-        for name, found, p in zip(CHALLENGERS, gains, corrected, strict=True):
+        for name, found, p in zip(CHALLENGERS, gains, corrected(gains), strict=True):
             cells[name] += [found.text("+"), f"{p:.3f}"]
             ahead[name] += found.mean > 0 and p < LEVEL
     for name, row in cells.items():

@@ -7,9 +7,10 @@ import pytest
 from scipy import stats
 
 from benchmarks.common.records import RunRecord, add_record
+from benchmarks.common.statistics import Interval
 from benchmarks.paper import report
 from benchmarks.paper.evidence import EVIDENCE, STEP_SIZE_ARMS
-from benchmarks.paper.summary import Arm
+from benchmarks.paper.summary import Arm, corrected
 from benchmarks.paper.verdicts import LENT, MORE, NOT_MORE, RATE_CONTROLS, challengers, step_size
 
 SEEDS = range(100, 110)
@@ -77,6 +78,11 @@ def test_an_option_must_be_above_tract_with_and_without_the_start():
     won = challengers(made_up(**{"TrAct, grafted": 0.53, "eigenvectors, lam 0.01": 0.45, "TrAct": 0.51}))
     assert won[-2] == "To be run on the flowers too: TrAct, grafted."
     assert len(won) == 2 + 4 + 3
+
+
+def test_a_p_that_is_too_small_for_a_float_stays_0():
+    differences = [Interval(5.0, 1e-9, 0.0), Interval(0.0, 0.0, None), Interval(1.0, 2.0, 0.3)]
+    assert corrected(differences) == [0.0, 1.0, 0.6]
 
 
 @pytest.fixture
