@@ -112,7 +112,7 @@ def show(folder: Path, args: argparse.Namespace) -> None:
         card = ModelCard.load(folder / "README.md")
     except ValueError as error:
         stop(f"{folder / 'README.md'} is no valid card: {one_line(error)}")
-    print(f"The card is valid; its tags are {', '.join(card.data.tags)}.")
+    print(f"The card is valid; its tags are {', '.join(card.data.tags or ['none'])}.")
     if not card.data.license:
         print("It names no license: give one by --license.")
     if not card.data.datasets:

@@ -44,14 +44,14 @@ INTEGRATIONS = {
     "TrainingRecord": (
         "(name, library, dataset, tract=None, layers=(), base_model=None, license=None, metrics=<factory>, "
         "history=(), hyperparameters=<factory>, split='test', seed=0, command=<factory>, hardware=<factory>, "
-        "versions=<factory>)"
+        "versions=<factory>, task='image-classification')"
     ),
-    "TrainingRecord.from_trainer": "(trainer, *, dataset=None, base_model=None, license=None, split='test')",
+    "TrainingRecord.from_trainer": "(trainer, *, dataset=None, base_model=None, license=None, split='evaluation')",
     "TrainingRecord.from_json_file": "(path)",
     "TrainingRecord.to_json_file": "(self, path)",
     "TrainingRecord.save": "(self, folder, model_id=None, tags=())",
     "stats_to_log": "(handle)",
-    "use_model_card": "(trainer, *, dataset, license=None, base_model=None, split='test')",
+    "use_model_card": "(trainer, *, dataset, license=None, base_model=None, split='evaluation')",
 }
 
 

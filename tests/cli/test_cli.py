@@ -85,6 +85,12 @@ def test_a_folder_of_images_gives_the_eigenvalues(checkpoint, tmp_path):
     assert told["n"] == 192
     assert 0.5 < told["mean"] < 3
     assert told["largest"] <= told["condition"] * (0.1 + told["largest"])
+    (checkpoint / "preprocessor_config.json").unlink()
+    told = inspect(checkpoint, "--dataset", folder.parent, "--lam", 0.03)
+    assert told["spectrum"]["mean"] < 0.5
+    assert told["warnings"] == [
+        "Nothing says how this model's pixels are normalised; the images were measured with values from 0 to 1."
+    ]
 
 
 def test_the_report_shows_shape_cost_and_mean_eigenvalue(checkpoint):

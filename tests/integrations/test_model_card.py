@@ -12,7 +12,7 @@ from PIL import Image
 
 from hf_tract import TrActConfig, TrActError
 from hf_tract.integrations import TrainingRecord, provenance
-from hf_tract.integrations.model_card import CURVE_FILE, is_hub_id
+from hf_tract.integrations.model_card import CURVE_FILE, MARK, is_hub_id
 from hf_tract.integrations.training_record import CONFIG_FILE, RECORD_FILE, without_local_path
 
 ROWS = [{"epoch": float(i), "loss": 3 / i, "eval_loss": 2 / i, "accuracy": 0.1 * i, "top5": 0.9} for i in range(1, 6)]
@@ -93,11 +93,38 @@ def test_the_card_tells_what_was_done_and_how(tmp_path):
 
 
 def test_a_run_without_tract_is_not_tagged_and_says_so(tmp_path):
+    RECORD.save(tmp_path)
     card = saved_card(dataclasses.replace(RECORD, tract=None, layers=[], base_model=None), tmp_path)
     assert card.data.tags == ["image-classification"]
     assert "without TrAct" in card.text
     assert "from random weights" in card.text
     assert "lam" not in card.text.split("### To reproduce")[0]
+    assert not (tmp_path / CONFIG_FILE).exists()  # the earlier run's settings
+
+
+def test_a_model_of_another_task_is_no_classifier(tmp_path):
+    card = saved_card(dataclasses.replace(RECORD, task="object-detection", metrics={}), tmp_path, "me/detr")
+    assert card.data.pipeline_tag == "object-detection"
+    assert "An object detector, fine-tuned from" in card.text
+    assert 'pipeline("object-detection", model="me/detr")' in card.text
+    card = saved_card(dataclasses.replace(RECORD, task=None, metrics={}), tmp_path, "me/mae")
+    assert card.data.pipeline_tag is None
+    assert card.data.tags == ["tract", "hf-tract"]
+    assert "A model, fine-tuned from" in card.text
+    assert 'AutoModel.from_pretrained("me/mae")' in card.text
+    assert "classif" not in card.text
+
+
+def test_a_card_that_somebody_wrote_or_claimed_stays(tmp_path, caplog):
+    path = tmp_path / "README.md"
+    for own in ("# My notes\n", str(saved_card(RECORD, tmp_path)).replace(MARK, "")):
+        path.write_text(own, encoding="utf-8")
+        caplog.clear()
+        dataclasses.replace(RECORD, seed=4).save(tmp_path)
+        assert path.read_text(encoding="utf-8") == own
+        (message,) = [entry.getMessage() for entry in caplog.records]
+        assert "README.md stays, since neither hf-tract nor Trainer wrote it." in message
+        assert TrainingRecord.from_json_file(tmp_path / RECORD_FILE).seed == 4
 
 
 def test_a_timm_model_is_loaded_by_timm(tmp_path):
@@ -190,6 +217,7 @@ def test_a_card_without_its_record_or_with_another_figure_would_be_found(tmp_pat
         (["transfer.py", "--hub_token=secret"], "python transfer.py --hub_token=TOKEN"),
         (["transfer.py", "--note", "my hf_AbCdEfGh12345 token"], "python transfer.py --note 'my TOKEN token'"),
         (["train.py", "--dataset=/data/x", "--lam", "0.1"], "python train.py --dataset=PATH_TO/x --lam 0.1"),
+        (["/x/ipykernel_launcher.py", "-f", "/me/kernel-1.json"], "# in a notebook"),
     ],
 )
 def test_a_command_is_told_without_tokens_and_folders(arguments, expected):

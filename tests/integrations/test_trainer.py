@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 import subprocess
 import sys
 
@@ -260,7 +261,8 @@ def test_stop_and_resume_is_bit_exact(tmp_path, make, accumulation):
 def test_a_run_resumed_under_other_settings_says_so(tmp_path, caplog, lam):
     first = [] if lam is None else [TrActCallback(lam=lam)]
     trainer(tmp_path, callbacks=first, save_strategy="epoch").train()
-    trainer(tmp_path, callbacks=[TrActCallback(lam=0.1)], num_train_epochs=2).train(resume_from_checkpoint=True)
+    rest = trainer(tmp_path / "elsewhere", callbacks=[TrActCallback(lam=0.1)], num_train_epochs=2)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     messages = [r.getMessage() for r in caplog.records if r.name.startswith("hf_tract")]
     if lam == 0.1:
         assert messages == []
@@ -268,8 +270,19 @@ def test_a_run_resumed_under_other_settings_says_so(tmp_path, caplog, lam):
     (message,) = messages
     then = "no TrAct" if lam is None else TrActConfig(lam=0.2).to_dict()
     now = TrActConfig(lam=0.1).to_dict()
-    assert message.startswith("TrAct: this run resumes from ")
-    assert f"other settings: {then} then, {now} now." in message
+    assert message == f"TrAct: this run resumes from step 4 of a run with other settings: {then} then, {now} now."
+
+
+def test_a_callback_is_pickled_without_what_it_has_of_this_process(tmp_path):
+    callback = TrActCallback(lam=0.3, whiten_init=True)
+    run = trainer(tmp_path, callbacks=[callback])
+    run.train()
+    copied = pickle.loads(pickle.dumps(callback))
+    assert (copied.config, copied.layers, copied.whiten_init) == (callback.config, "auto", True)
+    assert copied.handle_of(run.model) is None
+    again = trainer(tmp_path, callbacks=[copied])
+    again.train()
+    assert copied.handle_of(again.model) is not None
 
 
 def test_accumulation_is_one_large_batch(tmp_path):

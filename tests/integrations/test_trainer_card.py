@@ -1,14 +1,15 @@
 """What Trainer saves and pushes tells of TrAct: tags, settings, a card of its own."""
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerState
+from transformers import TrainerState, ViTConfig, ViTForMaskedImageModeling, YolosConfig, YolosForObjectDetection
 
-from helpers.models import STEM, small_vit, trainer
+from helpers.models import STEM, small_convnext, small_vit, trainer
 from hf_tract import TrActCallback, TrActConfig
 from hf_tract.integrations import TrainingRecord, use_model_card
-from hf_tract.integrations.trainer_facts import history_of
+from hf_tract.integrations.trainer_facts import history_of, task_of
 from hf_tract.integrations.training_record import CONFIG_FILE, RECORD_FILE
 
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 2, "logging_strategy": "epoch"}
@@ -91,6 +92,52 @@ def test_what_is_saved_has_card_and_settings_beside_it(tmp_path):
     record = TrainingRecord.from_trainer(run)
     assert record == TrainingRecord.from_json_file(tmp_path / RECORD_FILE)
     assert (record.layers, record.dataset) == ([STEM], "a data set that its author did not name")
+
+
+def test_of_the_best_weights_the_card_has_their_scores(tmp_path):
+    class Scores:
+        calls = iter([0.9, 0.1, 0.2])
+
+        def __call__(self, prediction):
+            return {"accuracy": next(self.calls)}
+
+    # Only convnext: transformers does not load the best ViT whole (docs/troubleshooting.md).
+    settings = {**EVALUATED, "num_train_epochs": 3, "save_strategy": "epoch", "load_best_model_at_end": True}
+    run = trainer(tmp_path, small_convnext(), [TrActCallback()], metric_for_best_model="accuracy", **settings)
+    run.compute_metrics = Scores()
+    run.train()
+    for record in (TrainingRecord.from_json_file(tmp_path / RECORD_FILE), TrainingRecord.from_trainer(run)):
+        assert record.metrics == {"accuracy": 0.9}
+        assert [row["accuracy"] for row in record.history] == [0.9, 0.1, 0.2]
+        assert record.split == "evaluation"
+
+
+def test_the_card_lists_what_the_run_used(tmp_path):
+    run = trainer(tmp_path, callbacks=[TrActCallback()], save_strategy="epoch", max_steps=3)
+    run.state.train_batch_size = 16
+    run.train()
+    record = TrainingRecord.from_trainer(run)
+    assert record.hyperparameters["max_steps"] == 3
+    assert "num_train_epochs" not in record.hyperparameters
+    run.state.train_batch_size = 14  # auto_find_batch_size
+    assert TrainingRecord.from_trainer(run).hyperparameters["per_device_train_batch_size"] == 14
+    again = trainer(tmp_path, type(run.model).from_pretrained(tmp_path / "checkpoint-3"), [TrActCallback()])
+    assert TrainingRecord.from_trainer(again).base_model == "a checkpoint of the same run"
+    other = trainer(tmp_path / "other", again.model, [TrActCallback()])
+    assert TrainingRecord.from_trainer(other).base_model == "checkpoint-3"
+
+
+def test_the_task_is_the_models():
+    assert task_of(small_vit()) == "image-classification"
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    assert task_of(ViTForMaskedImageModeling(ViTConfig(**size))) is None
+    assert task_of(YolosForObjectDetection(YolosConfig(**size))) == "object-detection"
+
+    class Mine(type(small_vit())):
+        pass
+
+    assert task_of(Mine(small_vit().config)) == "image-classification"
+    assert task_of(torch.nn.Linear(2, 2)) is None
 
 
 def test_an_adapters_card_is_left_to_peft(tmp_path):

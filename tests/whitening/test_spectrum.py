@@ -72,10 +72,11 @@ def test_pixels_of_another_scale_are_told_after_the_first_step_with_what_to_do(c
     assert f"or use a lam of {0.05 * mean:.2g} to {0.2 * mean:.2g}" in message
 
 
-def test_standardised_pixels_are_no_news(caplog):
+@pytest.mark.parametrize("lam, scale", [(0.1, 1), (0.8, 1), (0.02, 0.47), (0.011, 0.47), (1600, 126), (800, 126)])
+def test_a_lam_that_fits_the_pixels_is_no_news(caplog, lam, scale):
     net = model()
-    apply_tract(net)
-    step(net, torch.randn(16, 3, 16, 16))
+    apply_tract(net, lam=lam)
+    step(net, torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * scale)
     assert told(caplog) == []
 
 

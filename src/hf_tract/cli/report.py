@@ -213,6 +213,16 @@ def warnings_for(report: Report) -> list[str]:
     for layer in report.inspection.layers:
         if layer.frozen:
             warnings.append(f"{layer.name} is frozen: TrAct does nothing until its weight requires a gradient.")
+    warnings += _warnings_about_pixels(report)
+    n = max(layer.columns for layer in report.inspection.layers)
+    if n > MAX_COLUMNS:
+        warnings.append(f"n is {n}: the factorisation of C is felt at every step.")
+    return warnings
+
+
+def _warnings_about_pixels(report: Report) -> list[str]:
+    """Return what a user should know about the scale of the pixels, which lam is compared with."""
+    warnings = []
     normalization = report.loaded.normalization
     spectrum = report.spectrum
     mean = 1.0
@@ -220,12 +230,12 @@ def warnings_for(report: Report) -> list[str]:
         mean = spectrum.mean
     elif normalization is not None:
         mean = normalization.expected_mean_eigenvalue()
-    else:
-        warnings.append("Nothing says how this model's pixels are normalised; lam assumes a mean square of about 1.")
+    if normalization is None:
+        assumed = "lam assumes a mean square of about 1"
+        if spectrum is not None:
+            assumed = "the images were measured with values from 0 to 1"
+        warnings.append(f"Nothing says how this model's pixels are normalised; {assumed}.")
     advice = advice_on_lam(mean, report.lam)
     if advice:
         warnings.append(advice[0].upper() + advice[1:])
-    n = max(layer.columns for layer in report.inspection.layers)
-    if n > MAX_COLUMNS:
-        warnings.append(f"n is {n}: the factorisation of C is felt at every step.")
     return warnings

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 MEAN_EIGENVALUE_RANGE = (0.3, 3.0)
 # Where lam should lie, as a share of the mean eigenvalue.
 LAM_SHARE = (0.05, 0.2)
+# The shares that 0.1 is of the range: a lam between them was chosen for these pixels.
+FITTING_SHARE = (1 / 30, 1 / 3)
 
 
 def warn_once(warned: set[str], message: str, *args: Any) -> None:
@@ -27,15 +29,17 @@ def warn_once(warned: set[str], message: str, *args: Any) -> None:
 
 
 def advice_on_lam(mean: float, lam: float) -> str:
-    """Return advice if C's mean eigenvalue is so far from 1 that `lam` may not fit; "" if it is not."""
+    """Return advice if C's mean eigenvalue is so far from 1 that `lam` does not fit; "" if it fits."""
     low, high = MEAN_EIGENVALUE_RANGE
+    least_share, most_share = FITTING_SHARE
     if not mean > 0:  # also true for NaN
         return ""
-    if low <= mean <= high:
-        return ""
-    effect = "the first layer learns slowly"
-    if mean < low:
+    if mean > high and lam < least_share * mean:
+        effect = "the first layer learns slowly"
+    elif mean < low and lam > most_share * mean:
         effect = "most directions are scaled alike"
+    else:
+        return ""
     least, most = (share * mean for share in LAM_SHARE)
     return (
         f"the mean eigenvalue of C, the mean square of what the layer reads, is about {mean:.2g}. "

@@ -11,11 +11,28 @@ from huggingface_hub import EvalResult
 
 TAGS = ("tract", "hf-tract")
 TASK = "image-classification"
+# What a card calls models that do a task.
+KINDS: Mapping[str | None, str] = {
+    TASK: "An image classifier",
+    "object-detection": "An object detector",
+    "image-segmentation": "An image segmentation model",
+}
+MARK = "<!-- Written by hf-tract, which writes it anew at every run: remove this line to keep what you change. -->"
+# Trainer's own cards have it too.
+TRAINERS_MARK = "generated automatically according to the information the Trainer had access to"
 METRICS = {"accuracy": "top-1 accuracy", "top5": "top-5 accuracy"}
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MAX_ROWS = 20  # of the card's table
 CURVE_FILE = "training_curve.png"
 CURVES = {"loss": "training loss", "eval_loss": "test loss", "accuracy": "test accuracy"}
+
+
+def is_replaceable(card: Path) -> bool:
+    """Return whether nobody but hf-tract and Trainer has written `card`, or nobody at all."""
+    if not card.exists():
+        return True
+    text = card.read_text(encoding="utf-8")
+    return MARK in text or TRAINERS_MARK in text
 
 
 def is_hub_id(name: str | None) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets", "timm")
+# What a notebook's kernel has in place of a script.
+NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
@@ -28,9 +30,12 @@ def command(arguments: Sequence[str] | None = None) -> str:
         >>> command(["/mnt/me/train.py", "--dataset", "/data/cifar10", "--hub_token=hf_AbCdEfGh1234"])
         'python train.py --dataset PATH_TO/cifar10 --hub_token=TOKEN'
     """
+    arguments = arguments or sys.argv
+    if Path(arguments[0]).name in NOTEBOOKS:
+        return "# in a notebook"
     words = ["python"]
     option = ""
-    for argument in arguments or sys.argv:
+    for argument in arguments:
         name, equals, value = argument.partition("=")
         word = _without_folder(name) + equals + _without_folder(value)
         if equals and name.endswith("token"):

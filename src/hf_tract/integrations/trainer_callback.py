@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from accelerate.utils import send_to_device
 from torch import nn
@@ -16,7 +15,7 @@ from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_t
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import LayerSelection
-from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint
+from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, log_settings
 from hf_tract.integrations.model_card import TAGS
 from hf_tract.integrations.trackers import Trackers
 from hf_tract.integrations.training_record import CONFIG_FILE, record_of_run
@@ -36,7 +35,8 @@ class TrActCallback(TrainerCallback):
     to restore. One callback may serve several Trainers, also one that runs inside another.
 
     Each checkpoint folder gets the settings as `tract_config.json`. What Trainer saves and pushes is tagged `tract`
-    and has the settings and a card beside it. Trainer may write its own card last; `use_model_card` replaces that one.
+    and has the settings and a card beside it; a README.md that somebody wrote stays. Trainer may write its own card
+    last; `use_model_card` replaces that one.
 
     Args:
         lam: as in `TrActConfig`.
@@ -65,7 +65,11 @@ class TrActCallback(TrainerCallback):
         self.layers = layers  # Not in the config, which is written to files: these may be modules.
         self.config = TrActConfig(lam=lam, scope=scope)
         self._handles: list[TrActHandle] = []  # one for each model, also after its training
-        self._trackers: WeakKeyDictionary[TrActHandle, Trackers] = WeakKeyDictionary()
+        self._trackers: dict[TrActHandle, Trackers] = {}  # of those in training
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process: Ray pickles a Trainer with its callbacks."""
+        return {**vars(self), "_handles": [], "_trackers": {}}
 
     def handle_of(self, model: nn.Module | None) -> TrActHandle | None:
         """Return the handle on `model`, in training or after it; None if TrAct had nothing to act on."""
@@ -101,12 +105,11 @@ class TrActCallback(TrainerCallback):
             self._whiten(args, state, model, handle, train_dataloader)
         if args.ddp_find_unused_parameters:
             logger.warning(UNUSED_PARAMETERS)
-        if not state.is_world_process_zero:
-            return
-        self._trackers[handle] = Trackers(args)
-        _tell(args, handle.summary())
-        if state.global_step:
-            compare_with_checkpoint(args, state, handle.config)
+        if state.is_world_process_zero:
+            self._trackers[handle] = Trackers(args)
+            _tell(args, handle.summary())
+            compare_with_checkpoint(state, handle.config)
+        log_settings(state, handle.config)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -157,7 +160,7 @@ class TrActCallback(TrainerCallback):
         if model is not None:
             self._remove_tract(model)
         if args.save_strategy != SaveStrategy.NO:
-            self._write_card(args, state, model)
+            self._write_card(args, state, model, is_trained=True)
 
     def _apply_tract(self, model: nn.Module) -> TrActHandle | None:
         try:
@@ -191,11 +194,13 @@ class TrActCallback(TrainerCallback):
         if state.is_world_process_zero:
             _tell(args, "TrAct: the first layer starts whitened, by the first batches of the training data.")
 
-    def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+    def _write_card(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module | None, is_trained: bool = False
+    ) -> None:
         handle = self.handle_of(model)
         if model is None or handle is None or not state.is_world_process_zero:
             return
-        record = record_of_run(args, state, model, handle, self.hyperparameters)
+        record = record_of_run(args, state, model, handle, self.hyperparameters, is_trained)
         record.save(args.output_dir or ".", args.hub_model_id)
 
     def _remove_tract(self, model: nn.Module) -> None:
@@ -211,6 +216,7 @@ class TrActCallback(TrainerCallback):
         """Remove TrAct from `model` and drop its handle, and the handles of models that no longer exist."""
         self._remove_tract(model)
         self._handles = [handle for handle in self._handles if handle.model not in (None, model)]
+        self._trackers = {handle: self._trackers[handle] for handle in self._handles if handle in self._trackers}
 
 
 def stats_to_log(handle: TrActHandle) -> dict[str, float]:

@@ -12,7 +12,12 @@ from hf_tract.integrations.training_record import TrainingRecord
 
 
 def use_model_card(
-    trainer: Trainer, *, dataset: str, license: str | None = None, base_model: str | None = None, split: str = "test"
+    trainer: Trainer,
+    *,
+    dataset: str,
+    license: str | None = None,
+    base_model: str | None = None,
+    split: str = "evaluation",
 ) -> None:
     """Make `trainer.create_model_card`, and so `trainer.push_to_hub`, write hf-tract's card, also without TrAct.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.modelcard import TASK_MAPPING
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_tract.apply import TrActHandle
 from hf_tract.core.sharding import is_sharded
@@ -60,7 +63,15 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     return rows
 
 
-def hyperparameters_of(args: TrainingArguments) -> dict[str, Any]:
+def log_of_weights(args: TrainingArguments, state: TrainerState) -> list[dict[str, Any]]:
+    """Return Trainer's log up to the step of the weights that the model has after training, the best or the last."""
+    best = state.best_global_step
+    if not args.load_best_model_at_end or not best:
+        return state.log_history
+    return [entry for entry in state.log_history if entry.get("step", 0) <= best]
+
+
+def hyperparameters_of(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """Return the arguments in `HYPERPARAMETERS`, without those at the value at which a card leaves them out."""
     values = {}
     for name, neutral in HYPERPARAMETERS.items():
@@ -68,9 +79,27 @@ def hyperparameters_of(args: TrainingArguments) -> dict[str, Any]:
         value = getattr(value, "value", value)  # Some are enums.
         if value != neutral:
             values[name] = value
+    if state.train_batch_size:
+        # `auto_find_batch_size` may have changed it.
+        values["per_device_train_batch_size"] = state.train_batch_size // max(1, args.n_gpu)
+    if args.max_steps > 0:
+        del values["num_train_epochs"]
     if args.world_size > 1:
         values["processes"] = args.world_size
     return values
+
+
+def task_of(model: nn.Module) -> str | None:
+    """Return what the Hub calls the task of `model`; None for a task without such a name."""
+    names = {each.__name__ for each in type(model).__mro__}
+    mappings: dict[str, Any] = TASK_MAPPING
+    for task, models in mappings.items():
+        for classes in models.values():
+            if isinstance(classes, str):
+                classes = [classes]
+            if not names.isdisjoint(classes):
+                return task
+    return None
 
 
 def library_of(model: nn.Module) -> str:
@@ -83,10 +112,18 @@ def library_of(model: nn.Module) -> str:
     return "transformers"
 
 
-def base_model_of(model: nn.Module) -> str | None:
+def base_model_of(model: nn.Module, args: TrainingArguments) -> str | None:
     """Return the checkpoint that `model` was loaded from; None if there is none."""
-    if not is_sharded(model):
-        return checkpoint_of(model, model.parameters()) or None
-    # The parameters are shards now, and do not show whether they were loaded.
-    config = getattr(model, "config", None)
-    return getattr(config, "_name_or_path", None) or None
+    if is_sharded(model):
+        # The parameters are shards now, and do not show whether they were loaded.
+        config = getattr(model, "config", None)
+        name = getattr(config, "_name_or_path", None)
+    else:
+        name = checkpoint_of(model, model.parameters())
+    if not name:
+        return None
+    path = Path(name).absolute()
+    output = Path(args.output_dir or ".").absolute()
+    if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and path.is_relative_to(output):
+        return "a checkpoint of the same run"
+    return str(name)

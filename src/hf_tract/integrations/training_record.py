@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hf_tract.apply import TrActHandle
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.integrations import model_card, trainer_facts
 from hf_tract.integrations.provenance import command, hardware, versions
+
+logger = logging.getLogger(__name__)
 
 RECORD_FILE = "training_record.json"
 CONFIG_FILE = "tract_config.json"
@@ -41,6 +44,7 @@ class TrainingRecord:
         command: the command that started the run; by default this and the next two describe the current process.
         hardware: the device that the run computed on.
         versions: the versions of the packages used.
+        task: what the Hub calls the model's task; None if it has no name for it.
     """
 
     name: str
@@ -58,6 +62,7 @@ class TrainingRecord:
     command: str = dataclasses.field(default_factory=command)
     hardware: str = dataclasses.field(default_factory=hardware)
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+    task: str | None = "image-classification"
 
     def __post_init__(self) -> None:
         """Replace local paths by names, since others will read the card."""
@@ -73,7 +78,7 @@ class TrainingRecord:
         dataset: str | None = None,
         base_model: str | None = None,
         license: str | None = None,
-        split: str = "test",
+        split: str = "evaluation",
     ) -> TrainingRecord:
         """Make the record of a run so far from transformers' Trainer.
 
@@ -86,7 +91,8 @@ class TrainingRecord:
         """
         assert trainer.model is not None  # Trainer has called `model_init` already.
         handle, settings = trainer_facts.find_handle(trainer)
-        record = record_of_run(trainer.args, trainer.state, trainer.model, handle, settings)
+        is_trained = not trainer.is_in_train
+        record = record_of_run(trainer.args, trainer.state, trainer.model, handle, settings, is_trained)
         return dataclasses.replace(
             record,
             dataset=dataset or record.dataset,
@@ -118,7 +124,8 @@ class TrainingRecord:
     def save(self, folder: str | Path, model_id: str | None = None, tags: Iterable[str] = ()) -> None:
         """Write the model's card, this record, TrAct's settings and, where matplotlib is installed, the curve.
 
-        The card of an adapter is left to peft, and only the settings are written beside it.
+        The card of an adapter is left to peft, and only the settings are written beside it. A README.md that neither
+        hf-tract nor Trainer wrote is left as it is, with a warning.
 
         Args:
             folder: where the model is saved.
@@ -127,20 +134,33 @@ class TrainingRecord:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.tract is not None:
+        if self.tract is None:
+            (folder / CONFIG_FILE).unlink(missing_ok=True)  # an earlier run's
+        else:
             self.tract.to_json_file(folder / CONFIG_FILE)
         if self.library == "peft":
             return
         self.to_json_file(folder / RECORD_FILE)
         color = "#d62728" if self.tract else "#7f7f7f"
         has_curve = model_card.save_curve(self.history, folder / model_card.CURVE_FILE, color)
-        self._model_card(model_id, tags, has_curve).save(folder / "README.md")
+        card = folder / "README.md"
+        if not model_card.is_replaceable(card):
+            logger.warning(
+                "TrAct: %s stays, since neither hf-tract nor Trainer wrote it. Move it away to get a card; its facts "
+                "are in %s.",
+                card,
+                RECORD_FILE,
+            )
+            return
+        self._model_card(model_id, tags, has_curve).save(card)
 
     def _model_card(self, model_id: str | None, tags: Iterable[str], has_curve: bool) -> ModelCard:
         card: ModelCard = ModelCard.from_template(
             self._metadata(tags),
             template_path=str(model_card.TEMPLATE),
             record=self,
+            mark=model_card.MARK,
+            kind=model_card.KINDS.get(self.task, "A model"),
             model_id=model_id or self.name,
             base=model_card.link(self.base_model),
             data_set=model_card.link(self.dataset, "datasets/"),
@@ -152,12 +172,14 @@ class TrainingRecord:
 
     def _metadata(self, tags: Iterable[str]) -> ModelCardData:
         """Return the head of the card, which the Hub's search reads."""
-        all_tags = [model_card.TASK, *tags]
+        all_tags = list(tags)
+        if self.task is not None:
+            all_tags = [self.task, *all_tags]
         if self.tract is not None:
             all_tags = [*model_card.TAGS, *all_tags]
         data = ModelCardData(
             library_name=self.library,
-            pipeline_tag=model_card.TASK,
+            pipeline_tag=self.task,
             license=self.license,
             tags=all_tags,
         )
@@ -189,6 +211,7 @@ def record_of_run(
     model: nn.Module,
     handle: TrActHandle | None,
     settings: Mapping[str, Any],
+    is_trained: bool,
 ) -> TrainingRecord:
     """Return the record of a run so far, from what both a Trainer and its callbacks have.
 
@@ -198,19 +221,25 @@ def record_of_run(
         model: the model that is trained.
         handle: the handle of TrAct on that model; None without TrAct.
         settings: further hyperparameters, which are not among Trainer's arguments.
+        is_trained: whether training has ended, and Trainer has loaded the best weights if it was to.
     """
     history = trainer_facts.history_of(state.log_history)
-    last = history[-1] if history else {}
+    reached = history
+    if is_trained:
+        reached = trainer_facts.history_of(trainer_facts.log_of_weights(args, state))
+    scores = reached[-1] if reached else {}
     name = args.hub_model_id or Path(args.output_dir or "model").absolute().name
     record = TrainingRecord(
         name=name.split("/")[-1],
         library=trainer_facts.library_of(model),
         dataset="a data set that its author did not name",
-        base_model=trainer_facts.base_model_of(model),
-        metrics={name: last[name] for name in model_card.METRICS if name in last},
+        base_model=trainer_facts.base_model_of(model, args),
+        metrics={name: scores[name] for name in model_card.METRICS if name in scores},
         history=history,
-        hyperparameters={**trainer_facts.hyperparameters_of(args), **settings},
+        hyperparameters={**trainer_facts.hyperparameters_of(args, state), **settings},
+        split="evaluation",
         seed=args.seed,
+        task=trainer_facts.task_of(model),
     )
     if handle is None:
         return record
