@@ -96,6 +96,141 @@ def test_the_next_step_starts_anew(layers, emptied):
     assert_rule(layer, plain, y)
 
 
+@pytest.mark.parametrize("has_optimizer", [True, False])
+def test_a_penalty_that_comes_before_the_loss_does_not_join_the_steps(layers, has_optimizer):
+    """Its gradient is in `.grad` when the layer's backward comes; a batch of NaN spoils its own step alone."""
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for number in range(5):
+        x = images(3)
+        if number == 2:
+            x[0, 0, 0, 0] = torch.nan
+        layer.zero_grad()
+        (0.01 * layer.weight.abs().sum()).backward()
+        backward(layer, x)
+        if number == 2:
+            assert layer.weight.grad.isnan().any()
+            continue
+        if has_optimizer:
+            optimizer.step()
+        wanted = expected(plain_grad(plain, x), x, plain, LAM) + 0.01 * plain.weight.detach().sign()
+        assert_close(layer.weight.grad, wanted, 1e-11)
+
+
+def test_a_penalty_in_one_step_alone_begins_a_step(layers):
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    first, second = images(3), images(3)
+    backward(layer, first)
+    optimizer.step()
+    layer.zero_grad()
+    (0.01 * layer.weight.abs().sum()).backward()
+    backward(layer, second)
+    wanted = expected(plain_grad(plain, second), second, plain, LAM) + 0.01 * plain.weight.detach().sign()
+    assert_close(layer.weight.grad, wanted, 1e-11)
+
+
+def test_gradients_that_nobody_empties_add_up_over_optimizer_steps(layers):
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    batches = [images(2) for _ in range(3)]
+    for x in batches:
+        backward(layer, x)
+        optimizer.step()
+    assert_rule(layer, plain, *batches)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_an_accumulation_with_second_derivatives_is_one_step(layers):
+    """Autograd replaces `.grad` by a sum then, in place of adding to it."""
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    batches = [images(2) for _ in range(4)]
+    for x in batches:
+        loss(layer(x)).backward(create_graph=True)
+    layer.weight.grad = layer.weight.grad.detach()
+    layer.bias.grad = layer.bias.grad.detach()
+    assert_rule(layer, plain, *batches)
+
+
+def test_two_layers_that_share_a_weight_each_have_their_rule(layers):
+    plain, layer = layers
+    model = nn.ModuleList([layer, copy.deepcopy(layer)])
+    model[1].weight = layer.weight
+    apply_tract(model, layers=["0", "1"])
+    for _ in range(3):
+        model.zero_grad()
+        parts = [images(2), 3 * images(3)]
+        for each, x in zip(model, parts, strict=True):
+            backward(each, x)
+        wanted = [expected(plain_grad(plain, x), x, plain, LAM) for x in parts]
+        assert_close(layer.weight.grad, sum(wanted), 1e-11)
+
+
+def test_a_part_of_a_weight_that_no_optimizer_holds_does_not_join_the_steps():
+    layer = parametrizations.weight_norm(nn.Conv2d(3, 4, 4, stride=4, dtype=torch.float64))
+    fresh = copy.deepcopy(layer)
+    apply_tract(layer)
+    direction = layer.parametrizations.weight.original1
+    optimizer = torch.optim.SGD([direction, layer.bias], lr=0.0)
+    for _ in range(3):
+        x = images(3)
+        optimizer.zero_grad()
+        backward(layer, x)
+        optimizer.step()
+        alone = copy.deepcopy(fresh)
+        apply_tract(alone)
+        backward(alone, x)
+        assert_close(direction.grad, alone.parametrizations.weight.original1.grad, 1e-11)
+
+
+def test_micro_steps_whose_gradient_is_zero_count(layers):
+    """Their patches are read, as those of a satisfied hinge loss are, and `.grad` holds the zeros that they gave."""
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    batches = [images(2), images(3)]
+    (0 * loss(layer(batches[0]))).backward()
+    backward(layer, batches[1])
+    wanted = expected(plain_grad(plain, batches[1]), batches, plain, LAM)
+    assert_close(layer.weight.grad, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("where", ["factor", "sums"])
+def test_an_error_in_the_backward_leaves_the_step_as_it_was(layers, where, monkeypatch):
+    """Out of memory in one micro-step, and the loop goes on."""
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    batches = [images(2), images(3), images(4)]
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    backward(layer, batches[0])
+    with monkeypatch.context() as patch:
+        if where == "factor":
+            patch.setattr(torch.linalg, "cholesky_ex", fail)
+        else:
+            patch.setattr(hf_tract.core.preconditioner, "patch_sums", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            backward(layer, batches[1])
+    backward(layer, batches[2])
+    wanted = expected(plain_grad(plain, batches[0], batches[2]), [batches[0], batches[2]], plain, LAM)
+    assert_close(layer.weight.grad, wanted, 1e-11)
+
+
+def test_a_weight_frozen_between_forward_and_backward_gets_no_gradient(layers):
+    _, layer = layers
+    apply_tract(layer, LAM)
+    y = loss(layer(images(2)))
+    layer.weight.requires_grad_(False)
+    y.backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+
+
 def test_zeros_are_told_on_a_device_without_asking_it(layers, monkeypatch):
     """As if the gradient lay on an accelerator: the old sums are masked there."""
     plain, layer = layers
@@ -471,11 +606,11 @@ def test_a_returned_gradient_stays_apart_however_the_weight_is_made_or_run(kind)
         assert_close(mine.grad, theirs.grad, 1e-11)
 
 
-def test_parameters_that_functional_call_is_given_accumulate_too(layers):
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor.requires_grad_])
+def test_parameters_that_functional_call_is_given_accumulate_too(layers, kind):
     plain, layer = layers
     apply_tract(layer, LAM)
-    given = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
-    parameters = {name: nn.Parameter(value.detach()) for name, value in given.items()}
+    parameters = {name: kind(value.detach().clone()) for name, value in layer.named_parameters()}
     x, y = images(3), images(2)
     for part in (x, y):
         loss(torch.func.functional_call(layer, parameters, (part,))).backward()

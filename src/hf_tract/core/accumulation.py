@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from hf_tract.core.moments import PatchSums
 from hf_tract.core.solve import on_host, widest_dtype
@@ -17,24 +19,41 @@ from hf_tract.core.solve import on_host, widest_dtype
 ENGINE_ATTRIBUTES = ("full_tensor", "_fsdp_flattened", "ds_id", "_hp_mapping")
 
 
-def lives_in_grad(parameters: Sequence[nn.Parameter]) -> bool:
+def lives_in_grad(parameters: Sequence[Tensor]) -> bool:
     """Return whether `.grad` of these parameters holds the gradient that has been accumulated.
 
     It does not where an engine keeps gradients elsewhere: FSDP1, FSDP2 and ZeRO, whose stages 1 and 2 empty `.grad`
     after each micro-step.
     """
-    for parameter in parameters:
-        if any(hasattr(parameter, name) for name in ENGINE_ATTRIBUTES):
-            return False
-    return len(parameters) > 0
+    return len(parameters) > 0 and not has_engine(parameters)
 
 
-def was_emptied(parameters: Sequence[nn.Parameter]) -> bool:
+def has_engine(parameters: Sequence[Tensor]) -> bool:
+    """Return whether an engine keeps the gradients of these parameters, which do not show it in its backward."""
+    names = itertools.product(parameters, ENGINE_ATTRIBUTES)
+    return any(hasattr(parameter, name) for parameter, name in names)
+
+
+class SeenGrads:
+    """Remembers which tensors `.grad` of some parameters held, to tell when it holds others."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._grads = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._grads.append((parameter, TensorWeakRef(parameter.grad)))
+
+    def were_replaced(self) -> bool:
+        """Return whether one of the parameters has another gradient by now, or none."""
+        return any(parameter.grad is None or parameter.grad is not seen() for parameter, seen in self._grads)
+
+
+def was_emptied(parameters: Sequence[Tensor]) -> bool:
     """Return whether `.grad` is empty as far as the host can see: values on an accelerator are not checked."""
     return all(on_host(grad) and not grad.any() for grad in _grads(parameters))
 
 
-def holds_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+def holds_gradient(parameters: Sequence[Tensor]) -> Tensor | None:
     """Return whether `.grad` holds more than zeros, as a tensor on its device; None if the host knows without it.
 
     This is for parameters whose `.grad` holds what has been accumulated.
@@ -46,7 +65,12 @@ def holds_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     return torch.stack([grad.any().to(device) for grad in grads]).any()
 
 
-def _grads(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def has_grad(parameters: Sequence[Tensor]) -> bool:
+    """Return whether `.grad` of any of these is a tensor, zeros or not."""
+    return len(_grads(parameters)) > 0
+
+
+def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
@@ -58,6 +82,8 @@ def adds_to_grad(parameters: Sequence[Tensor]) -> bool:
 
 
 def _is_accumulated(parameter: Tensor) -> bool:
+    if not parameter.requires_grad:  # frozen since the forward
+        return False
     node = torch.autograd.graph.get_gradient_edge(parameter).node
     try:
         return bool(torch._C._will_engine_execute_node(node))

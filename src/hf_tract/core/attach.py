@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig, TrActError
-from hf_tract.core.forward import run_preconditioned
+from hf_tract.core.forward import is_preconditioned, run_preconditioned
 from hf_tract.core.patches import CONV_OPS, PatchOpMode
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import (
@@ -28,6 +28,7 @@ from hf_tract.core.tract_class import (
     original_class,
     swap_class,
 )
+from hf_tract.core.weights import is_weight_of
 
 _layer_classes: dict[type, type] = {}
 
@@ -57,7 +58,7 @@ class TrActCaller(TrActClass):
 def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> None:
     """Apply TrAct to `layer`; if it has TrAct already, replace its settings, for all of the current step too."""
     preconditioner = preconditioner_of(layer)
-    if preconditioner is not None:
+    if preconditioner is not None and isinstance(layer, TrActLayer):
         preconditioner.config = config
         preconditioner.process_group = process_group
         return
@@ -80,9 +81,8 @@ def detach(module: nn.Module) -> None:
 
     A backward that is still to come returns the ordinary gradient.
     """
-    if not isinstance(module, TrActClass):
-        return
-    swap_class(module, original_class(type(module)))
+    if isinstance(module, TrActClass):
+        swap_class(module, original_class(type(module)))
     module.__dict__.pop(READ_LAYERS, None)
     preconditioner = module.__dict__.pop(PRECONDITIONER, None)
     if preconditioner is not None:
@@ -162,12 +162,18 @@ def _any_forward_of(cls: Any) -> Callable[..., Any]:
         preconditioner = preconditioner_of(self)
         if preconditioner is None or not torch.is_grad_enabled():
             return cls.forward(self, *args, **kwargs)
-        mode = _PreconditionMode(lambda _: preconditioner)
+
+        def owner_of(weight: Any) -> LayerPreconditioner | None:
+            if is_weight_of(self, weight) and not is_preconditioned(weight):
+                return preconditioner
+            return None
+
+        mode = _PreconditionMode(owner_of)
         with mode:
             out = cls.forward(self, *args, **kwargs)
         if not mode.has_run_op:
             raise TrActError(
-                f"{cls.__name__}.forward ran no convolution or linear operation that TrAct knows; "
+                f"{cls.__name__}.forward ran no convolution or linear operation with its weight that TrAct knows; "
                 f"name another layer with `layers=`."
             )
         return out
@@ -203,5 +209,6 @@ class _PreconditionMode(PatchOpMode):
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `op`, with the gradient of its weight preconditioned."""
-        self.has_run_op = True
-        return run_preconditioned(self.owner_of(weight), op, input, weight, *args, **kwargs)
+        owner = self.owner_of(weight)
+        self.has_run_op = self.has_run_op or owner is not None
+        return run_preconditioned(owner, op, input, weight, *args, **kwargs)

@@ -83,6 +83,7 @@ def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Any:
         return grad
     output_grad = call.output_grad
     call.output_grad = None
+    call.creates_graph = torch.is_grad_enabled()
     with torch.no_grad():
         out = _operator_for(x)(grad, x, output_grad, ctx.key, call.number, *ctx.spec)
         out = out.to(grad.dtype)
@@ -189,5 +190,6 @@ def _eager_from_output(ctx: Any, like: Tensor, x: Tensor, output_grad: Tensor) -
         with without_autocast(x):
             grad = differentiable_weight_grad(x, output_grad, ctx.spec, like)
         return _eager_backward(ctx, grad, x)
+    call.creates_graph = torch.is_grad_enabled()
     with torch.no_grad():
         return _operator_for(x)(like, x, output_grad, ctx.key, call.number, *ctx.spec)

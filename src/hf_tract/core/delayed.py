@@ -22,7 +22,7 @@ class DelayedFlag:
             return False
         if self._copy is None or self._event is None:
             # Only to pinned memory does a device copy while the host goes on.
-            self._copy = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            self._copy = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
         elif not self._event.query():
             return False
         self._copy.copy_(flag, non_blocking=True)

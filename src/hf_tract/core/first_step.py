@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
 from weakref import ref
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_tract.core.attach import preconditioner_of
 from hf_tract.core.notices import advice_on_lam
+from hf_tract.core.optimizer_hook import call_after_steps, held_by
 from hf_tract.core.weights import weight_parameters
 
 logger = logging.getLogger(__name__)
@@ -38,7 +35,7 @@ class FirstStepWatch:
             if watch._model() is model:
                 watch.stop()
         _watches.append(self)
-        _register_hook()
+        call_after_steps(_after_step)
 
     def stop(self) -> None:
         """Stop waiting."""
@@ -73,10 +70,8 @@ class FirstStepWatch:
         if None in layers or not weights:
             # A layer was replaced, or an engine keeps the weight elsewhere: then any parameter of the model will do.
             weights = list(model.parameters())
-        ids = {id(weight) for weight in weights}
-        for group in optimizer.param_groups:
-            if any(id(parameter) in ids for parameter in group["params"]):
-                self.look()
+        if held_by(optimizer, weights):
+            self.look()
 
     def _layers_now(self) -> list[tuple[str, nn.Module | None]]:
         """Return pairs of a name and its layer, or None in place of a layer that is no longer in the model."""
@@ -116,15 +111,6 @@ def _reason(layer: nn.Module) -> str:
     return "its weight has no gradient"
 
 
-@functools.cache
-def _register_hook() -> None:
-    """Register a hook that runs after every optimizer step; torch cannot remove it from inside itself, so it stays."""
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    if torch.compiler.is_compiling():
-        # A graph break here would cut a compiled optimizer in two.
-        return
+def _after_step(optimizer: Optimizer) -> None:
     for watch in list(_watches):
         watch.after_step(optimizer)

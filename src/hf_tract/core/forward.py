@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from hf_tract.core.autograd import KeepOutputGrad, PreconditionFromOutput, PreconditionWeightGrad
 from hf_tract.core.notices import warn_once
+from hf_tract.core.ops import has_autocast
 from hf_tract.core.patches import PATCH_OPS
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall
@@ -59,6 +60,13 @@ def run_preconditioned(
     return out
 
 
+def is_preconditioned(weight: Any) -> bool:
+    """Return whether `weight` comes out of `run_preconditioned` of another layer, as far as eager code shows it."""
+    if torch.compiler.is_compiling():
+        return False
+    return isinstance(getattr(weight, "grad_fn", None), PreconditionWeightGrad._backward_cls)
+
+
 def _acts(weight: Any, input: Any) -> bool:
     """Return whether this forward call is to give the weight a gradient; not in an export, a trace or a transform."""
     if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
@@ -69,6 +77,13 @@ def _acts(weight: Any, input: Any) -> bool:
     if torch._C._get_tracing_state() is not None:
         return False
     if not isinstance(input, Tensor):  # a proxy of torch.fx
+        return False
+    if input.is_nested:
+        warn_once(
+            _warned,
+            "TrAct: for nested tensors the first layer has its ordinary gradient. Give it their values, or a padded "
+            "tensor.",
+        )
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         warn_once(
@@ -85,7 +100,7 @@ def _as_autocast_reads(input: Tensor) -> Tensor:
     """Cast the input as autocast does, once for both the operation and C; from the other 16-bit type too."""
     kind = input.device.type
     is_cast = input.dtype == torch.float32 or _is_16_bit(input)
-    if is_cast and torch.is_autocast_enabled(kind):
+    if is_cast and has_autocast(kind):
         return input.to(torch.get_autocast_dtype(kind))
     return input
 

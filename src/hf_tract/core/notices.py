@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_tract.core.solve import DampedInverse
 
@@ -83,7 +83,7 @@ def warn_of_failure(warned: set[str], lam: float, tried: torch.dtype, widest: to
 
 def warn_of_other_uses(
     warned: set[str],
-    parameter: nn.Parameter,
+    parameter: Tensor,
     returned: Callable[[], Tensor | None],
 ) -> None:
     """Warn at the end of the running backward pass if a weight also got a gradient from outside its layer.

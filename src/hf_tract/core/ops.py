@@ -41,6 +41,8 @@ def precondition_eagerly(
         call: the number of the forward call.
         spec: the entries of the `PatchSpec`.
     """
+    if grad.is_meta:
+        return torch.empty_like(grad)
     *sizes, groups = spec
     kernel, stride, padding, dilation = map(tuple, sizes)
     patches = PatchSpec(kernel, stride, padding, dilation, groups)
@@ -60,9 +62,14 @@ def _fake_precondition(grad: Tensor, *_: Any) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast is off for the device of `x`."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if has_autocast(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def has_autocast(kind: str) -> bool:
+    """Return whether autocast is on for devices of this kind; the meta device has none, and torch raises an error."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 _library.impl("precondition", precondition_eagerly, "CompositeExplicitAutograd")

@@ -94,9 +94,9 @@ class DampedInverse:
             return float("inf")
         factor = self._factor
         groups, n, _ = factor.shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         shape = (groups, n, min(CONDITION_VECTORS, n))
-        top = torch.randn(shape, generator=generator, dtype=torch.float64).to(factor)
+        top = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(factor)
         bottom = top
         for _ in range(CONDITION_STEPS):
             top = torch.linalg.qr(factor @ (factor.mT @ top)).Q

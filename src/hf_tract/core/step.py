@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from hf_tract.core.accumulation import SeenGrads
 from hf_tract.core.moments import PatchSums
 from hf_tract.core.solve import DampedInverse
 
@@ -30,6 +33,8 @@ class ForwardCall:
         self.leaf = weight if weight.is_leaf else None
         # Whether the weight's gradient was taken with `create_graph=True`.
         self.was_differentiated = False
+        # Whether the running backward pass has `create_graph=True`.
+        self.creates_graph = False
         self.output_grad: Tensor | None = None
         self._has_second_order = False
         FORWARD_CALLS[self.number] = self
@@ -51,7 +56,12 @@ class Step:
     Shape letters: g groups, m outputs, n columns of `weight.flatten(1)`.
     """
 
-    def __init__(self, backward_pass: int) -> None:
+    def __init__(self, backward_pass: int, began_empty: bool = False) -> None:
+        # Whether `.grad` was None when the step began; then zeros in it may be what the step has added up.
+        self.began_empty = began_empty
+        # What `.grad` held at the last backward that found any, or at an optimizer's step; the step is over when it
+        # holds other tensors, of a penalty that comes before the loss.
+        self.seen_grads: SeenGrads | None = None
         # The last backward pass that belongs to the step.
         self.backward_pass = backward_pass
         # The numbers of the forward calls whose patches are in `total`.
@@ -63,11 +73,25 @@ class Step:
         self.grad: Tensor | None = None
         self.inverse: DampedInverse | None = None
 
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Leave the step as it was if an error ends this context: then nothing has reached `.grad` either."""
+        before = {**vars(self), "counted_calls": set(self.counted_calls)}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
     def returned(self, keep: Tensor | None = None) -> Tensor | None:
         """Return the gradient that the weight has got in this step so far, masked by `keep`; None if there is none."""
         if self.inverse is None or self.grad is None:
             return None
         return keep_where(keep, self.inverse(self.grad))
+
+    def adds_up_to_zero(self) -> bool:
+        """Return whether all gradients of the step so far sum to zero."""
+        return self.grad is not None and not bool(self.grad.any())
 
     def add(self, grad: Tensor, new: PatchSums | None, keep: Tensor | None) -> None:
         """Add the gradient of one backward, and the sums over its patches, or None if these are counted already."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import multiprocessing.context
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from hf_tract.core.notices import warn_once
+
+_warned: set[str] = set()
 PRECONDITIONER = "_tract_step"
 READ_LAYERS = "_tract_layers"
 
@@ -27,6 +31,12 @@ class TrActClass:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the module as one of its original class, without TrAct."""
+        if multiprocessing.context.get_spawning_popen() is not None:
+            warn_once(
+                _warned,
+                "TrAct: a model that is handed to another process is the ordinary one there. Call `apply_tract` in "
+                "that process.",
+            )
         function, arguments, *rest = _ordinary(self).__reduce_ex__(protocol)
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             # pickle refuses to make an object of another class by `__newobj__`; `_reconstructor` does the same.

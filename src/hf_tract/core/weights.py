@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
@@ -33,3 +36,13 @@ def is_frozen(layer: nn.Module) -> bool:
     # FSDP1 may have replaced the parameter by a view of its own.
     weight = layer.weight
     return not (isinstance(weight, Tensor) and weight.requires_grad)
+
+
+def is_weight_of(layer: nn.Module, weight: Any) -> bool:
+    """Return whether an operation inside of `layer` has its weight, or a computed one, and not another parameter."""
+    if not isinstance(weight, nn.Parameter):
+        return True
+    own: Any = layer._parameters.get("weight")
+    if own is None and not is_parametrized(layer, "weight"):
+        own = layer.weight
+    return weight is own

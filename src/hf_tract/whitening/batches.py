@@ -126,8 +126,8 @@ def _new_loader(loader: DataLoader[Any], num_workers: int) -> DataLoader[Any]:
         "num_workers": num_workers,
         "collate_fn": loader.collate_fn,
         "worker_init_fn": loader.worker_init_fn,
-        # The seeds of the workers come from it.
-        "generator": torch.Generator().manual_seed(0),
+        # The seeds of the workers come from it, and are drawn on the default device.
+        "generator": torch.Generator(torch.get_default_device()).manual_seed(0),
     }
     if num_workers > 0:
         settings["multiprocessing_context"] = loader.multiprocessing_context

@@ -19,7 +19,7 @@ from hf_tract.core.moments import PatchSums, patch_moments
 from hf_tract.core.patches import PATCH_OPS, PatchOpMode, patch_size
 from hf_tract.core.sharding import is_sharded
 from hf_tract.core.solve import widest_dtype
-from hf_tract.core.weights import weight_like
+from hf_tract.core.weights import is_weight_of, weight_like
 from hf_tract.discovery.calling import run_forward
 from hf_tract.discovery.first_layer import FirstLayer
 from hf_tract.discovery.wrappers import unwrap
@@ -95,7 +95,9 @@ class _MomentCollector(PatchOpMode):
         self.has_read = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run `op` and add the patches of its input."""
+        """Run `op` and add the patches of its input, if the layer's weight reads them."""
+        if not is_weight_of(self.layer, weight):
+            return op(input, weight, *args, **kwargs)
         spec = PATCH_OPS[op](input, weight, *args, **kwargs)
         new = torch.zeros_like(self.sums)
         with torch.autocast(input.device.type, enabled=False):

@@ -93,7 +93,7 @@ def _whitened(weight: Tensor, moment: Tensor, lam: float, match_scale: bool) -> 
         # On average over white rows w, the mean square of the outputs is |w|^2 tr(root C root) / n.
         mean_square = (values / (values + lam)).mean(-1).view(-1, 1, 1)
         # A group that reads nothing but zeros keeps its weight.
-        identity = torch.eye(root.shape[-1], dtype=root.dtype)
+        identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
         root = torch.where(mean_square > 0, root / mean_square.sqrt(), identity)
     groups, n, _ = root.shape
     rows = weight.to(root).reshape(groups, -1, n)

@@ -1,0 +1,35 @@
+"""Calls functions after every step of any optimizer of torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+@functools.cache
+def call_after_steps(listener: Callable[[Optimizer], None]) -> None:
+    """Call `listener` after optimizer steps from now on, but for compiled ones; a second call does nothing.
+
+    torch cannot remove such a hook from inside itself, so it stays.
+    """
+
+    def hook(optimizer: Optimizer, *_: Any) -> None:
+        # A graph break here would cut a compiled optimizer in two.
+        if not torch.compiler.is_compiling():
+            listener(optimizer)
+
+    register_optimizer_step_post_hook(hook)
+
+
+def held_by(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those of the parameters that `optimizer` updates."""
+    ids: set[int] = set()
+    for group in optimizer.param_groups:
+        ids.update(map(id, group["params"]))
+    return [parameter for parameter in parameters if id(parameter) in ids]
