@@ -65,6 +65,7 @@ class TrActHandle:
         """
         preconditioners = [preconditioner for _, preconditioner in self._preconditioners()]
         for preconditioner in preconditioners:
+            preconditioner.look_for_engine()
             preconditioner.open_no_syncs += 1
         try:
             yield
@@ -185,8 +186,12 @@ def _find_layers(model: nn.Module, layers: LayerSelection, example_batch: Any) -
             f"`layers` (={layers!r}) names {', '.join(frozen)}, which is frozen; TrAct acts on a weight's gradient: "
             f"set `requires_grad=True` on it or name another layer."
         )
-    if len(frozen) < len(found):  # LoRA trains a layer beside the frozen one
+    if len(frozen) < len(found):
         found = [layer for layer in found if layer.name not in frozen]
+        # LoRA means to train a layer beside the frozen one.
+        left_out = [name for name in frozen if not name.endswith("base_layer")]
+        if left_out:
+            logger.warning("TrAct: %s is frozen and has no TrAct; other first layers have it.", ", ".join(left_out))
     for layer in found:
         foreign = foreign_forward(layer.module)
         if foreign:

@@ -2,17 +2,20 @@
 
 import copy
 import io
+import multiprocessing
 import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import hf_tract.core.forward
 from helpers.oracle import assert_close, expected, says
-from hf_tract import TrActConfig, TrActError, apply_tract, remove_tract
+from hf_tract import TrActConfig, TrActError, apply_tract, remove_tract, whiten_first_layer
 
 
 class StdConv2d(nn.Conv2d):
@@ -255,6 +258,140 @@ def test_a_layer_that_runs_no_known_operation_says_so():
     apply_tract(layer, layers=layer)
     with pytest.raises(TrActError, match=says("Sparse.forward ran no convolution or linear operation")):
         layer(torch.randn(4, 3))
+
+
+class Adapted(nn.Linear):
+    """Adds a low rank to its weight, as loralib's layers do."""
+
+    def __init__(self, n, m):
+        super().__init__(n, m)
+        self.a, self.b = nn.Parameter(torch.randn(2, n)), nn.Parameter(torch.randn(m, 2))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b)
+
+
+class Gated(nn.Conv2d):
+    """Multiplies by the output of a layer of the same shape that it contains."""
+
+    def __init__(self):
+        super().__init__(3, 4, 2, 2)
+        self.gate = nn.Conv2d(3, 4, 2, 2)
+
+    def forward(self, x):
+        return super().forward(x) * self.gate(x).sigmoid()
+
+
+@pytest.mark.parametrize("with_gate", [True, False])
+def test_a_layer_with_a_forward_of_its_own_preconditions_its_own_weight_alone(with_gate):
+    layer, x = Gated().double(), torch.randn(5, 3, 8, 8).double()
+    plain = copy.deepcopy(layer)
+    plain(x).square().sum().backward()
+    layers = [layer, layer.gate] if with_gate else [layer]
+    apply_tract(layer, layers=layers)
+    layer(x).square().sum().backward()
+    assert_close(layer.weight.grad, expected(plain.weight.grad, x, plain, 0.1), 1e-11)
+    gate = plain.gate.weight.grad
+    if with_gate:
+        gate = expected(gate, x, plain.gate, 0.1)
+    assert_close(layer.gate.weight.grad, gate, 1e-11)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_low_rank_of_an_adapted_layer_keeps_its_ordinary_gradient(frozen):
+    layer, x = Adapted(12, 4).double(), torch.randn(9, 12).double()
+    plain = copy.deepcopy(layer)
+    plain(x).square().sum().backward()
+    apply_tract(layer, layers=layer)
+    layer.weight.requires_grad_(not frozen)
+    layer(x).square().sum().backward()
+    for name in ("a", "b", "bias"):
+        assert torch.equal(getattr(layer, name).grad, getattr(plain, name).grad)
+    if not frozen:
+        assert_close(layer.weight.grad, expected(plain.weight.grad, x, plain, 0.1), 1e-11)
+
+
+def test_a_start_is_whitened_by_what_the_layers_own_weight_reads():
+    layer = Gated()
+    x = torch.randn(50, 3, 8, 8)
+    other = nn.Conv2d(3, 4, 2, 2)
+    other.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    for each in (layer, other):
+        whiten_first_layer(each, x, layers=[each], force=True)
+    assert_close(layer.weight, other.weight, 1e-6)
+
+
+def test_a_model_without_values_runs():
+    model = network(nn.Conv2d(3, 4, 2, 2)).to("meta")
+    apply_tract(model)
+    model(torch.empty(2, 3, 8, 8, device="meta")).sum().backward()
+    assert model[0].weight.grad.is_meta
+
+
+def test_another_default_device_changes_nothing():
+    """The meta device stands for a GPU."""
+    layer, x = nn.Conv2d(3, 40, 4, 4), torch.randn(20, 3, 8, 8)
+    handle = apply_tract(layer)
+    layer(x).square().sum().backward()
+    with torch.device("meta"):
+        assert handle.stats()[""]["condition"] > 1
+        whiten_first_layer(layer, x)
+
+
+def test_nested_rows_have_the_ordinary_gradient_and_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(hf_tract.core.forward, "_warned", set())
+    layer = nn.Linear(12, 4)
+    plain = copy.deepcopy(layer)
+    apply_tract(layer, layers=layer)
+    x = torch.nested.nested_tensor([torch.randn(3, 12), torch.randn(5, 12)], layout=torch.jagged)
+    for each in (layer, plain):
+        each(x).values().sum().backward()
+    assert torch.equal(layer.weight.grad, plain.weight.grad)
+    assert "TrAct: for nested tensors the first layer has its ordinary gradient." in caplog.text
+
+
+def test_a_frozen_layer_beside_others_is_told(caplog):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(3, 4, 2, 2)
+
+        def forward(self, x):
+            return self.left(x) + self.right(x)
+
+    model = Two()
+    model.left.requires_grad_(False)
+    assert [layer.name for layer in apply_tract(model).layers] == ["right"]
+    assert "TrAct: left is frozen and has no TrAct; other first layers have it." in caplog.text
+
+
+def test_a_layer_made_of_anothers_attributes_gets_tract_of_its_own():
+    class Mine(nn.Conv2d):
+        pass
+
+    layer = nn.Conv2d(3, 4, 2, 2)
+    apply_tract(layer)
+    mine = Mine.__new__(Mine)
+    mine.__dict__ = layer.__dict__.copy()
+    handle = apply_tract(nn.Sequential(mine), layers="0")
+    mine(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert handle.stats()["0"]["grad_norm"] > 0
+
+
+def tell_class(model):
+    assert type(model[0]).__name__ == "Conv2d"
+
+
+def test_a_model_that_another_process_gets_is_ordinary_and_that_is_told(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, 2))
+    apply_tract(model)
+    pickle.dumps(model)
+    assert "another process" not in caplog.text
+    process = multiprocessing.get_context("spawn").Process(target=tell_class, args=(model,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert "TrAct: a model that is handed to another process is the ordinary one there." in caplog.text
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (4, 8, 8), (2, 3), (8,)])

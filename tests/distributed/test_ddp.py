@@ -19,6 +19,7 @@ SCENARIOS = {
     "accumulated without no_sync": ([[3, 3], [4, 2]], {"no_sync": False}),
     "uneven": ([[5, 3], [2, 2]], {}),
     "an empty batch": ([[4, 0], [4, 4]], {}),
+    "an empty batch first": ([[0, 4], [4, 4]], {}),
     "a dropped forward": ([[3, 3], [4, 2]], {"dropped": True}),
     "bucket view": ([[3, 3], [4, 2]], {"gradient_as_bucket_view": True}),
     "static graph": ([[6], [6]], {"static_graph": True}),

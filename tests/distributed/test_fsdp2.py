@@ -1,5 +1,7 @@
 """Works with: FSDP2 (`fully_shard`). The gradient is preconditioned before it is sharded: nothing is gathered."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +20,10 @@ SCENARIOS = {
     for when in ("before", "after")
     for reshard in (True, False)
 }
+# To save memory FSDP2 may reduce each micro-step, which empties `.grad`; TrAct is told by its own `no_sync`.
+EACH_REDUCED = "reduced in each micro-step"
+for when in ("before", "after"):
+    SCENARIOS[f"the root's, {when}, {EACH_REDUCED}"] = ("the root's", when, True)
 
 
 def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], str, str]:
@@ -30,7 +36,10 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], str, str]:
     if when == "after":
         handle = apply_tract(model, lam=0.1)
 
-    collectives = train(model, rank, SIZES, lambda: fsdp2_no_sync(model, handle))
+    no_sync = handle.no_sync
+    if EACH_REDUCED not in name:
+        no_sync = partial(fsdp2_no_sync, model, handle)
+    collectives = train(model, rank, SIZES, no_sync)
     stem = model.embed[0]
     during, weights = type(stem).__name__, flat(model)
     assert isinstance(stem, TrActLayer)
