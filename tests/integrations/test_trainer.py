@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -16,6 +17,8 @@ from transformers.trainer_callback import ExportableState
 from helpers.models import STEM, Images, Watch, has_tract, small_convnext, small_vit, stem_of, trainer, weights
 from helpers.oracle import assert_close, expected, says
 from hf_tract import TrActCallback, TrActConfig, TrActError, TrActTrainerCallback, apply_tract
+from hf_tract.discovery import first_layer
+from hf_tract.integrations import trainer_callback
 
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
@@ -164,6 +167,21 @@ def test_one_callback_serves_two_trainers_one_inside_the_other(tmp_path):
 
     trainer(tmp_path / "outer", small_vit(), [callback, Probe()], eval_strategy="steps", eval_steps=2).train()
     assert had_tract == [True] * 4
+
+
+def test_layers_of_a_model_that_is_to_be_sharded_are_found_before(tmp_path, caplog, monkeypatch):
+    """accelerate shards on GPUs alone, so this only says that it does."""
+    monkeypatch.setattr(trainer_callback, "SHARDING", (DistributedType.NO,))
+    callback = TrActCallback()
+    run = trainer(tmp_path, callbacks=[callback])
+    monkeypatch.setattr(first_layer, "is_sharded", lambda model: True)
+    run.train()
+    (layer,) = callback.handle_of(run.model).layers
+    assert (layer.name, layer.source) == (STEM, "named by the user")
+    assert caplog.messages == []
+    run.model = small_vit()
+    callback.on_train_begin(run.args, run.state, run.control, model=run.model)
+    assert "no forward of the model could be tried" in caplog.text
 
 
 def test_a_model_without_a_first_layer_trains_on_with_a_warning(tmp_path, caplog):

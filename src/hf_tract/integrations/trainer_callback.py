@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
+from weakref import ref
 
-from accelerate.utils import send_to_device
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,7 +17,8 @@ from transformers.trainer_utils import SaveStrategy
 from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.weights import is_frozen
-from hf_tract.discovery.first_layer import LayerSelection
+from hf_tract.discovery.first_layer import LayerSelection, find_first_layers
+from hf_tract.discovery.wrappers import unwrap
 from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, log_settings
 from hf_tract.integrations.model_card import TAGS
 from hf_tract.integrations.trackers import Trackers
@@ -24,6 +28,8 @@ from hf_tract.whitening.fresh import mark_as_whitened, were_whitened
 from hf_tract.whitening.whiten import whiten_first_layer
 
 logger = logging.getLogger(__name__)
+# Ways of training in which Trainer shards the model before it calls `on_train_begin`.
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrActCallback(TrainerCallback):
@@ -66,10 +72,12 @@ class TrActCallback(TrainerCallback):
         self.config = TrActConfig(lam=lam, scope=scope)
         self._handles: list[TrActHandle] = []  # one for each model, also after its training
         self._trackers: dict[TrActHandle, Trackers] = {}  # of those in training
+        # A model that is to be sharded, and the names of its first layers.
+        self._found: tuple[ref[nn.Module], list[str]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: Ray pickles a Trainer with its callbacks."""
-        return {**vars(self), "_handles": [], "_trackers": {}}
+        return {**vars(self), "_handles": [], "_trackers": {}, "_found": None}
 
     def handle_of(self, model: nn.Module | None) -> TrActHandle | None:
         """Return the handle on `model`, in training or after it; None if TrAct had nothing to act on."""
@@ -82,6 +90,22 @@ class TrActCallback(TrainerCallback):
     def hyperparameters(self) -> dict[str, Any]:
         """Return what a card lists beside the settings of `TrActConfig`."""
         return {"whiten_init": True} if self.whiten_init else {}
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find the layers if FSDP or DeepSpeed is to shard the model, since a sharded model cannot be tried."""
+        if model is None or self.layers != "auto" or AcceleratorState().distributed_type not in SHARDING:
+            return
+        with contextlib.suppress(TrActError):  # It comes again when training begins, and is told then.
+            names = [layer.name for layer in find_first_layers(model) if not is_frozen(layer.module)]
+            if names:
+                self._found = ref(unwrap(model)), names
 
     def on_train_begin(
         self,
@@ -163,8 +187,11 @@ class TrActCallback(TrainerCallback):
             self._write_card(args, state, model, is_trained=True)
 
     def _apply_tract(self, model: nn.Module) -> TrActHandle | None:
+        layers = self.layers
+        if self._found is not None and self._found[0]() is unwrap(model):
+            layers = self._found[1]
         try:
-            handle = apply_tract(model, self.config.lam, self.layers, self.config.scope)
+            handle = apply_tract(model, self.config.lam, layers, self.config.scope)
         except TrActError as error:
             if self.layers != "auto":
                 raise
