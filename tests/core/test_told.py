@@ -159,16 +159,16 @@ def test_trainer_looks_after_its_first_step_whatever_the_optimizer(tmp_path, tol
 
 
 def test_a_trainable_layer_beside_a_frozen_one_is_watched_too(told):
-    """As LoRA's beside its base layer."""
+    """As LoRA's beside its base layer, which goes without saying if it has peft's name."""
 
     class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.base, self.lora = nn.Conv2d(3, 4, 4, 4).requires_grad_(False), nn.Conv2d(3, 4, 4, 4)
+            self.base_layer, self.lora = nn.Conv2d(3, 4, 4, 4).requires_grad_(False), nn.Conv2d(3, 4, 4, 4)
 
         def forward(self, x: torch.Tensor, without: bool = False) -> torch.Tensor:
             return (
-                self.base(x).sin() if without else self.base(x) + self.lora(x)
+                self.base_layer(x).sin() if without else self.base_layer(x) + self.lora(x)
             ).square().sum() + self.lora.bias.sum()
 
     model = Beside()

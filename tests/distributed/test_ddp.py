@@ -22,6 +22,10 @@ SCENARIOS = {
     "an empty batch first": ([[0, 4], [4, 4]], {}),
     "a dropped forward": ([[3, 3], [4, 2]], {"dropped": True}),
     "bucket view": ([[3, 3], [4, 2]], {"gradient_as_bucket_view": True}),
+    "bucket view, each micro-step reduced": (
+        [[2, 2, 2], [1, 2, 3]],
+        {"gradient_as_bucket_view": True, "no_sync": False},
+    ),
     "static graph": ([[6], [6]], {"static_graph": True}),
     "unused parameters": ([[3, 3], [4, 2]], {"find_unused_parameters": True}),
     "two calls": ([[3, 3], [4, 2]], {"net": Pairs}),

@@ -102,9 +102,14 @@ def engine_accumulates() -> bool:
 
 def ranks_of(group: Any) -> int:
     """Return how many ranks share second moments: one without a process group."""
-    if dist.is_available() and dist.is_initialized():
+    if has_process_group():
         return dist.get_world_size(group)
     return 1
+
+
+def has_process_group() -> bool:
+    """Return whether this process is one of a group, be it the only one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def sum_over_ranks(mine: PatchSums, group: Any) -> PatchSums:

@@ -184,10 +184,11 @@ class LayerPreconditioner:
         return not are_own_zeros
 
     def _look_at_grads(self, step: Step, parameters: Sequence[Tensor], call: ForwardCall | None) -> None:
-        if self.has_engine or (call is not None and call.creates_graph):
-            # With `create_graph=True` autograd makes a new tensor where it would else add to the old one.
+        if call is not None and call.creates_graph:
+            # Autograd makes a new tensor then, where it would else add to the old one.
             step.seen_grads = None
-        elif accumulation.has_grad(parameters):
+        # DDP moves `.grad` to other buckets after the first backward.
+        elif not accumulation.has_process_group() and accumulation.has_grad(parameters):
             step.seen_grads = accumulation.SeenGrads(parameters)
 
     def _uncounted_sums(
