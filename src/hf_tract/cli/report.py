@@ -216,7 +216,7 @@ def warnings_for(report: Report) -> list[str]:
     warnings += _warnings_about_pixels(report)
     n = max(layer.columns for layer in report.inspection.layers)
     if n > MAX_COLUMNS:
-        warnings.append(f"n is {n}: the factorisation of C is felt at every step.")
+        warnings.append(f"n is {n}: the factorisation of C takes noticeable time at every step.")
     return warnings
 
 
