@@ -84,6 +84,7 @@ MEASURES = {
     "map_voc07": "mAP, VOC 2007's 11 points",
 }
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 VGG16: list[int | str] = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
 VOC_NAMES = [
     "aeroplane",
@@ -229,6 +230,8 @@ def main() -> None:
         stop(f"--batch_size {options.batch_size}: there are only {len(data.train)} images to train on.")
     shared = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     shared |= {"train_images": len(data.train), "test_images": len(data.test)}
+    if PROCESSES > 1:
+        shared["processes"] = PROCESSES
     arms = {VANILLA: shared, TRACT: {**shared, "lam": options.lam}}
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +252,7 @@ def parse_detection_options() -> DetectionOptions:
     """Read the command line; each wrong value ends the script with one line."""
     usage = "detect_voc.py [options]; --help lists them"
     parser = HfArgumentParser(DetectionOptions, usage=usage)  # type: ignore[arg-type]
-    if "--paper" in sys.argv:
+    if parser.parse_args().paper:
         parser.set_defaults(**PAPER)
     (options,) = parser.parse_dict(vars(parser.parse_args()))
     check_numbers(options)

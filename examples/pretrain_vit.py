@@ -34,6 +34,7 @@ ends in the same weights.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -60,7 +61,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, StrictDataclassError
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
@@ -69,17 +70,17 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
+    CLIPImageProcessor,
     EvalPrediction,
     HfArgumentParser,
     PreTrainedModel,
-    ViTImageProcessor,
 )
 
 from hf_tract import TrActError, apply_tract, find_first_layers, whiten_first_layer
@@ -95,6 +96,7 @@ SMALL_VIT = {
 }
 MAX_BYTES = 2 * 2**30  # of decoded images that a process keeps in memory; more are decoded when they are used
 HEADS = ("classifier.*", "head.*", "fc.*")  # what transformers and timm call the layer of the classes
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
 
@@ -214,7 +216,7 @@ class Run:
         num_workers: processes that read images which do not fit in memory, or need timm's augmentations.
         cpu: leave the accelerator alone.
         license: of the model, for its card.
-        push_to_hub: publish the model at the end.
+        push_to_hub: publish the model at the end, in a repository that holds none yet.
         hub_model_id: OWNER/NAME on the Hub; by default the name of output_dir.
     """
 
@@ -237,6 +239,8 @@ def main() -> None:
     hub_id = run.hub_model_id or Path(run.output_dir).absolute().name
     if run.push_to_hub:
         check_token(hub_id)
+        if IS_MAIN_PROCESS:
+            hub_id = find_repository(hub_id)
     try:
         training = Training(recipe, run)
         training.run_epochs()
@@ -249,12 +253,12 @@ def main() -> None:
         return
     folder = Path(run.output_dir) / "model"
     save_model(training.best_model(), folder, training.look, training.data.names)
-    training.record(hub_id).save(folder, run.hub_model_id)
+    training.record(hub_id).save(folder, hub_id)
     print(f"The model is in {folder}, with its card.")
     if run.push_to_hub:
         with uploading(folder, hub_id):
             repo = HfApi().create_repo(hub_id, exist_ok=True)
-            HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Add model")
+            HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Add model")
             print(f"It is published: {repo}")
     else:
         print(f"To publish it: python push_to_hub.py {run.output_dir} --repo_id OWNER/NAME")
@@ -356,10 +360,11 @@ def check_run(run: Run) -> None:
 class TrainingProgress:
     """Counts what is done, and keeps the figures of each epoch; accelerate saves and restores it."""
 
+    settings: dict[str, Any]  # on which the result depends
     epoch: int = 0
     batch: int = 0  # of the epoch
     step: int = 0
-    loss: Any = 0.0
+    loss: Any = 0.0  # sum over the epoch's batches
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,7 +372,16 @@ class TrainingProgress:
         return {**vars(self), "loss": float(self.loss)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint holds."""
+        """Go on from what a checkpoint holds, unless it is of a run with other settings."""
+        stored = state.get("settings", self.settings)
+        changes = []
+        for name, value in self.settings.items():
+            before = stored.get(name, value)
+            if before != value:
+                changes.append(f"{name} {before}, not {value}")
+        if changes:
+            told = "; ".join(changes)
+            stop(f"--resume_from_checkpoint: the run that is to be resumed has {told}.")
         vars(self).update(state)
 
 
@@ -399,7 +413,8 @@ class Training:
         self.steps_per_epoch = math.ceil(len(self.train_loader) / recipe.gradient_accumulation_steps)
         self.schedule = make_schedule(recipe, self.optimizer, self.steps_per_epoch)
         self.criterion, self.mixup = make_loss(recipe, len(self.data.names))
-        self.progress = TrainingProgress()
+        settings = settings_of(recipe, run, self.accelerator.num_processes)
+        self.progress = TrainingProgress(settings)
         self.ema = None
         if recipe.ema_decay:
             self.ema = ModelEmaV3(self.accelerator.unwrap_model(self.model), decay=recipe.ema_decay)
@@ -407,8 +422,8 @@ class Training:
         self.accelerator.register_for_checkpointing(self.progress)
         self.resume()
         if run.report_to:
-            settings = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
-            self.accelerator.init_trackers("pretrain_vit", settings)
+            words = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
+            self.accelerator.init_trackers("pretrain_vit", words)
 
     def run_epochs(self) -> None:
         """Train what is left of the epochs, and test after each of them."""
@@ -436,26 +451,27 @@ class Training:
         self.model.train()
         self.optimizer.train()  # schedule_free trains other weights than it tests
         for pixels, labels in loader:
-            self.train_batch(pixels, labels)
+            loss = self.train_batch(pixels, labels)
+            self.progress.batch += 1
+            self.progress.loss += loss
             if self.accelerator.sync_gradients:
-                self.finish_step()
+                self.finish_step(loss)
                 bar.update()
 
-    def train_batch(self, pixels: Tensor, labels: Tensor) -> None:
-        """Accumulate the gradient of a batch; the optimizer steps when there are enough of them."""
+    def train_batch(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate the gradient of a batch, of which the optimizer makes a step when there are enough of them."""
         with self.accelerator.accumulate(self.model):
             if self.mixup:
                 pixels, labels = self.mixup(pixels, labels)
-            loss = self.criterion(logits_of(self.model(pixels)), labels)
+            loss: Tensor = self.criterion(logits_of(self.model(pixels)), labels)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.recipe.clip_grad_norm:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.progress.batch += 1
-        self.progress.loss = loss.detach()
+        return loss.detach().float()
 
-    def finish_step(self) -> None:
+    def finish_step(self, loss: Tensor) -> None:
         """Set the learning rate, average the weights, log and save after an optimizer step."""
         progress = self.progress
         progress.step += 1
@@ -463,25 +479,36 @@ class Training:
         if self.ema:
             self.ema.update(self.accelerator.unwrap_model(self.model), step=progress.step)
         if self.run.report_to and progress.step % min(10, self.steps_per_epoch) == 0:
-            figures = {"train/loss": float(progress.loss), "train/lr": self.optimizer.param_groups[0]["lr"]}
+            figures = {"train/loss": float(loss), "train/lr": self.optimizer.param_groups[0]["lr"]}
             if self.handle:
                 for name, value in stats_to_log(self.handle).items():
                     figures[f"train/{name}"] = value
             self.accelerator.log(figures, step=progress.step)
         every = self.run.checkpointing_steps
         if every.isdigit() and progress.step % int(every) == 0:
+            progress.loss = self.summed_loss()  # since the main process alone saves it
             self.accelerator.save_state()
+
+    def summed_loss(self) -> Tensor:
+        """Return the sum of the losses of the epoch's batches, as the mean over all processes."""
+        mine = torch.as_tensor(self.progress.loss, dtype=torch.float32, device=self.accelerator.device)
+        mean: Tensor = self.accelerator.reduce(mine, "mean")
+        return mean
 
     def finish_epoch(self, bar: Any) -> None:
         """Test the model, and write the figures of all epochs so far."""
         progress = self.progress
+        self.optimizer.eval()
+        loss = float(self.summed_loss()) / progress.batch
+        scores = self.evaluate()
         progress.epoch += 1
         progress.batch = 0
-        self.optimizer.eval()
-        scores = {"loss": float(progress.loss), **self.evaluate()}
-        progress.history.append({"epoch": progress.epoch, "step": progress.step, **scores})
-        self.accelerator.log({f"test/{name}": value for name, value in scores.items()}, step=progress.step)
-        bar.set_postfix({name: f"{value:.3f}" for name, value in scores.items()})
+        progress.loss = 0.0
+        row = {"epoch": progress.epoch, "step": progress.step}
+        progress.history.append({**row, "loss": loss, **scores})
+        figures = {f"test/{name}": value for name, value in scores.items()}
+        self.accelerator.log({"train/epoch_loss": loss, **figures}, step=progress.step)
+        bar.set_postfix(loss=loss, **scores)
         if self.accelerator.is_main_process:
             lines = [json.dumps(row) + "\n" for row in progress.history]
             Path(self.run.output_dir, "history.jsonl").write_text("".join(lines))
@@ -539,6 +566,11 @@ class Training:
             return None
         if not re.fullmatch(r"checkpoint_\d+", Path(wanted).name) or not Path(wanted).is_dir():
             stop(f"--resume_from_checkpoint {wanted} must be latest, or a folder that is named like checkpoint_3.")
+        output = Path(self.run.output_dir)
+        is_own = Path(wanted).resolve().parent == (output / "checkpoints").resolve()
+        if not is_own and output.is_dir() and any(output.iterdir()):
+            advice = f"name a new or empty --output_dir, not {output}"
+            stop(f"--resume_from_checkpoint {wanted} is of another run: {advice}.")
         return Path(wanted)
 
     def best_model(self) -> nn.Module:
@@ -565,6 +597,8 @@ class Training:
             split=self.data.eval_split,
             seed=recipe.seed,
         )
+        if self.accelerator.num_processes > 1:
+            settings["processes"] = self.accelerator.num_processes
         changes: dict[str, Any] = {"hyperparameters": {**settings, "dataset": record.dataset}}
         # It makes no difference to the result that a run was resumed.
         changes["command"] = re.sub(r" --resume_from_checkpoint[ =]\S+", "", record.command)
@@ -574,8 +608,18 @@ class Training:
         if is_timm(recipe.model):
             changes["library"] = "timm"
         elif recipe.model not in CONFIG_MAPPING:
-            changes["base_model"] = recipe.model
+            changes["base_model"] = without_prefix(recipe.model)
         return dataclasses.replace(record, **changes)
+
+
+def settings_of(recipe: Recipe, run: Run, processes: int) -> dict[str, Any]:
+    """Return what a run that is resumed must have in common with the one that wrote the checkpoint."""
+    settings = dataclasses.asdict(recipe)
+    settings["dataset"] = Path(recipe.dataset).name  # A folder may have been moved.
+    # More processes with smaller batches make the same steps.
+    settings["images in a batch of all processes"] = processes * settings.pop("batch_size")
+    settings["no_tract"] = run.no_tract
+    return settings
 
 
 def number_of_checkpoint(folder: Path) -> int:
@@ -753,14 +797,14 @@ def logits_of(output: Any) -> Tensor:
 
 
 def save_model(model: nn.Module, folder: Path, look: Look, names: list[str]) -> None:
-    """Save a model so that `from_pretrained` or timm loads it, with its normalisation and the classes' names."""
+    """Save a model so that `from_pretrained` or timm loads it, with how test images are prepared and the classes."""
     if isinstance(model, PreTrainedModel):
-        size = {"height": look.size, "width": look.size}
         model.save_pretrained(folder)
-        ViTImageProcessor(size=size, image_mean=look.mean, image_std=look.std).save_pretrained(folder)
+        make_processor(look).save_pretrained(folder)
         return
     pretrained: Any = model.pretrained_cfg
     pretrained.update(mean=look.mean, std=look.std, input_size=(3, look.size, look.size))
+    pretrained.update(interpolation="bicubic", crop_pct=1.0, crop_mode="center")
     timm.models.save_for_hf(model, folder, model_config={"label_names": names}, safe_serialization=True)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -780,6 +824,23 @@ def check_token(repo_id: str) -> None:
     """Refuse to begin a training whose model could not be pushed for want of a token."""
     if get_token() is None:
         stop(f"{repo_id} cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
+
+
+def find_repository(repo_id: str) -> str:
+    """Return a repository's whole id; refuse one that holds a model before the training for it begins."""
+    api = HfApi()
+    try:
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        files = api.list_repo_files(repo_id)
+    except RepositoryNotFoundError:
+        return repo_id
+    except Exception as error:  # The errors of the Hub's client and of its connections have no common class.
+        stop(f"--push_to_hub: {repo_id} cannot be looked up: {one_line(error)}")
+    if set(files).intersection(WEIGHTS):
+        advice = "name another by --hub_model_id, or push afterwards by push_to_hub.py --update"
+        stop(f"{repo_id} holds a model already: {advice}.")
+    return repo_id
 
 
 @contextlib.contextmanager
@@ -818,19 +879,26 @@ def make_loaders(recipe: Recipe, run: Run, data: ImageData, look: Look) -> tuple
     if fits:
         test = ImagesInMemory(data.test, look)
     else:
-        normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)]
-        test = AugmentedImages(data.test, v2.Compose([*to_tensor(look.size), *normalize]))
-    shared: dict[str, Any] = {"batch_size": recipe.batch_size, "pin_memory": torch.accelerator.is_available()}
-    train_loader = DataLoader(train, shuffle=True, drop_last=True, **shared, **reading_options(train, run))
-    test_loader = DataLoader(test, **shared, **reading_options(test, run))
+        processor = make_processor(look)
+        test = AugmentedImages(data.test, functools.partial(prepare_image, processor))
+    train_loader = DataLoader(train, shuffle=True, drop_last=True, **loader_options(train, recipe, run))
+    test_loader = DataLoader(test, **loader_options(test, recipe, run))
     return train_loader, test_loader
 
 
-def reading_options(images: Any, run: Run) -> dict[str, Any]:
-    """Return what a loader needs for images in memory, or else the number of its worker processes."""
+def loader_options(images: Any, recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Return what a loader of these images is told beside its order."""
+    options: dict[str, Any] = {}
+    options["batch_size"] = recipe.batch_size
+    options["pin_memory"] = torch.accelerator.is_available()
+    # Each pass draws a seed for the workers, and a run that is resumed begins one pass more. Drawn from torch's own
+    # generator, it would change what dropout draws.
+    options["generator"] = torch.Generator().manual_seed(recipe.seed)
     if isinstance(images, ImagesInMemory):
-        return {"collate_fn": unchanged}
-    return {"num_workers": run.num_workers}
+        options["collate_fn"] = unchanged
+    else:
+        options["num_workers"] = run.num_workers
+    return options
 
 
 def make_augmentation(recipe: Recipe, look: Look) -> Callable[[Image.Image], Tensor]:
@@ -864,16 +932,36 @@ def make_augmentation(recipe: Recipe, look: Look) -> Callable[[Image.Image], Ten
     return augmentation
 
 
-def to_tensor(size: int) -> list[Any]:
-    """Return transforms that make an image of any shape uint8 (3, size, size)."""
-    return [v2.ToImage(), v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+def make_processor(look: Look) -> CLIPImageProcessor:
+    """Make the image processor that prepares test images and is saved: it resizes the shorter side, and crops."""
+    square = {"height": look.size, "width": look.size}
+    shorter_side = {"shortest_edge": look.size}
+    return CLIPImageProcessor(size=shorter_side, crop_size=square, image_mean=look.mean, image_std=look.std)
+
+
+def make_square(processor: CLIPImageProcessor, image: Image.Image) -> Tensor:
+    """Resize and crop an image of any shape to uint8 (3, size, size)."""
+    batch = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    pixels: Tensor = batch["pixel_values"][0]
+    return pixels
+
+
+def prepare_image(processor: Any, image: Image.Image) -> Tensor:
+    """Resize, crop and normalise an image as an image processor of transformers or timm does."""
+    batch = processor(image, return_tensors="pt")
+    pixels: Tensor = batch["pixel_values"][0]
+    return pixels
 
 
 def measure_look(rows: datasets.Dataset, size: int) -> Look:
     """Measure the mean and the deviation of each channel over at most 1000 images."""
-    transform = v2.Compose(to_tensor(size))
+    processor = make_processor(Look(size, [0.0] * 3, [1.0] * 3))
     chosen = np.random.default_rng(0).permutation(len(rows))[:1000]
-    pixels = torch.stack([transform(read_image(rows, int(index))) for index in chosen]) / 255
+    squares = []
+    for index in chosen:
+        image = read_image(rows, int(index))
+        squares.append(make_square(processor, image))
+    pixels = torch.stack(squares) / 255
     std = pixels.std((0, 2, 3)).clamp(min=1e-3)  # for images of one colour
     return Look(size, pixels.mean((0, 2, 3)).tolist(), std.tolist())
 
@@ -885,10 +973,10 @@ class ImagesInMemory(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, rows: datasets.Dataset, look: Look, flip: float = 0.0, padding: int = 0, seed: int = 0) -> None:
-        transform = v2.Compose(to_tensor(look.size))
+        processor = make_processor(look)
         self.pixels = torch.empty(len(rows), 3, look.size, look.size, dtype=torch.uint8)
         for index in tqdm(range(len(rows)), "decoding images", leave=False, disable=not IS_MAIN_PROCESS):
-            self.pixels[index] = transform(read_image(rows, index))
+            self.pixels[index] = make_square(processor, read_image(rows, index))
         self.labels = torch.tensor(rows["label"])
         self.mean = torch.tensor(look.mean).view(3, 1, 1)
         self.std = torch.tensor(look.std).view(3, 1, 1)
@@ -925,14 +1013,16 @@ def unchanged(batch: Any) -> Any:
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Transforms images one by one; decoded ones stay in the process's memory until it is full.
+    """Transforms images one by one; decoded ones stay in memory until it is full, if no worker process reads them.
 
     What a transform draws depends on `seed`, the epoch and the image's index alone, and so not on the number of
     workers and processes, nor on where a run was resumed.
     """
 
     def __init__(self, rows: datasets.Dataset, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
-        self.rows, self.transform, self.seed, self.epoch = rows, transform, seed, 0
+        self.rows, self.transform, self.seed = rows, transform, seed
+        # Worker processes that live for several epochs see it change, since they share its memory.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.labels: list[int] = list(rows["label"])
         self.decoded: dict[int, Image.Image] = {}
         self.free = MAX_BYTES
@@ -944,7 +1034,8 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         image = self.decode(index)
         # timm draws from all three generators, whose states belong to the training.
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        sequence = np.random.SeedSequence([self.seed, int(self._epoch), index])
+        seed = int(sequence.generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms.
@@ -961,14 +1052,15 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             return self.decoded[index]
         image = read_image(self.rows, index)
         size = 3 * image.width * image.height
-        if size <= self.free:
+        # A worker process mostly ends with the epoch, and would keep what is never read again.
+        if size <= self.free and get_worker_info() is None:
             self.free -= size
             self.decoded[index] = image
         return image
 
     def set_epoch(self, epoch: int) -> None:
         """Change what the transforms draw."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
 
 # Photo crops: a small data set without a download

@@ -123,11 +123,15 @@ def push(folder: Path, args: argparse.Namespace) -> str:
     """Upload the model's folder in one commit, and return its address."""
     api = HfApi()
     repo = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-    if args.revision:
-        api.create_branch(repo.repo_id, branch=args.revision, exist_ok=True)
+    args.repo_id = repo.repo_id
+    write_card(folder, args)  # Its lines that load the model need the owner's name.
+    branches = [branch.name for branch in api.list_repo_refs(repo.repo_id).branches]
+    is_new_branch = args.revision is not None and args.revision not in branches
+    if is_new_branch:
+        api.create_branch(repo.repo_id, branch=args.revision)  # It begins with main's model, if there is one.
     files = api.list_repo_files(repo.repo_id, revision=args.revision)
-    if not args.update and set(files).intersection(WEIGHTS):
-        stop(f"{args.repo_id} holds a model already: name another, or a --revision, or replace it by --update.")
+    if not args.update and not is_new_branch and set(files).intersection(WEIGHTS):
+        stop(f"{args.repo_id} holds a model already: name another, or a new --revision, or replace it by --update.")
     api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,

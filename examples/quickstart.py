@@ -38,7 +38,6 @@ import json
 import math
 import os
 import platform
-import random
 import shlex
 import struct
 import sys
@@ -79,7 +78,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from hf_tract import TrActCallback, apply_tract
+from hf_tract import TrActCallback
 from hf_tract.metrics import compute_top_k
 
 mpl.use("Agg")
@@ -99,8 +98,6 @@ SMALL_VIT = {
 # What transformers raises for settings that are wrong or do not suit each other.
 MODEL_ERRORS = (ValueError, TypeError, KeyError, AssertionError, RuntimeError, StrictDataclassError)
 MAX_BYTES = 4 * 2**30  # of decoded images, all of which stay in memory
-TIMED_ROUNDS = 60
-WARM_UP_ROUNDS = 10
 BATCH_SIZES = {"masked": 32, "classify": 128}
 IMAGE_SIZES = {"masked": 24, "classify": 32}  # for random weights
 PATCH_SIZES = {"masked": 4, "classify": 8}  # of the small vit
@@ -236,12 +233,11 @@ def main() -> None:
                 add_record(folder, record)
             curves[arm].append(record[measure.name])
             clocks[arm].append(record["seconds"])
-    seconds = time_steps(data, options)
     if IS_MAIN_PROCESS:
         results = {}
         for arm in arms:
             results[arm] = Result(measure.scale * np.array(curves[arm]), np.array(clocks[arm]))
-        report(results, seconds, options)
+        report(results, options)
 
 
 def parse_options() -> Options:
@@ -334,6 +330,10 @@ def settings_of_arms(options: Options, data: Data) -> dict[str, Record]:
         del shared[name]
     shared["train_images"] = len(data.train.labels)
     shared["test_images"] = len(data.test.labels)
+    if PROCESSES > 1:
+        shared["processes"] = PROCESSES
+    elif torch.cuda.device_count() > 1:
+        shared["gpus"] = torch.cuda.device_count()  # Trainer uses all of them.
     arms = {VANILLA: shared}
     arms[TRACT] = {**shared, "lam": options.lam}
     if options.model in CONFIG_MAPPING:
@@ -369,11 +369,19 @@ def train_arm(arm: str, seed: int, settings: Record, data: Data, options: Option
         callbacks=callbacks,
     )
     trainer.train()
+    finish_tracking()
     measure = MEASURES[options.task]
     history = trainer.state.log_history
     curve = [entry[measure.key] for entry in history if measure.key in entry]
     record = {"arm": arm, "seed": seed, "settings": settings}
     return {**record, measure.name: curve, "seconds": clock.seconds, **describe_run()}
+
+
+def finish_tracking() -> None:
+    """End the run of wandb, if it is used: its callback does not, and the next training would go into the same run."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None:
+        wandb.finish()
 
 
 def training_arguments(options: Options, seed: int, run: str) -> TrainingArguments:
@@ -699,60 +707,6 @@ def add_record(folder: Path, record: Record) -> None:
             file.write(line)
 
 
-# Time of a step
-
-
-def time_steps(data: Data, options: Options) -> dict[str, np.ndarray]:
-    """Return the seconds of training steps without and with TrAct.
-
-    The arms take turns in random order, so that whatever else the machine does slows both alike.
-    """
-    arms = [VANILLA, TRACT]
-    steps = {arm: make_step(arm, data, options) for arm in arms}
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    order = random.Random(0)
-    rounds = range(WARM_UP_ROUNDS + TIMED_ROUNDS)
-    quiet = not IS_MAIN_PROCESS
-    for _ in tqdm(rounds, "timing steps", leave=False, disable=quiet):
-        order.shuffle(arms)
-        for arm in arms:
-            begin = time.perf_counter()
-            steps[arm]()
-            seconds[arm].append(time.perf_counter() - begin)
-    timed = {}
-    for arm in steps:
-        timed[arm] = np.array(seconds[arm][WARM_UP_ROUNDS:])
-    return timed
-
-
-def make_step(arm: str, data: Data, options: Options) -> Callable[[], None]:
-    """Return a function that takes one training step, always on the same batch."""
-    set_seed(0)
-    device = torch.accelerator.current_accelerator(check_available=True)
-    model = build_model(options, data.names)
-    model = model.to(device or "cpu").train()
-    rate, clip = options.learning_rate, options.max_grad_norm
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
-    if arm == TRACT:
-        apply_tract(model, lam=options.lam)
-    count = len(data.train.labels)
-    indices = [index % count for index in range(options.batch_size)]
-    batch = make_batches(data.train, data, model, options, train=False).__getitems__(indices)
-    for name in batch:
-        batch[name] = batch[name].to(model.device)
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device:
-            torch.accelerator.synchronize()
-
-    return step
-
-
 # Report
 
 
@@ -763,7 +717,7 @@ class Result(NamedTuple):
     clock: np.ndarray
 
 
-def report(results: dict[str, Result], seconds: dict[str, np.ndarray], options: Options) -> None:
+def report(results: dict[str, Result], options: Options) -> None:
     """Print the table of accuracies or losses and what follows from it, and save the plot."""
     measure = MEASURES[options.task]
     console = Console(soft_wrap=True)
@@ -785,7 +739,6 @@ def report(results: dict[str, Result], seconds: dict[str, np.ndarray], options: 
             console.print(compare(arm, results, measure))
     if options.seeds == 1:
         console.print("One seed shows little: with --seeds 5, four more are trained, and intervals shown.")
-    console.print(compare_step_times(seconds))
     console.print(f"Plot: {plot(results, options)}")
     console.print("On your own images: the same command with --dataset FOLDER.")
 
@@ -840,20 +793,6 @@ def first_epoch_at(curve: np.ndarray, goal: float) -> int | None:
         if value >= goal:
             return epoch
     return None
-
-
-def compare_step_times(seconds: dict[str, np.ndarray]) -> str:
-    """Return in words the median ratio of steps taken in turn, with its 95 % bootstrap interval."""
-    ratios = seconds[TRACT] / seconds[VANILLA]
-    count = len(ratios)
-    drawn = np.random.default_rng(0).choice(ratios, (2000, count))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    slow = 1000 * np.median(seconds[TRACT])
-    fast = 1000 * np.median(seconds[VANILLA])
-    return (
-        f"A step with TrAct takes {np.median(ratios):.2f} times as long as without: median of {count} pairs "
-        f"of steps taken in turn, 95 % bootstrap interval {low:.2f} to {high:.2f}; {slow:.1f} and {fast:.1f} ms."
-    )
 
 
 def plot(results: dict[str, Result], options: Options) -> Path:
@@ -979,6 +918,7 @@ def save_photo_crops(folder: Path) -> None:
 # Images of your own
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {
     "photographs": photographs,
     "photo_crops": photo_crops,

@@ -31,6 +31,7 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTImageProcessor,
+    set_seed,
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -66,6 +67,7 @@ def main() -> None:
 
 def make_trainer(args: argparse.Namespace) -> Trainer:
     """Return a Trainer of the model and the images that the options name."""
+    set_seed(42)  # Trainer's seed, which it sets after the model is made
     callback = TrActCallback(lam=args.lam)
     splits = load_splits(args)
     processor, model = load_model(args.model, splits["train"].features["label"].names)

@@ -23,13 +23,15 @@
     python transfer.py --checkpoint google/vit-base-patch16-224-in21k --dataset tanganke/stanford_cars
     python transfer.py --checkpoint hf-hub:timm/resnet50.a1_in1k --dataset PATH_TO_IMAGES --dataloader_num_workers 4
 
-Every option of `transformers.TrainingArguments`, such as --push_to_hub, is one of this script. Images are resized and
-normalised as the checkpoint's image processor says.
+The options of `transformers.TrainingArguments`, such as --push_to_hub, are options of this script too. Test images go
+through the checkpoint's own image processor. Training images are cropped at random, resized to the size that it gives,
+and normalised by it.
 """
 
 import argparse
 import contextlib
 import fnmatch
+import functools
 import io
 import json
 import math
@@ -37,6 +39,7 @@ import os
 import random
 import shlex
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +55,7 @@ from PIL import Image, ImageOps
 from scipy import stats
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import (
@@ -132,14 +135,16 @@ class ImageData(NamedTuple):
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Transforms images one by one; decoded ones stay in the process's memory until it is full.
+    """Transforms images one by one; decoded ones stay in memory until it is full, if no worker process reads them.
 
     What a transform draws depends on `seed`, the epoch and the image's index alone, and so not on the number of
     workers and processes, nor on where a run was resumed.
     """
 
     def __init__(self, rows: datasets.Dataset, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
-        self.rows, self.transform, self.seed, self.epoch = rows, transform, seed, 0
+        self.rows, self.transform, self.seed = rows, transform, seed
+        # Worker processes that live for several epochs see it change, since they share its memory.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.labels: list[int] = list(rows["label"])
         self.decoded: dict[int, Image.Image] = {}
         self.free = MAX_BYTES
@@ -151,7 +156,8 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         image = self.decode(index)
         # timm draws from all three generators, whose states belong to the training.
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        sequence = np.random.SeedSequence([self.seed, int(self._epoch), index])
+        seed = int(sequence.generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms.
@@ -168,14 +174,15 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             return self.decoded[index]
         image = read_image(self.rows, index)
         size = 3 * image.width * image.height
-        if size <= self.free:
+        # A worker process mostly ends with the epoch, and would keep what is never read again.
+        if size <= self.free and get_worker_info() is None:
             self.free -= size
             self.decoded[index] = image
         return image
 
     def set_epoch(self, epoch: int) -> None:
         """Change what the transforms draw."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
 
 @dataclass
@@ -218,6 +225,7 @@ def main() -> None:
             folder = output / f"seed-{seed}"
         try:
             results.append(fine_tune(args, replace(training, seed=seed, output_dir=str(folder)), data))
+            finish_tracking()
         except ImageError as error:
             # A worker process adds its traceback before the message.
             raise SystemExit(str(error).rpartition("ImageError: ")[2].strip()) from error
@@ -232,13 +240,13 @@ def main() -> None:
 
 
 def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> dict[str, float]:
-    """Train from one seed, save the model with its card, push it when asked to, and return the last evaluation."""
+    """Train from one seed, save the model with its card, push it when asked to, and return its scores."""
     training.remove_unused_columns = False
     set_seed(training.seed)
     processor = load_processor(args.checkpoint)
     model = load_checkpoint(training.resume_from_checkpoint or args.checkpoint, data.names)
     freeze(model, args.freeze)
-    train, test = make_images(args, look_of(processor), data, training.seed)
+    train, test = make_images(args, processor, data, training.seed)
     callbacks: list[TrainerCallback] = [EpochCallback(train)]
     if not args.no_tract:
         # By name, so that a frozen first layer is an error.
@@ -257,6 +265,9 @@ def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> 
     base = without_prefix(args.checkpoint)
     use_model_card(trainer, dataset=args.dataset, base_model=base, license=args.license, split=data.eval_split)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if training.load_best_model_at_end:
+        load_best_weights(trainer, data.names)
+    scores = score_weights(trainer)
     folder = str(training.output_dir)
     if training.push_to_hub:
         with uploading(folder, training.hub_model_id or Path(folder).name):
@@ -264,10 +275,37 @@ def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> 
     else:
         trainer.save_model()
         trainer.create_model_card()
-    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if not evaluated:
-        evaluated = [trainer.evaluate()]
-    return {"seed": training.seed, **evaluated[-1]}
+    return {"seed": training.seed, **scores}
+
+
+def load_best_weights(trainer: Trainer, names: list[str]) -> None:
+    """Load the best checkpoint by its model's class, which knows the older names of parameters.
+
+    The Trainer of transformers 5.24 saves a ViT under such names, and then passes over them when it loads the best
+    weights.
+    """
+    folder = trainer.state.best_model_checkpoint
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if folder and not is_sharded:
+        best = load_checkpoint(folder, names)
+        trainer.accelerator.unwrap_model(trainer.model).load_state_dict(best.state_dict())
+
+
+def score_weights(trainer: Trainer) -> dict[str, float]:
+    """Return the scores of the weights that are saved, which may be others than were tested last."""
+    tested = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    is_last = bool(tested) and tested[-1]["step"] == trainer.state.global_step
+    if is_last and not trainer.args.load_best_model_at_end:
+        return tested[-1]
+    trainer.evaluate()
+    return trainer.state.log_history[-1]
+
+
+def finish_tracking() -> None:
+    """End the run of wandb, if it is used: its callback does not, and the next training would go into the same run."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None:
+        wandb.finish()
 
 
 class EpochCallback(TrainerCallback):
@@ -369,14 +407,6 @@ def find_last_checkpoint(folder: Path) -> str:
 # Models
 
 
-class Look(NamedTuple):
-    """Holds how a model sees images: their side, and each channel's mean and deviation on the scale 0 to 1."""
-
-    size: int
-    mean: list[float]
-    std: list[float]
-
-
 def describe_head(checkpoint: str, names: list[str]) -> str:
     """Return what becomes of a checkpoint's head, in words."""
     try:
@@ -396,20 +426,6 @@ def load_processor(checkpoint: str) -> Any:
         return AutoImageProcessor.from_pretrained(without_prefix(checkpoint))
     except (OSError, ValueError) as error:
         stop(f"--checkpoint {checkpoint} has no image processor, save one beside it: {one_line(error)}")
-
-
-def look_of(processor: Any) -> Look:
-    """Return what an image processor of transformers or of timm does to images."""
-    by_timm = getattr(processor, "data_config", None)
-    if by_timm:
-        return Look(by_timm["input_size"][-1], list(by_timm["mean"]), list(by_timm["std"]))
-    size = dict(getattr(processor, "crop_size", None) or processor.size)
-    side = size.get("height") or size.get("shortest_edge")
-    if side is None:
-        stop(f"--checkpoint: {type(processor).__name__} has the size {size}, without height and shortest_edge.")
-    if not processor.do_normalize:
-        return Look(int(side), [0.0] * 3, [1.0] * 3)
-    return Look(int(side), list(processor.image_mean), list(processor.image_std))
 
 
 def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
@@ -479,16 +495,44 @@ def uploading(folder: str | Path, repo_id: str, *options: str) -> Iterator[None]
 # Images
 
 
-def make_images(args: Arguments, look: Look, data: ImageData, seed: int) -> tuple[AugmentedImages, AugmentedImages]:
-    """Return training images, cropped and mirrored at random, and test images, both as the checkpoint wants them."""
+def make_images(
+    args: Arguments, processor: Any, data: ImageData, seed: int
+) -> tuple[AugmentedImages, AugmentedImages]:
+    """Return training images, cropped and mirrored at random, and test images, as the image processor makes them."""
+    prepare = functools.partial(prepare_image, processor)
+    wide = prepare(Image.new("RGB", (48, 32)))
+    tall = prepare(Image.new("RGB", (32, 48)))
+    if wide.ndim != 3 or wide.shape != tall.shape:
+        shapes = f"{tuple(wide.shape)} of a wide one and {tuple(tall.shape)} of a tall one"
+        problem = f"its image processor must make images of one size, and makes {shapes}"
+        stop(f"--checkpoint {args.checkpoint}: {problem}.")
     flip = args.flip
     if flip is None:
         flip = 0.5 * (args.dataset != "digits")  # A mirrored 2 is no 2.
-    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(look.mean, look.std)]
-    crop = v2.RandomResizedCrop(look.size, scale=(args.crop_scale, 1.0))
-    augmented = v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(flip), *normalize])
-    plain = v2.Compose([v2.ToImage(), v2.Resize(look.size), v2.CenterCrop(look.size), *normalize])
-    return AugmentedImages(data.train, augmented, seed), AugmentedImages(data.test, plain)
+    crop = v2.RandomResizedCrop(wide.shape[-2:], scale=(args.crop_scale, 1.0))
+    normalize = functools.partial(normalize_image, processor)
+    augmented = v2.Compose([crop, v2.RandomHorizontalFlip(flip), normalize])
+    return AugmentedImages(data.train, augmented, seed), AugmentedImages(data.test, prepare)
+
+
+def prepare_image(processor: Any, image: Image.Image) -> Tensor:
+    """Resize, crop and normalise an image as an image processor of transformers or timm does."""
+    batch = processor(image, return_tensors="pt")
+    pixels: Tensor = batch["pixel_values"][0]
+    return pixels
+
+
+def normalize_image(processor: Any, image: Image.Image) -> Tensor:
+    """Normalise an image that has its size already, as an image processor of transformers or timm does."""
+    pixels: Tensor
+    by_timm = getattr(processor, "data_config", None)
+    if by_timm:
+        pixels = v2.functional.pil_to_tensor(image) / 255
+        pixels = v2.functional.normalize(pixels, by_timm["mean"], by_timm["std"])
+    else:
+        batch = processor(image, do_resize=False, do_center_crop=False, return_tensors="pt")
+        pixels = batch["pixel_values"][0]
+    return pixels
 
 
 def collate(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:

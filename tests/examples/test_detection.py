@@ -319,8 +319,34 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_weights_of_a_whole_one(tmp_p
         assert whole.read_bytes() == killed.read_bytes()
 
 
-def test_the_paper_s_setting_changes_the_defaults_and_yields_to_options(voc, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["detect_voc.py", "--paper", "--dataset", str(voc), "--epochs", "3"])
+def test_a_run_on_two_processes_is_not_answered_by_that_of_one(tmp_path, monkeypatch):
+    trained = []
+
+    def train_detector(arm, seed, settings, data, options):
+        trained.append(settings)
+        return {"arm": arm, "seed": seed, "settings": settings}
+
+    data = detect_voc.Detections([None] * 8, [None] * 4, ["a"])
+    monkeypatch.setattr(detect_voc, "load_detections", lambda options: data)
+    monkeypatch.setattr(detect_voc, "train_detector", train_detector)
+    monkeypatch.setattr(detect_voc, "report_precision", lambda found, options: None)
+    run(monkeypatch, tmp_path, *FAST)
+    run(monkeypatch, tmp_path, *FAST)
+    assert len(trained) == 2
+    assert "processes" not in trained[0]
+    monkeypatch.setattr(detect_voc, "PROCESSES", 2)
+    run(monkeypatch, tmp_path, *FAST)
+    assert trained[2:] == [{**settings, "processes": 2} for settings in trained[:2]]
+
+
+@pytest.mark.parametrize("paper", [["--paper"], ["--paper=True"], ["--paper", "yes"]])
+def test_the_paper_s_setting_changes_the_defaults_and_yields_to_options(voc, monkeypatch, paper):
+    monkeypatch.setattr(sys, "argv", ["detect_voc.py", *paper, "--dataset", str(voc), "--epochs", "3"])
     options = detect_voc.parse_detection_options()
     assert {name: getattr(options, name) for name in detect_voc.PAPER} == {**detect_voc.PAPER, "epochs": 3}
     assert options.optimizer == "sgd"
+
+
+def test_without_the_paper_s_setting_the_defaults_stay(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["detect_voc.py", "--paper", "False"])
+    assert detect_voc.parse_detection_options() == DetectionOptions()

@@ -10,15 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import pretrain_vit
 from helpers.environments import reset_accelerate
@@ -126,13 +130,36 @@ def test_a_whitened_start_is_resumed_too(whole, tmp_path, monkeypatch):
     assert not torch.equal(weights(tmp_path / "straight"), weights(whole))
 
 
-def test_timms_augmentations_are_resumed_too(whole, tmp_path, monkeypatch):
+def test_timms_augmentations_and_dropout_are_resumed_too(whole, tmp_path, monkeypatch):
     options = ["--color_jitter", "0.3", "--crop_padding", "2", "--num_workers", "0"]
+    options += ["--model_config", json.dumps({**TINY, "hidden_dropout_prob": 0.2})]
     straight, folder = run(monkeypatch, tmp_path / "straight", *options), tmp_path / "resumed"
     run_until_killed(monkeypatch, folder, 3, *options)
     run(monkeypatch, folder, *options, "--resume_from_checkpoint", "latest")
     assert not torch.equal(weights(straight), weights(whole))
     assert torch.equal(weights(folder), weights(straight))
+
+
+@pytest.mark.parametrize(
+    "options, change",
+    [
+        (["--lam", "0.2"], "lam 0.1, not 0.2"),
+        (["--no_tract", "--epochs", "3"], "epochs 2, not 3; no_tract False, not"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(whole, monkeypatch, options, change):
+    with pytest.raises(SystemExit, match=f"the run that is to be resumed has {change}"):
+        run(monkeypatch, whole, *options, "--resume_from_checkpoint", "latest")
+
+
+def test_another_run_s_checkpoint_needs_a_folder_of_its_own(whole, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "checkpoint_1").mkdir(parents=True)
+    elsewhere = whole / "checkpoints" / "checkpoint_0"
+    with pytest.raises(SystemExit, match=r"checkpoint_0 is of another run: name a new or empty --output_dir, not "):
+        run(monkeypatch, tmp_path, "--resume_from_checkpoint", str(elsewhere))
+    assert (tmp_path / "checkpoints" / "checkpoint_1").exists()
+    folder = run(monkeypatch, tmp_path / "new", "--resume_from_checkpoint", str(elsewhere))
+    assert torch.equal(weights(folder), weights(whole))
 
 
 def test_a_finished_run_resumed_stays_as_it_is(whole, monkeypatch):
@@ -160,12 +187,23 @@ def test_every_part_of_a_recipe_runs_together(tmp_path, monkeypatch):
     }
     recipe |= {"clip_grad_norm": 1.0, "warmup_epochs": 1, "gradient_accumulation_steps": 3, "mixed_precision": "bf16"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    losses = []
+
+    def train_batch(training, pixels, labels, train_batch=pretrain_vit.Training.train_batch):
+        losses.append(train_batch(training, pixels, labels))
+        return losses[-1]
+
+    monkeypatch.setattr(pretrain_vit.Training, "train_batch", train_batch)
     options = ["--recipe", str(tmp_path / "recipe.yaml"), "--model_config", "{}", "--train_samples", "160"]
     run(monkeypatch, tmp_path / "out", *options, "--epochs", "3", "--report_to", "tensorboard", "--num_workers", "1")
     assert [entry["step"] for entry in history(tmp_path / "out")] == [4, 8, 12]
     events = EventAccumulator(str(next((tmp_path / "out").rglob("events.out.*")).parent)).Reload()
     logged = events.Tags()["scalars"]
     assert {"train/loss", "train/tract/grad_norm", "train/tract/condition", "test/top1"} <= set(logged)
+    assert "test/loss" not in logged
+    means = torch.stack(losses).view(3, 10).mean(1).tolist()  # 10 micro-batches in each of 3 epochs
+    assert [entry["loss"] for entry in history(tmp_path / "out")] == pytest.approx(means, rel=1e-5)
+    assert [event.value for event in events.Scalars("train/epoch_loss")] == pytest.approx(means, rel=1e-5)
     loaded = timm.create_model(
         "resnet18", num_classes=20, checkpoint_path=str(tmp_path / "out/model/model.safetensors")
     )
@@ -359,6 +397,45 @@ def test_what_does_not_fit_the_data_or_the_checkpoints_is_told_in_one_line(whole
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("images", ["in memory", "one by one"])
+def test_the_saved_processor_makes_the_pixels_that_were_tested(images, tmp_path, monkeypatch):
+    recipe, options = parse(monkeypatch, "--model_config", json.dumps(TINY), "--num_workers", 0)
+    if images == "one by one":
+        monkeypatch.setattr(pretrain_vit, "MAX_BYTES", 0)
+    random = np.random.default_rng(0)
+    pixels = [Image.fromarray(random.integers(0, 256, (64, 70, 3), dtype=np.uint8)) for _ in range(2)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": pixels, "label": [0, 1]}, features=features)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    data = pretrain_vit.ImageData(rows, rows, ["a", "b"], "test")
+    look = pretrain_vit.measure_look(rows, 32)
+    _, test = pretrain_vit.make_loaders(recipe, options, data, look)
+    tested, _ = next(iter(test))
+    pretrain_vit.save_model(pretrain_vit.make_model(recipe, ["a", "b"]), tmp_path, look, ["a", "b"])
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    prepared = processor(pixels, return_tensors="pt")["pixel_values"]
+    assert_close(tested, prepared, 1e-5)
+
+
+def test_timm_s_own_transform_makes_the_pixels_that_were_tested(tmp_path):
+    look = pretrain_vit.Look(160, [0.2, 0.3, 0.4], [0.5, 0.6, 0.7])
+    pretrain_vit.save_model(timm.create_model("test_vit", num_classes=2), tmp_path, look, ["a", "b"])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 260, 3), dtype=np.uint8))
+    found = AutoImageProcessor.from_pretrained(tmp_path)(image)["pixel_values"]
+    expected = pretrain_vit.make_processor(look)(image, return_tensors="pt")["pixel_values"]
+    assert (found - expected).abs().max() < 2.5 / 255 / 0.5  # Pillow rounds differently.
+
+
+def test_a_checkpoint_of_timm_s_on_the_hub_is_named_by_its_id_there(whole, monkeypatch):
+    recipe, options = parse(monkeypatch, "--model", "hf-hub:timm/resnet18.a1_in1k", "--no_tract")
+    training = pretrain_vit.Training.__new__(pretrain_vit.Training)
+    training.recipe, training.run, training.handle = recipe, options, None
+    training.accelerator = SimpleNamespace(num_processes=1)
+    training.data = SimpleNamespace(eval_split="test")
+    training.progress = SimpleNamespace(history=history(whole))
+    assert training.record("me/x").base_model == "timm/resnet18.a1_in1k"
+
+
 def test_wrong_augmentations_are_told_in_one_line(monkeypatch):
     recipe, _ = parse(monkeypatch, "--auto_augment", "random")
     with pytest.raises(SystemExit, match="--auto_augment random is neither timm's notation nor cifar10"):
@@ -387,6 +464,14 @@ def two(tmp_path_factory):
 def test_two_processes_end_where_one_does(whole, two):
     assert_close(weights(two / "straight"), weights(whole), 1e-3)
     assert history(two / "straight")[-1]["step"] == history(whole)[-1]["step"]
+    record = TrainingRecord.from_json_file(two / "straight" / "model" / RECORD_FILE)
+    assert record.hyperparameters["processes"] == 2
+
+
+@pytest.mark.parametrize("name", ["straight", "resumed"])
+def test_the_loss_is_the_mean_over_the_epoch_and_the_processes(whole, two, name):
+    losses = [entry["loss"] for entry in history(two / name)]
+    assert losses == pytest.approx([entry["loss"] for entry in history(whole)], rel=1e-4)
 
 
 def test_begun_on_one_process_and_resumed_on_two_it_ends_there_too(whole, two):

@@ -76,7 +76,7 @@ def test_a_model_goes_from_pre_training_to_a_pipeline(hub, environment, python, 
     data.commit("main", {f"data/{split}-00000-of-00001.parquet": part for split in ("train", "test")}, set(), "data")
     hub.repos[f"datasets/{FLOWERS}"] = data
     few = ["--train_samples", "128", "--test_samples", "64", "--batch_size", "32", "--epochs", "1"]
-    crops = ["--hub_model_id", "tester/vit-crops", "--license", "mit"]
+    crops = ["--hub_model_id", "vit-crops", "--license", "mit"]  # The owner is who the token is of.
     model = ["--model_config", json.dumps(TINY)]
     pretrain = ["pretrain_vit.py", "--cpu", *model, *few, "--push_to_hub", *crops, "--output_dir", "pretrain"]
     inspect = ["hf_tract", "inspect", "tester/vit-crops", "--json"]
@@ -87,6 +87,7 @@ def test_a_model_goes_from_pre_training_to_a_pipeline(hub, environment, python, 
     _, inspected, tuned = run_scripts(environment, pretrain, inspect, tune, cwd=tmp_path)
     assert json.loads(inspected)["layers"][0]["name"] == "vit.embeddings.patch_embeddings.projection"
     assert "The head is new: tester/vit-crops knows 20 classes, the data set has 102." in tuned
+    assert b'"tester/vit-crops"' in hub.repos["tester/vit-crops"].files("main")["README.md"]
 
     Image.new("RGB", (50, 40), "red").save(tmp_path / "image.png")
     code = LOADING + 'load("tester/vit-crops"); classify("tester/vit-flowers", "image.png")'

@@ -6,6 +6,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import pipeline
 
@@ -121,6 +122,15 @@ def test_pixels_of_a_new_model_are_standardised():
     processor, _ = trainer_minimal.load_model(None, list(WORDS))
     normalization = Normalization(tuple(processor.image_mean), tuple(processor.image_std))
     assert normalization.expected_mean_eigenvalue() == pytest.approx(1)
+
+
+def test_a_run_begins_with_the_same_weights_each_time(tmp_path):
+    class_folders(tmp_path / "images")
+    options = ["--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "model")]
+    args = trainer_minimal.parser.parse_args(options)
+    first, second = (trainer_minimal.make_trainer(args) for _ in range(2))
+    assert first.args.seed == 42
+    assert torch.equal(first.model.classifier.weight, second.model.classifier.weight)
 
 
 def test_sixteen_bits_are_refused_and_not_cut_off(tmp_path, monkeypatch, capsys):

@@ -4,13 +4,23 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForImageClassification,
+    CLIPImageProcessor,
+    TimmWrapperImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 import pretrain_vit
 import transfer
@@ -102,17 +112,71 @@ def test_a_resumed_run_ends_in_the_same_weights(checkpoint, images, tmp_path, mo
     )
 
 
-def test_images_are_normalised_as_the_checkpoint_says(checkpoint):
-    look = transfer.look_of(transfer.load_processor(str(checkpoint)))
-    assert look == (16, [0.2, 0.3, 0.4], [0.5, 0.6, 0.7])
-    data = transfer.load_images(transfer.Arguments())
-    _, test = transfer.make_images(transfer.Arguments(), look, data, 0)
-    pixels, label = test[0]
-    assert label == data.test[0]["label"]
-    back = pixels * torch.tensor(look.std)[:, None, None] + torch.tensor(look.mean)[:, None, None]
-    assert back.min() >= -1e-6
-    assert back.max() <= 1 + 1e-6
-    assert (back[0] - back[1]).abs().max() < 1e-6  # grey
+def test_the_scores_are_those_of_the_best_weights_which_are_saved(checkpoint, images, tmp_path, monkeypatch, capsys):
+    options = ["--checkpoint", checkpoint, "--dataset", images, "--num_train_epochs", "3", "--learning_rate", "0.01"]
+    # The weights with the highest loss count as the best, so that they are not the last ones.
+    best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "loss", "--greater_is_better", "True"]
+    out = tmp_path / "out"
+    run(monkeypatch, capsys, *options, *best, "--save_strategy", "epoch", "--output_dir", out)
+    state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())
+    folder = state["best_model_checkpoint"]
+    assert not folder.endswith("checkpoint-6")
+    saved = AutoModelForImageClassification.from_pretrained(out).state_dict()
+    expected = AutoModelForImageClassification.from_pretrained(folder).state_dict()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    (result,) = json.loads((out / "results.json").read_text())
+    assert result["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-5)
+    record = TrainingRecord.from_json_file(out / RECORD_FILE)
+    assert record.metrics["accuracy"] == result["eval_top1"]
+
+
+def test_a_run_without_tests_is_tested_before_its_card_is_written(checkpoint, images, tmp_path, monkeypatch, capsys):
+    options = ["--checkpoint", checkpoint, "--dataset", images, "--eval_strategy", "no"]
+    run(monkeypatch, capsys, *options, "--output_dir", tmp_path / "out")
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert TrainingRecord.from_json_file(tmp_path / "out" / RECORD_FILE).metrics["accuracy"] == result["eval_top1"]
+
+
+def photographs(count: int = 2, height: int = 40, width: int = 64) -> datasets.Dataset:
+    """Return rows of images that are not square."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    columns = {"image": [Image.fromarray(image) for image in pixels], "label": list(range(count))}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict(columns, features=features).cast_column("image", datasets.Image(decode=False))
+
+
+SCALE = {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7]}
+PROCESSORS = {
+    "squashes": ViTImageProcessor(size={"height": 16, "width": 16}, **SCALE),
+    "crops": CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 16, "width": 16}, **SCALE),
+    "timm": TimmWrapperImageProcessor(
+        {"input_size": [3, 16, 16], "crop_pct": 0.7, "mean": SCALE["image_mean"], "std": SCALE["image_std"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_prepared_by_the_checkpoint_s_own_processor(name):
+    processor = PROCESSORS[name]
+    rows = photographs()
+    data = transfer.ImageData(rows, rows, ["0", "1"], "test")
+    train, test = transfer.make_images(transfer.Arguments(), processor, data, 0)
+    for index in range(2):
+        image = transfer.read_image(rows, index)
+        assert torch.equal(test[index][0], processor(image, return_tensors="pt")["pixel_values"][0])
+    mean, std = (torch.tensor(SCALE[name])[:, None, None] for name in ("image_mean", "image_std"))
+    pixels = train[0][0] * std + mean
+    assert pixels.shape == (3, 16, 16)
+    assert 255 * pixels == pytest.approx((255 * pixels).round(), abs=1e-3)  # 8 bits, of which none is cut off
+    assert 0 <= pixels.min() < 0.3 < 0.7 < pixels.max() <= 1
+
+
+def test_a_processor_that_leaves_images_of_several_shapes_is_refused():
+    processor = ViTImageProcessor(size={"shortest_edge": 16})
+    rows = photographs()
+    with pytest.raises(SystemExit, match=r"must make images of one size, and makes \(3, 16, 24\) of a wide one"):
+        transfer.make_images(transfer.Arguments(), processor, transfer.ImageData(rows, rows, ["0", "1"], "test"), 0)
 
 
 def test_a_frozen_first_layer_is_refused_with_tract_on_and_allowed_without(
@@ -209,11 +273,46 @@ def test_a_head_for_the_same_classes_stays(checkpoint):
     assert transfer.describe_head(str(checkpoint), ["a", "b", "c"]) == kept
 
 
-def test_images_are_decoded_once_and_drawn_anew_in_each_epoch(checkpoint, images, monkeypatch):
-    data = transfer.load_images(transfer.Arguments(str(images)))
-    train, _ = transfer.make_images(transfer.Arguments(), transfer.Look(16, [0.0] * 3, [1.0] * 3), data, 0)
-    first = train[3][0]
+def test_images_are_decoded_once_and_drawn_anew_in_each_epoch(monkeypatch):
+    images = transfer.AugmentedImages(photographs(), draw_number)
+    first = images[1][0]
     monkeypatch.delattr(transfer, "read_image")
-    assert torch.equal(train[3][0], first)
-    train.set_epoch(1)
-    assert not torch.equal(train[3][0], first)
+    assert images[1][0] == first
+    images.set_epoch(1)
+    assert images[1][0] != first
+
+
+def test_a_worker_process_keeps_no_images(monkeypatch):
+    monkeypatch.setattr(transfer, "get_worker_info", object)
+    images = transfer.AugmentedImages(photographs(), draw_number)
+    assert images[1] == images[1]
+    assert not images.decoded
+
+
+def test_workers_that_outlive_an_epoch_draw_anew_in_the_next():
+    images = transfer.AugmentedImages(photographs(), draw_number)
+    loader = DataLoader(images, num_workers=1, persistent_workers=True)
+    drawn = []
+    for epoch in range(2):
+        images.set_epoch(epoch)
+        drawn.append([number.item() for number, _ in loader])
+        assert drawn[epoch] == [number.item() for number, _ in images]
+    assert not set(drawn[0]) & set(drawn[1])
+
+
+def draw_number(image: Image.Image) -> torch.Tensor:
+    return torch.rand(())
+
+
+def test_each_run_of_wandb_ends_before_the_next_training(checkpoint, tmp_path, monkeypatch, capsys):
+    events = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: events.append("finish")))
+
+    def fine_tune(args, training, data):
+        events.append(training.seed)
+        return {"eval_top1": 0.5}
+
+    monkeypatch.setattr(transfer, "fine_tune", fine_tune)
+    (tmp_path / "out").mkdir()
+    run(monkeypatch, capsys, "--checkpoint", checkpoint, "--seeds", "2", "--output_dir", tmp_path / "out")
+    assert events == [0, "finish", 1, "finish"]

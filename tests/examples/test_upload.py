@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http as http
 from huggingface_hub.utils import close_session
 
+import pretrain_vit
 import push_to_hub
 from helpers.hub_server import TOKEN, serving
 from hf_tract import TrActConfig
@@ -66,6 +67,32 @@ def test_a_name_alone_is_the_owners_and_a_revision_is_a_branch(hub, folder, monk
     repo = hub.repos["tester/model"]
     assert "model.safetensors" in repo.files("lam-0.2")
     assert "model.safetensors" not in repo.files("main")
+    assert b'"tester/model"' in repo.files("lam-0.2")["README.md"]  # A name alone would load for nobody.
+
+
+def test_a_new_branch_takes_a_model_beside_main_s_and_an_old_one_does_not(hub, folder, monkeypatch):
+    publish(monkeypatch, folder, "--repo_id", "tester/model")
+    (folder / "model.safetensors").write_bytes(b"other")
+    publish(monkeypatch, folder, "--repo_id", "tester/model", "--revision", "new")
+    repo = hub.repos["tester/model"]
+    assert repo.files("new")["model.safetensors"] == b"other"
+    assert repo.files("main")["model.safetensors"] == b"weights" * 100
+    with pytest.raises(SystemExit, match=r"^tester/model holds a model already: name another, or a new --revision"):
+        publish(monkeypatch, folder, "--repo_id", "tester/model", "--revision", "new")
+
+
+def test_pre_training_for_a_repository_with_a_model_is_refused(hub, folder, monkeypatch):
+    assert pretrain_vit.find_repository("model") == "tester/model"
+    assert hub.repos == {}
+    publish(monkeypatch, folder, "--repo_id", "tester/model")
+    arguments = ["--push_to_hub", "--hub_model_id", "model", "--output_dir", str(folder.parent)]
+    monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", *arguments])
+    with pytest.raises(SystemExit, match=r"^tester/model holds a model already: .* push_to_hub\.py --update"):
+        pretrain_vit.main()
+    assert pretrain_vit.find_repository("tester/other") == "tester/other"
+    monkeypatch.setenv("HF_TOKEN", "hf_WrongWrongWrong")
+    with pytest.raises(SystemExit, match=r"^--push_to_hub: model cannot be looked up: "):
+        pretrain_vit.find_repository("model")
 
 
 def test_a_repository_with_a_model_is_left_alone_unless_told(hub, folder, monkeypatch):
