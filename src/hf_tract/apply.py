@@ -63,15 +63,10 @@ class TrActHandle:
         Under FSDP and ZeRO without accelerate, run every micro-step but the last inside, forward and backward.
         Everywhere else `.grad` itself shows when a step begins, and this does nothing.
         """
-        preconditioners = [preconditioner for _, preconditioner in self._preconditioners()]
-        for preconditioner in preconditioners:
-            preconditioner.look_for_engine()
-            preconditioner.open_no_syncs += 1
-        try:
+        with contextlib.ExitStack() as stack:
+            for _, preconditioner in self._preconditioners():
+                stack.enter_context(preconditioner.steps.left_open())
             yield
-        finally:
-            for preconditioner in preconditioners:
-                preconditioner.open_no_syncs -= 1
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Compute figures of the optimizer step so far, by layer, as this process sees them.

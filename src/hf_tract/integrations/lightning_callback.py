@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hf_tract.apply import TrActHandle, apply_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.discovery.first_layer import LayerSelection
-from hf_tract.integrations.trainer_callback import stats_to_log
+from hf_tract.integrations.trackers import stats_to_log
 
 if TYPE_CHECKING:
     Callback = object

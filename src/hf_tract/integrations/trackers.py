@@ -1,4 +1,4 @@
-"""Writes TrAct's figures to the trackers that Trainer reports to.
+"""Names TrAct's figures, and writes them to the trackers that Trainer reports to.
 
 Trainer calls its own tracker callbacks before those of the user, so what a user's callback adds to the logs comes too
 late for them. The figures are therefore written to the same run directly.
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+
+from hf_tract.apply import TrActHandle
 
 logger = logging.getLogger(__name__)
 
@@ -67,3 +69,14 @@ def _open_tensorboard(args: TrainingArguments) -> Any:
         logger.warning("TrAct: no run of TensorBoard is in %s, so it does not get TrAct's figures.", root)
         return None
     return SummaryWriter(str(newest.parent), filename_suffix=".tract")
+
+
+def stats_to_log(handle: TrActHandle) -> dict[str, float]:
+    """Return the figures of `TrActHandle.stats` as `tract/...`, with the layer's name between if there are several."""
+    stats = handle.stats()
+    named = {}
+    for layer, figures in stats.items():
+        prefix = "tract" if len(stats) == 1 else f"tract/{layer}"
+        for name, value in figures.items():
+            named[f"{prefix}/{name}"] = value
+    return named

@@ -21,7 +21,7 @@ from hf_tract.discovery.first_layer import LayerSelection, find_first_layers
 from hf_tract.discovery.wrappers import unwrap
 from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, log_settings
 from hf_tract.integrations.model_card import TAGS
-from hf_tract.integrations.trackers import Trackers
+from hf_tract.integrations.trackers import Trackers, stats_to_log
 from hf_tract.integrations.training_record import CONFIG_FILE, record_of_run
 from hf_tract.whitening.batches import first_batches
 from hf_tract.whitening.fresh import mark_as_whitened, were_whitened
@@ -92,12 +92,7 @@ class TrActCallback(TrainerCallback):
         return {"whiten_init": True} if self.whiten_init else {}
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Find the layers if FSDP or DeepSpeed is to shard the model, since a sharded model cannot be tried."""
         if model is None or self.layers != "auto" or AcceleratorState().distributed_type not in SHARDING:
@@ -108,13 +103,7 @@ class TrActCallback(TrainerCallback):
                 self._found = ref(unwrap(model)), names
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Apply TrAct only now, because `model_init` makes a new model for each `train()`."""
         assert model is not None
@@ -126,7 +115,7 @@ class TrActCallback(TrainerCallback):
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(TAGS))  # Trainer's own card gets these.
         if self.whiten_init:
-            self._whiten(args, state, model, handle, train_dataloader)
+            self._whiten(args, state, model, handle, kwargs.get("train_dataloader"))
         if args.ddp_find_unused_parameters:
             logger.warning(UNUSED_PARAMETERS)
         if state.is_world_process_zero:
@@ -244,17 +233,6 @@ class TrActCallback(TrainerCallback):
         self._remove_tract(model)
         self._handles = [handle for handle in self._handles if handle.model not in (None, model)]
         self._trackers = {handle: self._trackers[handle] for handle in self._handles if handle in self._trackers}
-
-
-def stats_to_log(handle: TrActHandle) -> dict[str, float]:
-    """Return the figures of `TrActHandle.stats` as `tract/...`, with the layer's name between if there are several."""
-    stats = handle.stats()
-    named = {}
-    for layer, figures in stats.items():
-        prefix = "tract" if len(stats) == 1 else f"tract/{layer}"
-        for name, value in figures.items():
-            named[f"{prefix}/{name}"] = value
-    return named
 
 
 # One class by two names: scripts may import either.

@@ -1,0 +1,160 @@
+"""Decides which optimizer step a backward belongs to: see "What begins a step" in README.md beside this file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_tract.core import accumulation
+from hf_tract.core.optimizer_hook import call_after_steps, held_by
+from hf_tract.core.step import ForwardCall, Step
+from hf_tract.core.weights import weight_parameters
+
+_sequences: WeakSet[StepSequence] = WeakSet()
+
+
+class StepSequence:
+    """Holds the present step of one layer, and begins the next one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Start without a step; only a weak reference to `layer` is kept."""
+        # Steps begun.
+        self.count = 0
+        self._layer = ref(layer)
+        self._step: Step | None = None
+        # The step of `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`.
+        self._returned_step: Step | None = None
+        # How many contexts of `left_open` are entered.
+        self._left_open = 0
+        # FSDP2 empties `.grad` after a micro-step, in whose backward the weight looks like an ordinary parameter.
+        self._has_engine = False
+        self._look_for_engine()
+        _sequences.add(self)
+        call_after_steps(_after_step)
+
+    @contextlib.contextmanager
+    def left_open(self) -> Iterator[None]:
+        """Mark the backwards inside as not the last of their step, for engines that keep gradients elsewhere."""
+        self._look_for_engine()
+        self._left_open += 1
+        try:
+            yield
+        finally:
+            self._left_open -= 1
+
+    def after_step_of(self, optimizer: Optimizer) -> None:
+        """Remember what `.grad` of the weight holds if `optimizer` has just used it."""
+        self._look_for_engine()
+        parameters = held_by(optimizer, weight_parameters(self._layer()))
+        if self._step is not None and accumulation.lives_in_grad(parameters):
+            self._step.seen_grads = accumulation.SeenGrads(parameters)
+
+    def parameters_of(self, call: ForwardCall | None) -> Sequence[Tensor]:
+        """Return the parameters that the weight consists of, or is computed from.
+
+        This is the parameter that the forward call used, since the layer may have another one by now. Where an engine
+        keeps gradients outside of `.grad`, it is the layer's own parameters, as only these show that.
+        """
+        layer = self._layer()
+        weight = layer._parameters.get("weight") if layer else None
+        if call is not None and weight is not None and call.leaf is weight:
+            return [weight]
+        parameters = weight_parameters(layer)
+        if call is None or call.leaf is None:
+            return parameters
+        if parameters and not accumulation.lives_in_grad(parameters):
+            return parameters
+        return [call.leaf]
+
+    def step_of(self, backward_pass: int, parameters: Sequence[Tensor], is_local: bool) -> Step:
+        """Return the step that a backward belongs to, a new one if it begins one.
+
+        Args:
+            backward_pass: autograd's number of the pass.
+            parameters: as `parameters_of` returns them.
+            is_local: whether each backward is a step.
+        """
+        in_grad = accumulation.lives_in_grad(parameters)
+        if in_grad and not accumulation.adds_to_grad(parameters):
+            step = self._returned_step
+            if step is None or step.backward_pass != backward_pass or is_local:
+                step = self._returned_step = Step(backward_pass)
+            return step
+        step = self._step
+        if step is None or is_local or self._is_over(step, backward_pass, parameters):
+            step = self._step = Step(backward_pass, began_empty=not accumulation.has_grad(parameters))
+            self.count += 1
+        return step
+
+    def _is_over(self, step: Step, backward_pass: int, parameters: Sequence[Tensor]) -> bool:
+        if step.backward_pass == backward_pass:
+            return False
+        if not accumulation.lives_in_grad(parameters):
+            return step.closed
+        if step.seen_grads is not None and step.seen_grads.were_replaced():
+            return True
+        if not accumulation.was_emptied(parameters):
+            return False
+        if self._has_engine and not step.closed:
+            return False
+        are_own_zeros = step.began_empty and accumulation.has_grad(parameters) and step.adds_up_to_zero()
+        return not are_own_zeros
+
+    def enter(
+        self, step: Step, backward_pass: int, parameters: Sequence[Tensor], call: ForwardCall | None
+    ) -> Tensor | None:
+        """Begin a backward of a step that `step_of` has returned.
+
+        Returns:
+            A flag on an accelerator, whether the step's totals still count; None if they do.
+        """
+        step.closed = not (self._left_open or accumulation.engine_accumulates())
+        is_same_pass = step.backward_pass == backward_pass
+        step.backward_pass = backward_pass
+        if not accumulation.lives_in_grad(parameters):
+            return None
+        _look_at_grads(step, parameters, call)
+        return None if is_same_pass else _mask(step, parameters)
+
+    def _look_for_engine(self) -> None:
+        """Look whether an engine keeps the gradients; in its forward and backward the parameters do not show it."""
+        self._has_engine = self._has_engine or accumulation.has_engine(weight_parameters(self._layer()))
+
+
+def backward_pass_of(call: ForwardCall | None) -> int:
+    """Return autograd's number of the running backward pass; in a reentrant checkpoint, that of the outer pass."""
+    if call is not None and call.backward_pass >= 0:
+        return call.backward_pass
+    return torch._C._current_graph_task_id()
+
+
+def _after_step(optimizer: Optimizer) -> None:
+    for sequence in list(_sequences):
+        sequence.after_step_of(optimizer)
+
+
+def _look_at_grads(step: Step, parameters: Sequence[Tensor], call: ForwardCall | None) -> None:
+    """Remember what `.grad` holds, to see in the next backward whether something else has filled it."""
+    if call is not None and call.creates_graph:
+        # Autograd makes a new tensor then, where it would else add to the old one.
+        step.seen_grads = None
+    # DDP moves `.grad` to other buckets after the first backward.
+    elif not accumulation.has_process_group() and accumulation.has_grad(parameters):
+        step.seen_grads = accumulation.SeenGrads(parameters)
+
+
+def _mask(step: Step, parameters: Sequence[Tensor]) -> Tensor | None:
+    """Return whether the step's totals still count; None if they do, and not only the device knows.
+
+    `zero_grad(set_to_none=False)` begins a step too, and on an accelerator the host cannot see that without waiting.
+    """
+    keep = accumulation.holds_gradient(parameters)
+    if keep is None or step.grad is None or not step.began_empty:
+        return keep
+    # Zeros may be what the step has added up.
+    return keep | ~step.grad.any().to(keep.device)
