@@ -344,9 +344,13 @@ def test_nested_rows_have_the_ordinary_gradient_and_a_warning(caplog, monkeypatc
     plain = copy.deepcopy(layer)
     apply_tract(layer, layers=layer)
     x = torch.nested.nested_tensor([torch.randn(3, 12), torch.randn(5, 12)], layout=torch.jagged)
+    compiled = torch.compile(layer, backend="aot_eager")
     for each in (layer, plain):
         each(x).values().sum().backward()
     assert torch.equal(layer.weight.grad, plain.weight.grad)
+    layer.zero_grad()
+    compiled(x).values().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
     assert "TrAct: for nested tensors the first layer has its ordinary gradient." in caplog.text
 
 

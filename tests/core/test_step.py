@@ -132,6 +132,56 @@ def test_a_penalty_in_one_step_alone_begins_a_step(layers):
     assert_close(layer.weight.grad, wanted, 1e-11)
 
 
+def test_gradients_that_are_replaced_between_micro_steps_are_those_of_the_step(layers):
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        batches = [images(2) for _ in range(4)]
+        for x in batches:
+            backward(layer, x)
+            for parameter in layer.parameters():
+                parameter.grad = torch.nan_to_num(parameter.grad)
+        optimizer.step()
+        assert_rule(layer, plain, *batches)
+
+
+def test_a_step_without_a_gradient_is_over_after_the_optimizers(layers):
+    """A head of zeros gives the first layer none, and `.grad` is then emptied by zeros."""
+    plain, layer = layers
+    apply_tract(layer, LAM)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    (0 * loss(layer(5 * images(2)))).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    x = images(3)
+    backward(layer, x)
+    assert_rule(layer, plain, x)
+
+
+def test_a_long_step_keeps_no_forward_calls(layers):
+    _, layer = layers
+    apply_tract(layer, LAM)
+    for _ in range(10):
+        backward(layer, images(1))
+    assert len(layer._tract_step.last_step.counted_calls) <= 1
+
+
+def test_a_model_with_gradients_moves_by_swapping(layers):
+    _, layer = layers
+    apply_tract(layer, LAM)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    backward(layer, images(2))
+    optimizer.step()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
+
+
 def test_gradients_that_nobody_empties_add_up_over_optimizer_steps(layers):
     plain, layer = layers
     apply_tract(layer, LAM)

@@ -1,9 +1,11 @@
 """Works with: FSDP2 (`fully_shard`). The gradient is preconditioned before it is sharded: nothing is gathered."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -20,10 +22,21 @@ SCENARIOS = {
     for when in ("before", "after")
     for reshard in (True, False)
 }
-# To save memory FSDP2 may reduce each micro-step, which empties `.grad`; TrAct is told by its own `no_sync`.
+# To save memory FSDP2 may reduce each micro-step, which empties `.grad`; TrAct is told by its own `no_sync`, or by
+# accelerate's flag.
 EACH_REDUCED = "reduced in each micro-step"
+BY_ACCELERATE = "reduced in each micro-step of accelerate"
 for when in ("before", "after"):
-    SCENARIOS[f"the root's, {when}, {EACH_REDUCED}"] = ("the root's", when, True)
+    for how in (EACH_REDUCED, BY_ACCELERATE):
+        SCENARIOS[f"the root's, {when}, {how}"] = ("the root's", when, True)
+
+
+@contextmanager
+def accelerates_flag():
+    state = GradientState()
+    state._set_sync_gradients(False)
+    yield
+    state._set_sync_gradients(True)
 
 
 def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], str, str]:
@@ -36,9 +49,11 @@ def job(rank: int, name: str) -> tuple[torch.Tensor, list[int], str, str]:
     if when == "after":
         handle = apply_tract(model, lam=0.1)
 
-    no_sync = handle.no_sync
-    if EACH_REDUCED not in name:
-        no_sync = partial(fsdp2_no_sync, model, handle)
+    no_sync = partial(fsdp2_no_sync, model, handle)
+    if name.endswith(EACH_REDUCED):
+        no_sync = handle.no_sync
+    elif name.endswith(BY_ACCELERATE):
+        no_sync = accelerates_flag
     collectives = train(model, rank, SIZES, no_sync)
     stem = model.embed[0]
     during, weights = type(stem).__name__, flat(model)

@@ -138,6 +138,7 @@ def test_the_task_is_the_models():
 
     assert task_of(Mine(small_vit().config)) == "image-classification"
     assert task_of(torch.nn.Linear(2, 2)) is None
+    assert task_of(torch.nn.parallel.DataParallel(small_vit())) == "image-classification"
 
 
 def test_an_adapters_card_is_left_to_peft(tmp_path):

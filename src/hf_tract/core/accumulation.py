@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from hf_tract.core.moments import PatchSums
 from hf_tract.core.solve import on_host, widest_dtype
@@ -38,14 +37,12 @@ class SeenGrads:
     """Remembers which tensors `.grad` of some parameters held, to tell when it holds others."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._grads = []
-        for parameter in parameters:
-            if parameter.grad is not None:
-                self._grads.append((parameter, TensorWeakRef(parameter.grad)))
+        # A weak reference would keep `model.to` from swapping tensors.
+        self._grads = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
 
     def were_replaced(self) -> bool:
         """Return whether one of the parameters has another gradient by now, or none."""
-        return any(parameter.grad is None or parameter.grad is not seen() for parameter, seen in self._grads)
+        return any(parameter.grad is not seen for parameter, seen in self._grads)
 
 
 def was_emptied(parameters: Sequence[Tensor]) -> bool:
@@ -102,14 +99,9 @@ def engine_accumulates() -> bool:
 
 def ranks_of(group: Any) -> int:
     """Return how many ranks share second moments: one without a process group."""
-    if has_process_group():
+    if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(group)
     return 1
-
-
-def has_process_group() -> bool:
-    """Return whether this process is one of a group, be it the only one."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def sum_over_ranks(mine: PatchSums, group: Any) -> PatchSums:

@@ -17,6 +17,9 @@ from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall
 
 _warned: set[str] = set()
+NESTED = (
+    "TrAct: for nested tensors the first layer has its ordinary gradient. Give it their values, or a padded tensor."
+)
 
 
 def run_preconditioned(
@@ -71,19 +74,16 @@ def _acts(weight: Any, input: Any) -> bool:
     """Return whether this forward call is to give the weight a gradient; not in an export, a trace or a transform."""
     if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
         return False
+    if isinstance(input, Tensor) and input.is_nested:
+        if not torch.compiler.is_compiling():
+            warn_once(_warned, NESTED)
+        return False
     if torch.compiler.is_compiling():
         # `is_exporting()` of older torch is true in every compiled graph.
         return not torch.compiler._is_exporting_flag
     if torch._C._get_tracing_state() is not None:
         return False
     if not isinstance(input, Tensor):  # a proxy of torch.fx
-        return False
-    if input.is_nested:
-        warn_once(
-            _warned,
-            "TrAct: for nested tensors the first layer has its ordinary gradient. Give it their values, or a padded "
-            "tensor.",
-        )
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         warn_once(

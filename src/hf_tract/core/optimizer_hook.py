@@ -29,7 +29,7 @@ def call_after_steps(listener: Callable[[Optimizer], None]) -> None:
 
 def held_by(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Return those of the parameters that `optimizer` updates."""
-    ids: set[int] = set()
+    held: set[int] = set()
     for group in optimizer.param_groups:
-        ids.update(map(id, group["params"]))
-    return [parameter for parameter in parameters if id(parameter) in ids]
+        held.update(map(id, group["params"]))
+    return [parameter for parameter in parameters if id(parameter) in held]

@@ -90,7 +90,10 @@ class LayerPreconditioner:
                 step.add(grad.detach().to(dtype), new, keep)
                 if step.inverse is None and self.steps.count == 1 and self._is_sole_source(call, parameters):
                     warn_of_other_uses(self.warned, parameters[0], step.returned)
-                return self._missing(step, grad, returned)
+                missing = self._missing(step, grad, returned)
+                if call is not None:
+                    step.counted_calls.add(call)
+                return missing
 
     def stats(self) -> dict[str, float]:
         """Return the figures of `TrActHandle.stats` as of the last backward."""
@@ -110,7 +113,7 @@ class LayerPreconditioner:
         self, step: Step, call: ForwardCall | None, x: Tensor, spec: PatchSpec, keep: Tensor | None
     ) -> PatchSums | None:
         """Return the sums over the patches of this backward on all ranks; None if the step has them already."""
-        is_counted = call is not None and call.number in step.counted_calls
+        is_counted = call is not None and call in step.counted_calls
         if is_counted and keep is None:
             return None
         self._hear_of_failure(x.device)
@@ -119,8 +122,6 @@ class LayerPreconditioner:
             self.sums_dtype = new.sums.dtype
         if self.config.scope == "global":
             new = accumulation.sum_over_ranks(new, self.process_group)
-        if call is not None:
-            step.counted_calls.add(call.number)
         if is_counted and keep is not None:
             # If the device keeps the old totals, these sums are already among them.
             return masked(new, ~keep)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -59,13 +59,13 @@ class Step:
     def __init__(self, backward_pass: int, began_empty: bool = False) -> None:
         # Whether `.grad` was None when the step began; then zeros in it may be what the step has added up.
         self.began_empty = began_empty
-        # What `.grad` held at the last backward that found any, or at an optimizer's step; the step is over when it
-        # holds other tensors, of a penalty that comes before the loss.
+        # What `.grad` held when the step began, or when an optimizer used it; the step is over when it holds other
+        # tensors, as of a penalty that comes before the loss.
         self.seen_grads: SeenGrads | None = None
         # The last backward pass that belongs to the step.
         self.backward_pass = backward_pass
-        # The numbers of the forward calls whose patches are in `total`.
-        self.counted_calls: set[int] = set()
+        # The forward calls whose patches are in `total`.
+        self.counted_calls: WeakSet[ForwardCall] = WeakSet()
         # Set by the last micro-step; used only where an engine keeps gradients outside of `.grad`.
         self.closed = False
         self.total: PatchSums | None = None
@@ -76,7 +76,7 @@ class Step:
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Leave the step as it was if an error ends this context: then nothing has reached `.grad` either."""
-        before = {**vars(self), "counted_calls": set(self.counted_calls)}
+        before = dict(vars(self))
         try:
             yield
         except BaseException:

@@ -49,10 +49,13 @@ class StepSequence:
 
     def after_step_of(self, optimizer: Optimizer) -> None:
         """Remember what `.grad` of the weight holds if `optimizer` has just used it."""
-        self._look_for_engine()
+        if self._step is None:
+            return
         parameters = held_by(optimizer, weight_parameters(self._layer()))
-        if self._step is not None and accumulation.lives_in_grad(parameters):
+        if accumulation.lives_in_grad(parameters):
             self._step.seen_grads = accumulation.SeenGrads(parameters)
+            # From now on zeros in `.grad` are an emptied one.
+            self._step.began_empty = False
 
     def parameters_of(self, call: ForwardCall | None) -> Sequence[Tensor]:
         """Return the parameters that the weight consists of, or is computed from.
@@ -87,7 +90,7 @@ class StepSequence:
             return step
         step = self._step
         if step is None or is_local or self._is_over(step, backward_pass, parameters):
-            step = self._step = Step(backward_pass, began_empty=not accumulation.has_grad(parameters))
+            step = self._step = _new_step(backward_pass, parameters)
             self.count += 1
         return step
 
@@ -116,10 +119,14 @@ class StepSequence:
         step.closed = not (self._left_open or accumulation.engine_accumulates())
         is_same_pass = step.backward_pass == backward_pass
         step.backward_pass = backward_pass
-        if not accumulation.lives_in_grad(parameters):
+        if call is not None and call.creates_graph:
+            # Autograd makes a new tensor then, where it would else add to the one in `.grad`.
+            step.seen_grads = None
+        if self.count == 1 and torch._C._current_graph_task_id() >= 0:
+            torch.autograd.Variable._execution_engine.queue_callback(self._look_for_engine)
+        if is_same_pass or not accumulation.lives_in_grad(parameters):
             return None
-        _look_at_grads(step, parameters, call)
-        return None if is_same_pass else _mask(step, parameters)
+        return _mask(step, parameters)
 
     def _look_for_engine(self) -> None:
         """Look whether an engine keeps the gradients; in its forward and backward the parameters do not show it."""
@@ -138,14 +145,12 @@ def _after_step(optimizer: Optimizer) -> None:
         sequence.after_step_of(optimizer)
 
 
-def _look_at_grads(step: Step, parameters: Sequence[Tensor], call: ForwardCall | None) -> None:
-    """Remember what `.grad` holds, to see in the next backward whether something else has filled it."""
-    if call is not None and call.creates_graph:
-        # Autograd makes a new tensor then, where it would else add to the old one.
-        step.seen_grads = None
-    # DDP moves `.grad` to other buckets after the first backward.
-    elif not accumulation.has_process_group() and accumulation.has_grad(parameters):
+def _new_step(backward_pass: int, parameters: Sequence[Tensor]) -> Step:
+    step = Step(backward_pass, began_empty=not accumulation.has_grad(parameters))
+    if not step.began_empty and accumulation.lives_in_grad(parameters):
+        # A penalty has filled `.grad`, and will fill it with another tensor in the next step.
         step.seen_grads = accumulation.SeenGrads(parameters)
+    return step
 
 
 def _mask(step: Step, parameters: Sequence[Tensor]) -> Tensor | None:

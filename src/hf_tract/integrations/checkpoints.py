@@ -13,23 +13,22 @@ from hf_tract.config import TrActConfig
 
 logger = logging.getLogger(__name__)
 
-# The entry of Trainer's log that holds the settings; checkpoints hold the log, wherever they lie.
-SETTINGS = "tract_config"
+# The key under which Trainer's state, which every checkpoint holds, has the settings.
+STATE_KEY = "hf_tract"
 
 
-def log_settings(state: TrainerState, config: TrActConfig) -> None:
-    """Add the settings to Trainer's log."""
-    entry: dict[str, Any] = {"epoch": state.epoch or 0, "step": state.global_step, SETTINGS: config.to_dict()}
-    state.log_history.append(entry)
+def remember_settings(state: TrainerState, config: TrActConfig) -> None:
+    """Write the settings into Trainer's state."""
+    _states_of(state)[STATE_KEY] = {"args": config.to_dict(), "attributes": {}}
 
 
 def compare_with_checkpoint(state: TrainerState, config: TrActConfig) -> None:
-    """Warn if a run resumes with other settings than those of its checkpoint."""
+    """Warn if a run resumes with other settings than those of its checkpoint, wherever that lies."""
     if not state.global_step:
         return
     then: Any = "no TrAct"
-    for entry in state.log_history:
-        then = entry.get(SETTINGS, then)
+    if STATE_KEY in _states_of(state):
+        then = _states_of(state)[STATE_KEY]["args"]
     now = config.to_dict()
     if then != now:
         logger.warning(
@@ -38,6 +37,12 @@ def compare_with_checkpoint(state: TrainerState, config: TrActConfig) -> None:
             then,
             now,
         )
+
+
+def _states_of(state: TrainerState) -> dict[str, Any]:
+    states: Any = state.stateful_callbacks  # a list only until the state is made
+    checked: dict[str, Any] = states
+    return checked
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path | None:

@@ -12,10 +12,12 @@ from huggingface_hub import EvalResult
 TAGS = ("tract", "hf-tract")
 TASK = "image-classification"
 # What a card calls models that do a task.
-KINDS: Mapping[str | None, str] = {
+KINDS = {
     TASK: "An image classifier",
     "object-detection": "An object detector",
     "image-segmentation": "An image segmentation model",
+    "zero-shot-image-classification": "A zero-shot image classifier",
+    "audio-classification": "An audio classifier",
 }
 MARK = "<!-- Written by hf-tract, which writes it anew at every run: remove this line to keep what you change. -->"
 # Trainer's own cards have it too.

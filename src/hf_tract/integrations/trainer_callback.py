@@ -19,7 +19,7 @@ from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import LayerSelection, find_first_layers
 from hf_tract.discovery.wrappers import unwrap
-from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, log_settings
+from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, remember_settings
 from hf_tract.integrations.model_card import TAGS
 from hf_tract.integrations.trackers import Trackers, stats_to_log
 from hf_tract.integrations.training_record import CONFIG_FILE, record_of_run
@@ -122,7 +122,7 @@ class TrActCallback(TrainerCallback):
             self._trackers[handle] = Trackers(args)
             _tell(args, handle.summary())
             compare_with_checkpoint(state, handle.config)
-        log_settings(state, handle.config)
+        remember_settings(state, handle.config)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -188,6 +188,8 @@ class TrActCallback(TrainerCallback):
             return None
         if all(is_frozen(layer.module) for layer in handle.layers):
             return None
+        if self.layers == "auto":
+            handle.config = self.config  # without the names that were found before
         return handle
 
     def _whiten(

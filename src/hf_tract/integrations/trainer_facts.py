@@ -13,6 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_tract.apply import TrActHandle
 from hf_tract.core.sharding import is_sharded
+from hf_tract.discovery.wrappers import unwrap
+from hf_tract.integrations.model_card import KINDS
 from hf_tract.whitening.fresh import checkpoint_of
 
 # Trainer's arguments that a card lists, each with the value at which it is left out.
@@ -90,11 +92,11 @@ def hyperparameters_of(args: TrainingArguments, state: TrainerState) -> dict[str
 
 
 def task_of(model: nn.Module) -> str | None:
-    """Return what the Hub calls the task of `model`; None for a task without such a name."""
-    names = {each.__name__ for each in type(model).__mro__}
+    """Return what the Hub calls the task of `model`, if it is one of `KINDS`; None otherwise."""
+    names = {each.__name__ for each in type(unwrap(model)).__mro__}
     mappings: dict[str, Any] = TASK_MAPPING
-    for task, models in mappings.items():
-        for classes in models.values():
+    for task in KINDS:
+        for classes in mappings[task].values():
             if isinstance(classes, str):
                 classes = [classes]
             if not names.isdisjoint(classes):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_tract.apply import TrActHandle
 from hf_tract.config import TrActConfig, TrActError
+from hf_tract.core.notices import warn_once
 from hf_tract.integrations import model_card, trainer_facts
 from hf_tract.integrations.provenance import command, hardware, versions
 
-logger = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 RECORD_FILE = "training_record.json"
 CONFIG_FILE = "tract_config.json"
@@ -145,7 +145,8 @@ class TrainingRecord:
         has_curve = model_card.save_curve(self.history, folder / model_card.CURVE_FILE, color)
         card = folder / "README.md"
         if not model_card.is_replaceable(card):
-            logger.warning(
+            warn_once(
+                _warned,
                 "TrAct: %s stays, since neither hf-tract nor Trainer wrote it. Move it away to get a card; its facts "
                 "are in %s.",
                 card,
@@ -160,7 +161,7 @@ class TrainingRecord:
             template_path=str(model_card.TEMPLATE),
             record=self,
             mark=model_card.MARK,
-            kind=model_card.KINDS.get(self.task, "A model"),
+            kind=model_card.KINDS.get(self.task or "", "A model"),
             model_id=model_id or self.name,
             base=model_card.link(self.base_model),
             data_set=model_card.link(self.dataset, "datasets/"),
