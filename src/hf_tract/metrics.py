@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 
 
 def compute_top_k(prediction: EvalPrediction) -> dict[str, float]:
-    """Return `top1` and `top5`, as shares of 1; pass this function to Trainer as `compute_metrics`."""
-    return _top_k(prediction.predictions, prediction.label_ids)
+    """Return `top1` and `top5`, as shares of 1; pass this function to Trainer as `compute_metrics`.
+
+    Of a model with several outputs the first are the scores, as transformers orders them.
+    """
+    scores = prediction.predictions
+    if isinstance(scores, tuple):
+        scores = scores[0]
+    return _top_k(scores, prediction.label_ids)
 
 
 def _top_k(predictions: Any, references: Any) -> dict[str, float]:

@@ -69,6 +69,31 @@ def test_a_processor_that_is_missing_or_does_not_normalise_is_warned_of(checkpoi
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "mean", "std"),
+    [
+        ({}, 0.5, 0.25),
+        ({"do_rescale": False}, 0.5 / 255, 0.25 / 255),
+        ({"rescale_factor": 1 / 127.5, "offset": True}, 0.75, 0.125),
+        ({"do_rescale": False, "do_normalize": False}, 0, 1 / 255),
+    ],
+)
+def test_a_processors_scaling_is_part_of_the_normalisation(checkpoint, changes, mean, std):
+    path = checkpoint / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, **changes}))
+    found = load(str(checkpoint)).normalization
+    assert found.mean[0] == pytest.approx(mean)
+    assert found.std[0] == pytest.approx(std)
+
+
+def test_a_timm_model_in_a_folder_of_transformers_has_its_own_normalisation(tmp_path):
+    config = hf.TimmWrapperConfig.from_dict({"architecture": "resnet10t", "num_classes": 4})
+    config.pretrained_cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config.architectures = ["TimmWrapperForImageClassification"]
+    config.save_pretrained(tmp_path)
+    assert load(str(tmp_path)).normalization == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 def test_timm_models_and_model_types_are_inspected_by_name():
     assert inspect("crossvit_tiny_240")["layers"][1]["source"] == "timm's first_conv"
     assert inspect("timm/resnet18")["layers"][0]["operation"] == "Conv2d 7x7, stride 2x2"

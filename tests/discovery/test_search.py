@@ -3,6 +3,7 @@
 import copy
 import logging
 import random
+import warnings
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -604,3 +605,70 @@ def test_a_model_of_text_and_images_is_searched_with_an_example():
 
     batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "images": torch.rand(2, 3, 32, 32)}
     assert names(Both(), example_batch=batch) == ["stem"]
+
+
+class Int8Linear(nn.Module):
+    """A quantised layer, as bitsandbytes has them."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(m, n, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("kind", ["parameter", "packed"])
+def test_a_quantised_first_layer_is_not_passed_over(kind):
+    if kind == "parameter":
+        model = nn.Sequential(Int8Linear(48, 8), nn.GELU(), nn.Linear(8, 4))
+    else:
+        model = nn.Sequential(nn.Sequential(nn.Linear(48, 8)), nn.GELU(), nn.Linear(8, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model[0] = torch.ao.quantization.quantize_dynamic(model[0], {nn.Linear})
+    with pytest.raises(TrActError, match="the first weight that the pixels meet is in 0"):
+        find_first_layers(model, example_batch=torch.randn(4, 48))
+
+
+def test_a_low_rank_beside_a_quantised_layer_is_found():
+    class LoRA(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.lora_A, self.lora_B = Int8Linear(48, 8), nn.Linear(48, 2), nn.Linear(2, 8)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    model = nn.Sequential(LoRA(), nn.GELU(), nn.Linear(8, 4))
+    assert names(model, example_batch=torch.randn(4, 48)) == ["0.lora_A"]
+
+
+def test_a_users_own_wrapper_is_part_of_the_model():
+    class Normalised(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.bands = module, nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x):
+            return self.module(torch.einsum("cb,nbhw->nchw", self.bands, x))
+
+    model = Normalised(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten()))
+    with pytest.raises(TrActError, match="the first weight that the pixels meet is in the model itself"):
+        find_first_layers(model, example_batch=torch.randn(2, 6, 8, 8))
+    assert names(nn.DataParallel(model.module)) == ["0"]
+
+
+def test_a_model_whose_own_train_returns_nothing_is_tried():
+    class Quiet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder, self.stem = nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 4, 4)
+
+        def train(self, mode=True):
+            super().train(mode)
+
+        def forward(self, pixel_values):
+            return self.decoder(self.stem(pixel_values))
+
+    assert names(Quiet()) == ["stem"]

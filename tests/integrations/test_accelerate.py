@@ -198,3 +198,12 @@ def test_a_second_hook_is_chained(accelerator_of):
     assert isinstance(stem_of(model), TrActLayer)
     remove_hook_from_module(model)
     assert not isinstance(stem_of(model), TrActLayer)
+
+
+def test_removing_the_hook_of_a_copy_leaves_the_original():
+    model = nn.Sequential(nn.Linear(8, 2))
+    add_hook_to_module(model, TrActHook())
+    copied = copy.deepcopy(model)
+    remove_hook_from_module(copied)
+    assert isinstance(model[0], TrActLayer)
+    assert not isinstance(copied[0], TrActLayer)

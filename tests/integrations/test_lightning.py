@@ -188,3 +188,12 @@ def test_without_lightning_the_error_has_the_line_that_installs_it(monkeypatch):
         monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match="needs Lightning: `pip install lightning`"):
         importlib.import_module(name)
+
+
+def test_a_search_that_runs_before_tract_is_told(caplog):
+    callback = TrActLightningCallback()
+    callback.setup(lightning.Trainer(callbacks=[callback], logger=False), None, "fit")
+    assert caplog.text == ""
+    finder = lightning.pytorch.callbacks.LearningRateFinder()
+    callback.setup(lightning.Trainer(callbacks=[callback, finder], logger=False), None, "fit")
+    assert "TrAct: LearningRateFinder runs before TrAct is on" in caplog.text

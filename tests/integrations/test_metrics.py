@@ -48,3 +48,9 @@ def test_without_evaluate_the_function_works_and_the_metric_names_what_to_instal
     done = subprocess.run([sys.executable, "-c", WITHOUT_EVALUATE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "`hf_tract.metrics.TopK` needs the package datasets: `pip install evaluate`" in done.stdout
+
+
+def test_of_several_outputs_the_first_are_the_scores():
+    scores, labels = np.random.default_rng(0).normal(size=(12, 7)), np.arange(12) % 7
+    several = EvalPrediction((scores, np.zeros((12, 3, 4))), labels)
+    assert compute_top_k(several) == compute_top_k(EvalPrediction(scores, labels))

@@ -19,7 +19,7 @@ from helpers.models import STEM, small_vit, stem_of
 from helpers.oracle import assert_close, moment, says
 from helpers.ranks import on_two_ranks
 from helpers.strategies import cases
-from hf_tract import TrActError, whiten_first_layer
+from hf_tract import TrActError, first_layer_spectrum, whiten_first_layer
 from hf_tract.core.sharding import gathered_weights, read_weight
 from hf_tract.discovery.wrappers import unwrap
 from hf_tract.whitening.batches import move_batch
@@ -295,3 +295,58 @@ def test_ranks_with_uneven_batches_come_to_the_weight_of_one_process_however_it_
         (model(batch).logits.square().sum() / 2).backward()  # wrappers take the mean over ranks
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         assert_close(first_trained, stem_of(model).weight, 1e-5)
+
+
+def test_a_batch_norm_before_the_layer_normalises_as_in_training():
+    x = 100 * torch.rand(64, 3, 8, 8) + torch.tensor([10.0, 50.0, 200.0]).view(3, 1, 1)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 4, 4))
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    normalised = copy.deepcopy(model[0])(x).detach()
+    mean = moment(normalised, model[1]).diagonal(0, 1, 2).mean()
+    assert first_layer_spectrum(model, x)["1"].mean == pytest.approx(float(mean), rel=1e-4)
+    plain = copy.deepcopy(model[1])
+    whiten_first_layer(plain, normalised)
+    whiten_first_layer(model, x)
+    assert_close(model[1].weight, plain.weight, 1e-5)
+    assert model.training
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_a_buffer_that_the_forward_replaces_is_restored():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 4, 4)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen = self.seen + len(x)
+            return self.stem(x)
+
+    model = Counting()
+    whiten_first_layer(model, torch.randn(32, 3, 8, 8))
+    assert model.seen == 0
+
+
+def test_of_a_loader_of_any_class_the_first_batches_are_read():
+    class Loader:
+        read = 0
+
+        def __iter__(self):
+            for _ in range(50):
+                self.read += 1
+                yield torch.randn(16, 3, 8, 8)
+
+    loader = Loader()
+    whiten_first_layer(nn.Conv2d(3, 6, 4, 4), loader)
+    assert loader.read == 4
+
+
+def test_keys_that_the_forward_does_not_take_are_named():
+    batch = {"image": torch.randn(4, 3, 8, 8), "label": torch.zeros(4)}
+    model = nn.Conv2d(3, 6, 4, 4)
+    with pytest.raises(
+        TrActError, match=says("has a mapping of 'image', 'label', of which the forward of Conv2d takes none")
+    ):
+        whiten_first_layer(model, [batch])

@@ -66,7 +66,11 @@ def _from_checkpoint(name: str, source: str, trust_remote_code: bool) -> LoadedM
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise TrActError(f"`model` (={name!r}) {_why_unknown(name)}: {one_line(error)}") from error
-    return LoadedModel(_make(config, trust_remote_code), _read_processor(name), source)
+    normalization = _read_processor(name)
+    by_timm = getattr(config, "pretrained_cfg", None)
+    if normalization is None and isinstance(by_timm, dict):
+        normalization = _normalization(by_timm.get("mean"), by_timm.get("std"))
+    return LoadedModel(_make(config, trust_remote_code), normalization, source)
 
 
 def _why_unknown(name: str) -> str:
@@ -94,7 +98,7 @@ def _make(config: Any, trust_remote_code: bool = False) -> nn.Module:
         try:
             model = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, ImportError) as error:
-            raise TrActError(f"`model` (={config.model_type}) cannot be made: {error}") from error
+            raise TrActError(f"`model` (={config.model_type}) cannot be made: {one_line(error)}") from error
     return model
 
 
@@ -107,11 +111,19 @@ def _read_processor(name: str) -> Normalization | None:
         config, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError):
         return None
+    normalization: Normalization | None = UNCHANGED
     if config.get("do_normalize") is not False:
-        return _normalization(config.get("image_mean"), config.get("image_std"))
+        normalization = _normalization(config.get("image_mean"), config.get("image_std"))
+    if normalization is None:
+        return None
+    # What the processor multiplies values from 0 to 1 by before it normalises them, and subtracts.
+    factor = 255.0
     if config.get("do_rescale", True):
-        return UNCHANGED
-    return Normalization(mean=(0.0,), std=(1 / 255,))
+        factor *= config.get("rescale_factor", 1 / 255)
+    offset = float(bool(config.get("offset") or config.get("rescale_offset")))
+    mean = [(value + offset) / factor for value in normalization.mean]
+    std = [value / factor for value in normalization.std]
+    return Normalization(tuple(mean), tuple(std))
 
 
 def _normalization(mean: Any, std: Any) -> Normalization | None:

@@ -61,7 +61,8 @@ def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn
         memo[id(parameter)] = nn.Parameter(copy_tensor(parameter), parameter.requires_grad)
     for tensor in (*model.buffers(), *_cached_tensors(model)):
         memo[id(tensor)] = copy_tensor(tensor)
-    copied = copy.deepcopy(model, memo).eval()
+    copied = copy.deepcopy(model, memo)
+    copied.eval()  # A model's own `train` may return nothing.
     for module in copied.modules():
         # With TrAct an operation would read something other than the weight, by which its layer is known.
         detach(module)

@@ -61,8 +61,8 @@ class LayerInput(NamedTuple):
 class PixelTrace(TorchDispatchMode):
     """Carries marks through all operations in this context, scripted ones too, and records where pixels meet weights.
 
-    Marks belong to storages, so views share them. A layer's weight counts even if it is frozen. Other frozen weights,
-    and tensors that are no parameters, are fixed filters: their outputs still count as pixels.
+    Marks belong to storages, so views share them. A layer's weight counts even if it is frozen or quantised. Other
+    frozen weights, and tensors that are no parameters, are fixed filters: their outputs still count as pixels.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,7 +77,7 @@ class PixelTrace(TorchDispatchMode):
         self._owners: dict[int, list[str]] = {}
         # A weak reference prevents the address of a freed storage from being reused.
         self._marks: dict[StorageWeakRef, Mark] = {}
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = [parameter for name, parameter in model.named_parameters() if _may_learn(name, parameter)]
         for name in self.layers:
             layer = model.get_submodule(name)
             parameters.extend(layer.parameters())
@@ -132,6 +132,13 @@ class PixelTrace(TorchDispatchMode):
             for result in filter(torch.is_tensor, tree_leaves((out, _written(func, args, kwargs)))):
                 self.mark(result, mark)
         return out
+
+
+def _may_learn(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is no fixed filter; a quantised one stands for a weight, but not beside LoRA's."""
+    if parameter.requires_grad:
+        return True
+    return not parameter.is_floating_point() and ".base_layer." not in name
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -193,6 +200,8 @@ class LayerOps(PatchOpMode):
 
 def _mixes(func: Any, operands: list[Tensor], marks: list[Mark]) -> bool:
     """Return whether `func` sums products of pixels with a weight, or looks a weight up by pixels."""
+    if func.namespace == "quantized":  # its weights are packed into objects
+        return True
     name = func.overloadpacket.__name__
     if name in PRODUCTS:
         return set(marks[PRODUCTS[name]]) == {Mark.PIXELS, Mark.WEIGHTS}

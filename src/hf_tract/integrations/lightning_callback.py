@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from hf_tract.apply import TrActHandle, apply_tract
@@ -20,6 +21,9 @@ else:
         except ImportError as error:
             raise ImportError("TrActLightningCallback needs Lightning: `pip install lightning`.") from error
 
+logger = logging.getLogger(__name__)
+
+SEARCHES = ("LearningRateFinder", "BatchSizeFinder")
 SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -43,6 +47,17 @@ class TrActLightningCallback(Callback):
         self.config = TrActConfig(lam=lam, scope=scope)
         self.layers = layers
         self.handle: TrActHandle | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Warn of searches that Lightning runs before `on_fit_start` of any other callback."""
+        names = [type(callback).__name__ for callback in trainer.callbacks]
+        searches = [name for name in names if name in SEARCHES]
+        if searches:
+            logger.warning(
+                "TrAct: %s runs before TrAct is on, so it searches for a training without. To search with it, call "
+                "`apply_tract(module)` before.",
+                ", ".join(searches),
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply TrAct after the strategy has placed and wrapped the model."""

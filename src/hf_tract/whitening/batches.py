@@ -31,10 +31,10 @@ def to_model_inputs(batches: Any, model: nn.Module) -> list[Any]:
     Raises:
         TrActError: for batches in another form, and for pixels that are integers.
     """
-    if isinstance(batches, DataLoader):
-        batches = first_batches(batches)
-    elif isinstance(batches, (Tensor, Mapping)):
+    if isinstance(batches, (Tensor, Mapping)):
         batches = [batches]
+    elif not isinstance(batches, (list, tuple)):
+        batches = first_batches(batches)
     return [_to_model_input(batch, model) for batch in batches]
 
 
@@ -43,7 +43,7 @@ def _to_model_input(batch: Any, model: nn.Module) -> Any:
     if has_labels and len(batch) > 0:
         batch = batch[0]
     if isinstance(batch, Mapping):
-        return filter_forward_kwargs(model, batch)
+        return _keyword_arguments(batch, model)
     pixels = batch
     if _is_image_list(batch):
         # `run_forward` would pass the entries of a tuple as arguments.
@@ -59,6 +59,16 @@ def _to_model_input(batch: Any, model: nn.Module) -> Any:
             f"give one batch with its labels as [(pixels, labels)]."
         )
     return batch
+
+
+def _keyword_arguments(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    arguments: dict[str, Any] = filter_forward_kwargs(model, batch)
+    if batch and not arguments:
+        raise TrActError(
+            f"`batches` has a mapping of {', '.join(map(repr, batch))}, of which the forward of "
+            f"{type(model).__name__} takes none: give the pixels alone, or name them as the forward does."
+        )
+    return arguments
 
 
 def _is_image_list(batch: Any) -> bool:

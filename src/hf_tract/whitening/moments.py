@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_tract.config import TrActError
 from hf_tract.core.accumulation import ranks_of, sum_over_ranks
@@ -31,7 +32,8 @@ def second_moments(
 ) -> list[Tensor]:
     """Return C = (1/b) sum of p p^T of each layer, over the patches p of all batches and ranks.
 
-    The model runs in evaluation mode; its modes, its buffers and the random numbers stay as they are.
+    The model runs in evaluation mode, but for batch norms; its modes, its buffers and the random numbers stay as they
+    are.
 
     Args:
         model: wrapped, sharded or neither.
@@ -157,10 +159,21 @@ def _collect(model: nn.Module, batches: Iterable[Any], collectors: Sequence[_Mom
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and restore its modes and buffers at the end."""
+    """Put `model` into evaluation mode but for batch norms, and restore its modes and buffers at the end.
+
+    A batch norm of a fresh model has no statistics yet, and in training the layers behind it read what it makes of
+    each batch. `SyncBatchNorm` would wait for other processes, and is left in evaluation mode.
+    """
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = []
+    for module in modes:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                buffers.append((module, name, buffer, buffer.clone()))
     model.eval()
+    for module in modes:
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            module.train()
     try:
         yield
     finally:
@@ -168,5 +181,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
-        for buffer, before in buffers:
+        for module, name, buffer, before in buffers:
             buffer.copy_(before)
+            module._buffers[name] = buffer
