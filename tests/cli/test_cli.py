@@ -123,7 +123,8 @@ def test_the_report_shows_shape_cost_and_mean_eigenvalue(checkpoint):
     assert result.exit_code == 0
     text = " ".join(result.output.split())
     assert "24 x 192" in text
-    assert "A step of 64 images:" in text
+    assert "16 of an input of 3 x 32 x 32" in text
+    assert "A step of 64 such inputs:" in text
     assert "of its operations" in text
     assert "Mean eigenvalue of C for natural images: about 1; lam is 0.1." in text
 

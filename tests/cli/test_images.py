@@ -59,7 +59,7 @@ def test_arrays_may_have_any_number_of_bands(tmp_path, first):
     bands = RNG.random((13, 8, 8), dtype=np.float32)
     np.save(tmp_path / "0.npy", bands if first else np.moveaxis(bands, 0, -1))
     assert torch.equal(read(tmp_path, 13), torch.from_numpy(bands)[None])
-    with pytest.raises(TrActError, match=says("has images of", "channels, and the model reads 5")):
+    with pytest.raises(TrActError, match=says("has images of", "channels, and the layer reads 5")):
         read(tmp_path, 5)
 
 

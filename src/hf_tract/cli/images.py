@@ -46,7 +46,7 @@ def read_images(name: str, split: str, samples: int, shape: Sequence[int]) -> Te
         image = _as_channels(_as_floats(row[column]), channels)
         if len(image) != channels:
             raise TrActError(
-                f"`dataset` (={name!r}) has images of {len(image)} channels, and the model reads {channels}."
+                f"`dataset` (={name!r}) has images of {len(image)} channels, and the layer reads {channels}."
             )
         resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)
         images.append(resized[0])

@@ -115,8 +115,10 @@ def _layer_table(layer: LayerInspection) -> Table:
     if layer.groups > 1:
         weight += f", {layer.groups} groups"
     patches = "unknown"
-    if layer.patches is not None:
-        patches = f"{layer.patches} of an image"
+    if layer.patches is not None and layer.shape is not None:
+        # The size is the config's or guessed, so it is shown.
+        shape = " x ".join(map(str, layer.shape[1:]))
+        patches = f"{layer.patches} of an input of {shape}"
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -134,7 +136,7 @@ def _print_cost(console: Console, report: Report) -> None:
     if cost is not None:
         operations = _with_prefix(cost.operations)
         moved = _with_prefix(cost.bytes)
-        console.print(f"A step of {batch_size} images: {operations}FLOP and {moved}B beside the ordinary ones.")
+        console.print(f"A step of {batch_size} such inputs: {operations}FLOP and {moved}B beside the ordinary ones.")
     share = report.inspection.share(batch_size)
     if share is not None:
         console.print(f"That is {100 * share:.2g} % of its operations.")
