@@ -96,6 +96,15 @@ def test_the_next_step_starts_anew(layers, emptied):
     assert_rule(layer, plain, y)
 
 
+def penalise(layer: nn.Module) -> None:
+    (0.01 * layer.weight.abs().sum()).backward()
+
+
+def assert_rule_beside_penalty(layer: nn.Module, plain: nn.Module, x: torch.Tensor) -> None:
+    wanted = expected(plain_grad(plain, x), x, plain, LAM) + 0.01 * plain.weight.detach().sign()
+    assert_close(layer.weight.grad, wanted, 1e-11)
+
+
 @pytest.mark.parametrize("has_optimizer", [True, False])
 def test_a_penalty_that_comes_before_the_loss_does_not_join_the_steps(layers, has_optimizer):
     """Its gradient is in `.grad` when the layer's backward comes; a batch of NaN spoils its own step alone."""
@@ -107,15 +116,14 @@ def test_a_penalty_that_comes_before_the_loss_does_not_join_the_steps(layers, ha
         if number == 2:
             x[0, 0, 0, 0] = torch.nan
         layer.zero_grad()
-        (0.01 * layer.weight.abs().sum()).backward()
+        penalise(layer)
         backward(layer, x)
         if number == 2:
             assert layer.weight.grad.isnan().any()
             continue
         if has_optimizer:
             optimizer.step()
-        wanted = expected(plain_grad(plain, x), x, plain, LAM) + 0.01 * plain.weight.detach().sign()
-        assert_close(layer.weight.grad, wanted, 1e-11)
+        assert_rule_beside_penalty(layer, plain, x)
 
 
 def test_a_penalty_in_one_step_alone_begins_a_step(layers):
@@ -126,10 +134,9 @@ def test_a_penalty_in_one_step_alone_begins_a_step(layers):
     backward(layer, first)
     optimizer.step()
     layer.zero_grad()
-    (0.01 * layer.weight.abs().sum()).backward()
+    penalise(layer)
     backward(layer, second)
-    wanted = expected(plain_grad(plain, second), second, plain, LAM) + 0.01 * plain.weight.detach().sign()
-    assert_close(layer.weight.grad, wanted, 1e-11)
+    assert_rule_beside_penalty(layer, plain, second)
 
 
 def test_gradients_that_are_replaced_between_micro_steps_are_those_of_the_step(layers):

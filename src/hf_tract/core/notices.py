@@ -18,7 +18,7 @@ MEAN_EIGENVALUE_RANGE = (0.3, 3.0)
 # Where lam should lie, as a share of the mean eigenvalue.
 LAM_SHARE = (0.05, 0.2)
 # The shares that 0.1 is of the range: a lam between them was chosen for these pixels.
-FITTING_SHARE = (1 / 30, 1 / 3)
+FITTING_SHARE = (0.1 / MEAN_EIGENVALUE_RANGE[1], 0.1 / MEAN_EIGENVALUE_RANGE[0])
 
 
 def warn_once(warned: set[str], message: str, *args: Any) -> None:

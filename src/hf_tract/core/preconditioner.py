@@ -19,7 +19,7 @@ from hf_tract.core.notices import warn_if_unsolved, warn_of_failure, warn_of_oth
 from hf_tract.core.patches import PatchSpec
 from hf_tract.core.solve import DampedInverse, on_host, widest_dtype
 from hf_tract.core.step import ForwardCall, Step, masked
-from hf_tract.core.steps import StepSequence, backward_pass_of
+from hf_tract.core.steps import StepSequence
 
 _keys = itertools.count()
 # An operator takes no Python objects, so it finds its preconditioner by number.
@@ -77,19 +77,18 @@ class LayerPreconditioner:
         """
         if not self.active:
             return grad.clone()
-        backward_pass = backward_pass_of(call)
-        parameters = self.steps.parameters_of(call)
+        backward = self.steps.backward_of(call)
         with self._lock:
-            step = self.steps.step_of(backward_pass, parameters, self.config.scope == "local")
+            step = self.steps.step_of(backward, self.config.scope == "local")
             self.last_step = step
             with step.undone_on_error():
-                keep = self.steps.enter(step, backward_pass, parameters, call)
+                keep = self.steps.enter(step, backward)
                 returned = step.returned(keep)
                 new = self._uncounted_sums(step, call, x, spec, keep)
                 dtype = torch.promote_types(grad.dtype, torch.float32)
                 step.add(grad.detach().to(dtype), new, keep)
-                if step.inverse is None and self.steps.count == 1 and self._is_sole_source(call, parameters):
-                    warn_of_other_uses(self.warned, parameters[0], step.returned)
+                if step.inverse is None and self.steps.count == 1 and self._is_sole_source(call, backward.parameters):
+                    warn_of_other_uses(self.warned, backward.parameters[0], step.returned)
                 missing = self._missing(step, grad, returned)
                 if call is not None:
                     step.counted_calls.add(call)

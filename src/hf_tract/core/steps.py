@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 from weakref import WeakSet, ref
 
 import torch
@@ -16,6 +17,18 @@ from hf_tract.core.step import ForwardCall, Step
 from hf_tract.core.weights import weight_parameters
 
 _sequences: WeakSet[StepSequence] = WeakSet()
+
+
+class Backward(NamedTuple):
+    """Describes a running backward of a layer."""
+
+    # Autograd's number of the pass.
+    number: int
+    # Those that the weight consists of, or is computed from.
+    parameters: Sequence[Tensor]
+    # Whether their `.grad` holds what has been accumulated.
+    lives_in_grad: bool
+    call: ForwardCall | None
 
 
 class StepSequence:
@@ -57,7 +70,12 @@ class StepSequence:
             # From now on zeros in `.grad` are an emptied one.
             self._step.began_empty = False
 
-    def parameters_of(self, call: ForwardCall | None) -> Sequence[Tensor]:
+    def backward_of(self, call: ForwardCall | None) -> Backward:
+        """Return what there is to know about the running backward of a forward call, None in a compiled graph."""
+        parameters = self._parameters_of(call)
+        return Backward(_backward_pass_of(call), parameters, accumulation.lives_in_grad(parameters), call)
+
+    def _parameters_of(self, call: ForwardCall | None) -> Sequence[Tensor]:
         """Return the parameters that the weight consists of, or is computed from.
 
         This is the parameter that the forward call used, since the layer may have another one by now. Where an engine
@@ -74,66 +92,57 @@ class StepSequence:
             return parameters
         return [call.leaf]
 
-    def step_of(self, backward_pass: int, parameters: Sequence[Tensor], is_local: bool) -> Step:
-        """Return the step that a backward belongs to, a new one if it begins one.
-
-        Args:
-            backward_pass: autograd's number of the pass.
-            parameters: as `parameters_of` returns them.
-            is_local: whether each backward is a step.
-        """
-        in_grad = accumulation.lives_in_grad(parameters)
-        if in_grad and not accumulation.adds_to_grad(parameters):
+    def step_of(self, backward: Backward, is_local: bool) -> Step:
+        """Return the step that a backward belongs to, a new one if it begins one or if each does (`is_local`)."""
+        if backward.lives_in_grad and not accumulation.adds_to_grad(backward.parameters):
             step = self._returned_step
-            if step is None or step.backward_pass != backward_pass or is_local:
-                step = self._returned_step = Step(backward_pass)
+            if step is None or step.backward_pass != backward.number or is_local:
+                step = self._returned_step = Step(backward.number)
             return step
         step = self._step
-        if step is None or is_local or self._is_over(step, backward_pass, parameters):
-            step = self._step = _new_step(backward_pass, parameters)
+        if step is None or is_local or self._is_over(step, backward):
+            step = self._step = _new_step(backward)
             self.count += 1
         return step
 
-    def _is_over(self, step: Step, backward_pass: int, parameters: Sequence[Tensor]) -> bool:
-        if step.backward_pass == backward_pass:
+    def _is_over(self, step: Step, backward: Backward) -> bool:
+        if step.backward_pass == backward.number:
             return False
-        if not accumulation.lives_in_grad(parameters):
+        if not backward.lives_in_grad:
             return step.closed
         if step.seen_grads is not None and step.seen_grads.were_replaced():
             return True
-        if not accumulation.was_emptied(parameters):
+        if not accumulation.was_emptied(backward.parameters):
             return False
         if self._has_engine and not step.closed:
             return False
-        are_own_zeros = step.began_empty and accumulation.has_grad(parameters) and step.adds_up_to_zero()
+        are_own_zeros = step.began_empty and accumulation.has_grad(backward.parameters) and step.adds_up_to_zero()
         return not are_own_zeros
 
-    def enter(
-        self, step: Step, backward_pass: int, parameters: Sequence[Tensor], call: ForwardCall | None
-    ) -> Tensor | None:
+    def enter(self, step: Step, backward: Backward) -> Tensor | None:
         """Begin a backward of a step that `step_of` has returned.
 
         Returns:
             A flag on an accelerator, whether the step's totals still count; None if they do.
         """
         step.closed = not (self._left_open or accumulation.engine_accumulates())
-        is_same_pass = step.backward_pass == backward_pass
-        step.backward_pass = backward_pass
-        if call is not None and call.creates_graph:
+        is_same_pass = step.backward_pass == backward.number
+        step.backward_pass = backward.number
+        if backward.call is not None and backward.call.creates_graph:
             # Autograd makes a new tensor then, where it would else add to the one in `.grad`.
             step.seen_grads = None
         if self.count == 1 and torch._C._current_graph_task_id() >= 0:
             torch.autograd.Variable._execution_engine.queue_callback(self._look_for_engine)
-        if is_same_pass or not accumulation.lives_in_grad(parameters):
+        if is_same_pass or not backward.lives_in_grad:
             return None
-        return _mask(step, parameters)
+        return _mask(step, backward.parameters)
 
     def _look_for_engine(self) -> None:
         """Look whether an engine keeps the gradients; in its forward and backward the parameters do not show it."""
         self._has_engine = self._has_engine or accumulation.has_engine(weight_parameters(self._layer()))
 
 
-def backward_pass_of(call: ForwardCall | None) -> int:
+def _backward_pass_of(call: ForwardCall | None) -> int:
     """Return autograd's number of the running backward pass; in a reentrant checkpoint, that of the outer pass."""
     if call is not None and call.backward_pass >= 0:
         return call.backward_pass
@@ -145,11 +154,11 @@ def _after_step(optimizer: Optimizer) -> None:
         sequence.after_step_of(optimizer)
 
 
-def _new_step(backward_pass: int, parameters: Sequence[Tensor]) -> Step:
-    step = Step(backward_pass, began_empty=not accumulation.has_grad(parameters))
-    if not step.began_empty and accumulation.lives_in_grad(parameters):
+def _new_step(backward: Backward) -> Step:
+    step = Step(backward.number, began_empty=not accumulation.has_grad(backward.parameters))
+    if not step.began_empty and backward.lives_in_grad:
         # A penalty has filled `.grad`, and will fill it with another tensor in the next step.
-        step.seen_grads = accumulation.SeenGrads(parameters)
+        step.seen_grads = accumulation.SeenGrads(backward.parameters)
     return step
 
 

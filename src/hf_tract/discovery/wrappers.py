@@ -7,8 +7,6 @@ from torch import nn
 from hf_tract.core.patches import is_supported
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
 # Packages with wrappers that hand their inputs on as they are.
 LIBRARIES = {"torch", "accelerate", "apex", "deepspeed", "fairscale", "lightning", "megatron", "pytorch_lightning"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -40,9 +40,7 @@ def compare_with_checkpoint(state: TrainerState, config: TrActConfig) -> None:
 
 
 def _states_of(state: TrainerState) -> dict[str, Any]:
-    states: Any = state.stateful_callbacks  # a list only until the state is made
-    checked: dict[str, Any] = states
-    return checked
+    return cast("dict[str, Any]", state.stateful_callbacks)  # a list only until the state is made
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
