@@ -8,7 +8,7 @@ python -m benchmarks.paper report --scale small
 
 import argparse
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -16,10 +16,10 @@ from rich.table import Table
 
 from benchmarks import ROOT
 from benchmarks.common.options import new_parser, options_of
-from benchmarks.common.records import read_records
+from benchmarks.common.records import RunRecord, read_records
 from benchmarks.paper import report, runner
 from benchmarks.paper.catalogue import ALL, GROUPS
-from benchmarks.paper.choices import CHOSEN, choose, remember
+from benchmarks.paper.choices import CHOSEN, choose, count_planned, planned, remember
 from benchmarks.paper.experiment import SCALES, Job
 from benchmarks.paper.runner import Launch
 
@@ -45,7 +45,7 @@ def list_experiments() -> None:
     """Print what there is, and how many runs it takes at each scale."""
     table = Table("experiment", "what", *SCALES, title="Runs with the usual number of seeds")
     for name, experiment in ALL.items():
-        counts = [str(len(list(experiment.jobs(scale)))) for scale in SCALES]
+        counts = [str(count_planned(experiment, scale)) for scale in SCALES]
         table.add_row(name, experiment.title, *counts)
     Console().print(table)
 
@@ -53,6 +53,7 @@ def list_experiments() -> None:
 def run_experiments(args: argparse.Namespace) -> None:
     """Run what has not been run yet."""
     folder = args.output_dir if args.scale == "smoke" else RESULTS
+    file = args.results or folder / f"{args.scale}.jsonl"
     launch = Launch(
         args.output_dir / args.scale,
         _places(args.dataset),
@@ -63,14 +64,16 @@ def run_experiments(args: argparse.Namespace) -> None:
         shlex.split(args.launch_options),
         args.keep,
     )
-    failed = runner.run(_jobs(args), args.results or folder / f"{args.scale}.jsonl", launch)
-    if failed:
-        raise SystemExit(f"{len(failed)} runs failed.")
+    # What the second round of a choice runs is known after its first.
+    for _ in range(2):
+        failed = runner.run(_jobs(args, read_records(file)), file, launch)
+        if failed:
+            raise SystemExit(f"{len(failed)} runs failed.")
 
 
-def _jobs(args: argparse.Namespace) -> Iterator[Job]:
+def _jobs(args: argparse.Namespace, have: Mapping[str, RunRecord]) -> Iterator[Job]:
     for name in _names(args):
-        yield from ALL[name].jobs(args.scale, args.seeds)
+        yield from planned(ALL[name], args.scale, have, args.seeds)
 
 
 def _names(args: argparse.Namespace) -> list[str]:

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import yaml
 
 from benchmarks.common.records import RunRecord
-from benchmarks.paper.experiment import Changes, Experiment, read_values
+from benchmarks.paper.experiment import Changes, Experiment, Job, read_values
 
 CHOSEN = Path(__file__).with_name("chosen.yaml")
 HEAD = "# The best cell of each arm on the validation rows; `python -m benchmarks.paper choose` writes this.\n"
 # What stands in a cell's name behind that of its arm: perhaps a damping, and a rate.
 CELL = re.compile(r",? ?[\d.]*, lr .*$")
+# How many cells of an arm a second seed decides between, after the first has tried all of them.
+FINALISTS = 2
 # Seeds below have been looked at, or chose something.
 FRESH_SEED = 100
 
@@ -42,24 +44,64 @@ def name_at(arm: str, share: int) -> str:
     return f"{arm}, {share} % of the epochs"
 
 
+def planned(experiment: Experiment, scale: str, have: Mapping[str, RunRecord], seeds: int | None = None) -> list[Job]:
+    """Return the runs of an experiment: of a choice, those of the second seed once the first says which they are.
+
+    Args:
+        experiment: any.
+        scale: of the runs.
+        have: what has been run.
+        seeds: the first so many; by default the usual number.
+    """
+    jobs = list(experiment.jobs(scale, seeds))
+    if not experiment.finalists:
+        return jobs
+    first = [job for job in jobs if job.seed == experiment.first_seed]
+    if any(job.key not in have for job in first):
+        return first
+    picked: list[str] = []
+    for cells in _scores(first, have).values():
+        picked += sorted(cells, key=cells.__getitem__, reverse=True)[: experiment.finalists]
+    return first + [job for job in jobs if job.seed != experiment.first_seed and job.arm in picked]
+
+
+def count_planned(experiment: Experiment, scale: str) -> int:
+    """Return the number of runs of an experiment, with those that are not known yet."""
+    jobs = list(experiment.jobs(scale))
+    if not experiment.finalists:
+        return len(jobs)
+    cells = {job.arm for job in jobs}
+    arms = {arm_of(cell) for cell in cells}
+    later_seeds = len(jobs) // len(cells) - 1
+    return len(cells) + later_seeds * len(arms) * experiment.finalists
+
+
 def choose(experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> list[Choice]:
-    """Return the cell of each arm that is the best on average over seeds; the first of equals.
+    """Return the cell of each arm that is the best on average over seeds, of those that all seeds tried.
 
     Raises:
         SystemExit: where a cell has not been run yet.
     """
-    scores: dict[str, dict[str, list[float]]] = {}
-    for job in experiment.jobs(scale):
+    jobs = planned(experiment, scale, have)
+    for job in jobs:
         if job.key not in have:
             raise SystemExit(f"{experiment.title}: seed {job.seed} of {job.arm} is missing; `run` makes it.")
-        top1 = have[job.key].curve["top1"][-1]
-        scores.setdefault(arm_of(job.arm), {}).setdefault(job.arm, []).append(top1)
     choices = []
-    for arm, cells in scores.items():
-        means = {cell: sum(found) / len(found) for cell, found in cells.items()}
+    for arm, cells in _scores(jobs, have).items():
+        most = max(map(len, cells.values()))
+        means = {cell: sum(found) / most for cell, found in cells.items() if len(found) == most}
         best = max(means, key=means.__getitem__)
         choices.append(Choice(arm, best, means[best], is_at_edge(experiment, best)))
     return choices
+
+
+def _scores(jobs: Iterable[Job], have: Mapping[str, RunRecord]) -> dict[str, dict[str, list[float]]]:
+    """Return the final top-1 by each seed, of the cells of each arm."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for job in jobs:
+        top1 = have[job.key].curve["top1"][-1]
+        scores.setdefault(arm_of(job.arm), {}).setdefault(job.arm, []).append(top1)
+    return scores
 
 
 def is_at_edge(experiment: Experiment, cell: str) -> bool:

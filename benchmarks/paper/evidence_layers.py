@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.choices import final_runs, known
+from benchmarks.paper.choices import FINALISTS, final_runs, known
 from benchmarks.paper.evidence import SMOKE_VALIDATION, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, RESNET_SMALL, RESNET_SMOKE, VIT_SMALL, VIT_SMOKE
@@ -54,6 +54,7 @@ def tuning(model: str, recipe: str, arms: dict[str, Changes], small: Changes, sm
         smoke | SMOKE_VALIDATION,
         small_seeds=2,
         first_seed=TUNING_SEED,
+        finalists=FINALISTS,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.choices import final_runs, known
+from benchmarks.paper.choices import FINALISTS, final_runs, known
 from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TRACT, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, VANILLA, VIT_SMALL, VIT_SMOKE
@@ -48,6 +48,7 @@ def tuning(optimizer: str) -> Experiment:
         VIT_SMOKE | SMOKE_VALIDATION,
         small_seeds=2,
         first_seed=TUNING_SEED,
+        finalists=FINALISTS,
     )
 
 

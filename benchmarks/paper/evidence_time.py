@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.choices import final_runs, known
+from benchmarks.paper.choices import FINALISTS, final_runs, known
 from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, NORMS, VIT_SMALL, VIT_SMOKE
@@ -46,6 +46,7 @@ def tuning(data: str, recipe: str, epochs: int, small: Changes) -> Experiment:
         VIT_SMOKE | SMOKE_VALIDATION | {"image_size": 32, "crop_padding": 4},
         small_seeds=2,
         first_seed=TUNING_SEED,
+        finalists=FINALISTS,
     )
 
 

@@ -36,6 +36,8 @@ class Experiment:
     first_seed: int = 0
     # The most seeds of arms that are only there to be looked at.
     at_most: Mapping[str, int] = field(default_factory=dict)
+    # Of a choice: how many cells of each arm go on to the seeds behind the first; 0 is all.
+    finalists: int = 0
     # The settings of smaller scales, where they are not all.
     few: tuple[str, ...] = ()
     # Arms that only the full scale has.

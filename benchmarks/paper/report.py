@@ -10,6 +10,7 @@ from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
 from benchmarks.paper import conclusions, plots
 from benchmarks.paper.catalogue import ALL, PLANNED, edges
+from benchmarks.paper.choices import planned
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
 from benchmarks.paper.verdicts import challengers, step_size
@@ -60,7 +61,7 @@ def _unfinished(name: str, experiment: Experiment, scale: str, have: Mapping[str
     """Say how far a planned experiment is, before whose last run nobody is to look; empty for a whole one."""
     if name not in PLANNED:
         return ""
-    keys = {job.key for job in experiment.jobs(scale)}
+    keys = {job.key for job in planned(experiment, scale, have)}
     done = len(keys & have.keys())
     if done in (0, len(keys)):
         return ""

@@ -5,11 +5,11 @@ import sys
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.common.records import RunRecord, add_record
+from benchmarks.common.records import RunRecord, add_record, read_records
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import catalogue, choices, evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL, PLANNED
-from benchmarks.paper.choices import arm_of, choose, final_runs, read, remember
+from benchmarks.paper.choices import arm_of, choose, count_planned, final_runs, planned, read, remember
 from benchmarks.paper.experiments import VIT_SMALL
 
 NAME = "evidence_tuning_cifar10"
@@ -22,11 +22,11 @@ BEST = {
 }
 
 
-def runs(without=()):
+def runs(without=(), seeds=(50, 51)):
     """Runs of each cell, all alike but for the best of each arm, and another that is better by one seed alone."""
     found = {}
     for job in TUNING.jobs("small"):
-        if job.arm not in without:
+        if job.arm not in without and job.seed in seeds:
             top1 = 0.6 if job.arm in BEST.values() else 0.5
             if job.arm == "vanilla, lr 0.004":
                 top1 = 0.65 if job.seed == 50 else 0.5
@@ -72,6 +72,52 @@ def test_the_best_cell_of_each_arm_is_chosen_by_its_last_epoch():
 def test_nothing_is_chosen_before_the_last_cell():
     with pytest.raises(SystemExit, match=r"seed 50 of TrAct 0\.1, lr 0\.016 is missing"):
         choose(TUNING, "small", runs(without=["TrAct 0.1, lr 0.016"]))
+    with pytest.raises(SystemExit, match=r"seed 51 of DualPatchNorm, lr 0\.001 is missing"):
+        choose(TUNING, "small", runs(seeds=[50]))
+
+
+def test_the_first_seed_tries_every_cell_and_the_second_the_best_two_of_each_arm():
+    first = planned(TUNING, "small", {})
+    assert {job.seed for job in first} == {50}
+    assert len(first) == len(TUNING.arms) == 40
+    assert planned(TUNING, "small", runs(without=["vanilla, lr 0.001"])) == first
+    second = planned(TUNING, "small", runs(seeds=[50]))[40:]
+    assert {job.seed for job in second} == {51}
+    assert {job.arm for job in second} == {
+        *BEST.values(),
+        "vanilla, lr 0.004",
+        "DualPatchNorm, lr 0.001",
+        "TrAct 0.1, lr 0.001",
+        "matched start, TrAct 0.8, lr 0.001",
+    }
+    assert count_planned(TUNING, "small") == 48
+
+
+def test_a_cell_that_one_seed_alone_tried_is_not_chosen():
+    """Its one score may be luck, even where it is above the mean of a finalist."""
+    have = runs()
+    for job in TUNING.jobs("small"):
+        if job.seed == 51:
+            have[job.key].curve["top1"][-1] = 0.3
+    found = {choice.arm: choice.cell for choice in choose(TUNING, "small", have)}
+    assert found["vanilla"] == "vanilla, lr 0.004"
+    assert {**found, "vanilla": BEST["vanilla"]} == BEST
+
+
+def test_the_command_runs_the_finalists_behind_the_first_seed(tmp_path, monkeypatch):
+    rounds = []
+
+    def finish(jobs, file, launch):
+        rounds.append({job.seed for job in jobs if job.key not in read_records(file)})
+        for record in runs(seeds=rounds[-1]).values():
+            add_record(file, record)
+        return []
+
+    monkeypatch.setattr(command.runner, "run", finish)
+    results = str(tmp_path / "x.jsonl")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.paper", "run", NAME, "--results", results])
+    command.main()
+    assert rounds == [{50}, {51}]
 
 
 def test_final_runs_have_the_chosen_cells_and_whole_lengths(tmp_path, monkeypatch):
