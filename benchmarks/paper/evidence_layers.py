@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper.choices import FINALISTS, final_runs, known
-from benchmarks.paper.evidence import SMOKE_VALIDATION, TUNING_SEED, VALIDATION
+from benchmarks.paper.evidence import SMOKE_VALIDATION, TUNING_EPOCHS, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, RESNET_SMALL, RESNET_SMOKE, VIT_SMALL, VIT_SMOKE
 
@@ -32,14 +32,15 @@ SHARES = (67, 100)
 
 def cells(layers: dict[str, Changes], rates: tuple[float, ...]) -> dict[str, Changes]:
     """Return each choice of layers at each rate and damping, and as many cells without TrAct."""
+    shorter: Changes = {"epochs": TUNING_EPOCHS}
     found: dict[str, Changes] = {}
     for rate in rates:
         for between in (rate, rate * 2**0.5):
-            found[f"vanilla, lr {between:.3g}"] = NO_TRACT | {"learning_rate": between}
+            found[f"vanilla, lr {between:.3g}"] = NO_TRACT | shorter | {"learning_rate": between}
     for name, arm in layers.items():
         for rate in rates:
             for lam in LAMS:
-                found[f"{name}, {lam:g}, lr {rate:g}"] = arm | {"lam": lam, "learning_rate": rate}
+                found[f"{name}, {lam:g}, lr {rate:g}"] = arm | shorter | {"lam": lam, "learning_rate": rate}
     return found
 
 

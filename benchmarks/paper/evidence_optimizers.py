@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper.choices import FINALISTS, final_runs, known
-from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TRACT, TUNING_SEED, VALIDATION
+from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TRACT, TUNING_EPOCHS, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, VANILLA, VIT_SMALL, VIT_SMOKE
 
@@ -29,7 +29,7 @@ def cells(optimizer: str) -> dict[str, Changes]:
     arms = dict(ARMS)
     if optimizer == "muon":
         arms |= COORDINATES
-    settings = DECAY | {"optimizer": optimizer} | OPTIMIZERS[optimizer]
+    settings = DECAY | {"optimizer": optimizer, "epochs": TUNING_EPOCHS} | OPTIMIZERS[optimizer]
     found: dict[str, Changes] = {}
     for name, arm in arms.items():
         for rate in RATES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper.choices import FINALISTS, final_runs, known
-from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TUNING_SEED, VALIDATION
+from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TUNING_EPOCHS, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, NORMS, VIT_SMALL, VIT_SMOKE
 
@@ -51,7 +51,7 @@ def tuning(data: str, recipe: str, epochs: int, small: Changes) -> Experiment:
 
 
 TUNINGS = {
-    "evidence_tuning_cifar10": tuning("CIFAR-10", "cifar10_vit.yaml", 67, VIT_SMALL | VALIDATION),
+    "evidence_tuning_cifar10": tuning("CIFAR-10", "cifar10_vit.yaml", TUNING_EPOCHS, VIT_SMALL | VALIDATION),
     "evidence_tuning_flowers": tuning("flowers", "flowers_vit.yaml", 267, FLOWERS_SMALL | FLOWERS_VALIDATION),
 }
 
