@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import datasets
 import matplotlib as mpl
@@ -137,12 +137,9 @@ PAPER: dict[str, Any] = {
 NOT_SETTINGS = ("seeds", "first_seed", "output_dir", "num_workers", "cpu", "lam", "paper")
 
 
-def option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
-    """Return the field of an option with its default, its help, and what it may be."""
-    metadata: dict[str, Any] = {"help": text}
-    if choices:
-        metadata["choices"] = list(choices)
-    return field(default=default, metadata=metadata)
+def option(default: Any, text: str) -> Any:
+    """Return the field of an option, with its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -156,7 +153,7 @@ class DetectionOptions:
     train_split: str = option("", "by default train, of a VOC folder trainval")
     eval_split: str = option("", "by default test, else validation")
     voc_year: str = option("2007", "of a VOC folder")
-    bbox_format: str = option("coco", "on the Hub: x, y, width, height; or corners", ("coco", "pascal_voc"))
+    bbox_format: Literal["coco", "pascal_voc"] = option("coco", "on the Hub: x, y, width, height; or corners")
     train_samples: int = option(0, "use that many training images; 0 for all")
     test_samples: int = option(0, "use that many test images; 0 for all")
     width: float = option(0.125, "of the backbone's layers; VGG-16 has 1")
@@ -172,13 +169,13 @@ class DetectionOptions:
     regions: int = option(32, "of an image, from which the second stage learns")
     epochs: int = option(4, "passes over the training images")
     batch_size: int = option(4, "images in a step of one process")
-    optimizer: str = option("adamw", "sgd has a momentum of 0.9", ("sgd", "adamw"))
+    optimizer: Literal["sgd", "adamw"] = option("adamw", "sgd has a momentum of 0.9")
     learning_rate: float = option(1e-3, "after the warm-up, with a cosine schedule")
     weight_decay: float = option(1e-4, "of all parameters")
     warmup_steps: int = option(50, "over which the learning rate rises")
     clip_grad_norm: float = option(10.0, "clipping, which sees TrAct's gradient; 0 for none")
     flip: float = option(0.0, "share of training images that are mirrored")
-    mixed_precision: str = option("no", "of the model's operations", ("no", "bf16", "fp16"))
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "of the model's operations")
     lam: float = option(0.1, "TrAct's damping")
     seeds: int = option(1, "number of runs of each arm")
     first_seed: int = option(0, "seed of the first run; the others follow")
@@ -226,8 +223,9 @@ def main() -> None:
     """Train what has not been trained yet, and report."""
     options = parse_detection_options()
     data = load_detections(options)
-    if len(data.train) < options.batch_size:
-        stop(f"--batch_size {options.batch_size}: there are only {len(data.train)} images to train on.")
+    images = options.batch_size * PROCESSES
+    if images > len(data.train):
+        stop(f"--batch_size {options.batch_size}: all processes need {images} images, of {len(data.train)}.")
     shared = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     shared |= {"train_images": len(data.train), "test_images": len(data.test)}
     if PROCESSES > 1:
@@ -733,7 +731,8 @@ def key_among(objects: Any, keys: Sequence[str]) -> str | None:
 def class_names_of_objects(rows: datasets.Dataset, options: DetectionOptions) -> list[str]:
     """Return the names of the classes; numbers without names are named by themselves."""
     objects = rows.features.get("objects", {})
-    objects = getattr(objects, "feature", objects)
+    if not isinstance(objects, dict):
+        objects = {}
     category, box = key_among(objects, CATEGORY_KEYS), key_among(objects, BOX_KEYS)
     if not image_column(rows) or not category or not box:
         needed = f"a column of images and one named objects with {BOX_KEYS[0]} and {CATEGORY_KEYS[0]}"

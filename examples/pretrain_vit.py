@@ -70,7 +70,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import (
@@ -97,34 +97,32 @@ SMALL_VIT = {
 MAX_BYTES = 2 * 2**30  # of decoded images that a process keeps in memory; more are decoded when they are used
 HEADS = ("classifier.*", "head.*", "fc.*")  # what transformers and timm call the layer of the classes
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+IGNORED = ("_*", "checkpoint-*", "checkpoints/*", "seed-*")  # what is not published
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+
+
+def option(default: Any, text: str) -> Any:
+    """Return the field of an option, with its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class DataOptions:
-    """Names the images.
+    """Names the images."""
 
-    Args:
-        dataset: photo_crops (needs no download), a folder of images or of parquet files, or a Hub id.
-        dataset_config: the Hub's name for a variant of the data set.
-        train_split: its part to train on.
-        eval_split: its part to test on; by default test, validation, or a share that is held out.
-        image_column: by default the first column of images.
-        label_column: by default the first column of classes.
-        train_samples: use that many training images; 0 for all.
-        test_samples: use that many test images; 0 for all.
-        corrupt_images: refuse images that cannot be read, or skip them.
-    """
-
-    dataset: str = "photo_crops"
-    dataset_config: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    train_samples: int = 0
-    test_samples: int = 0
-    corrupt_images: Literal["refuse", "skip"] = "refuse"
+    dataset: str = option(
+        "photo_crops", "photo_crops (needs no download), a folder of images or of parquet files, or a Hub id."
+    )
+    dataset_config: str | None = option(None, "the Hub's name for a variant of the data set.")
+    train_split: str = option("train", "its part to train on.")
+    eval_split: str | None = option(
+        None, "its part to test on; by default test, validation, or a share that is held out."
+    )
+    image_column: str | None = option(None, "by default the first column of images.")
+    label_column: str | None = option(None, "by default the first column of classes.")
+    train_samples: int = option(0, "use that many training images; 0 for all.")
+    test_samples: int = option(0, "use that many test images; 0 for all.")
+    corrupt_images: Literal["refuse", "skip"] = option("refuse", "refuse images that cannot be read, or skip them.")
 
 
 class ImageError(ValueError):
@@ -142,95 +140,60 @@ class ImageData(NamedTuple):
 
 @dataclass
 class Recipe(DataOptions):
-    """Says what is trained and how; a recipe file may set each of these.
+    """Says what is trained and how; a recipe file may set each of these."""
 
-    Args:
-        model: a model type of transformers, a name of timm, or a checkpoint (Hub id or folder).
-        model_config: JSON with settings for random weights; a vit without settings is a small one.
-        image_size: height and width of the images.
-        epochs: passes over the training images.
-        batch_size: images of each process and micro-step.
-        gradient_accumulation_steps: micro-steps in an optimizer step.
-        mixed_precision: no, bf16 or fp16.
-        optimizer: a name that timm.optim.create_optimizer_v2 knows, such as adamw, muon or lamb; muon_split leaves the
-            first layer and the head to AdamW, as Muon is usually used; soap and schedule_free need pytorch_optimizer.
-        learning_rate: its highest value.
-        weight_decay: not of biases and norms.
-        schedule: of the learning rate, by timm; constant is for schedule_free.
-        warmup_epochs: epochs in which the learning rate rises from 0.
-        clip_grad_norm: largest norm of the gradient, in which TrAct is included; 0 for none.
-        label_smoothing: share of a label that goes to all classes.
-        mixup: alpha of timm's mixup; 0 for none.
-        cutmix: alpha of timm's cutmix; 0 for none.
-        crop_scale: least share of an image's area in a random crop; 1 for no such crops.
-        crop_padding: zeros around an image before a random crop of its size, as for CIFAR.
-        flip: probability of a mirrored image.
-        color_jitter: strength of timm's color jitter.
-        auto_augment: in timm's notation, such as rand-m9-mstd0.5-mmax9-inc1 or 3a; or cifar10.
-        random_erasing: probability of an erased rectangle.
-        ema_decay: decay of averaged weights, which are then tested and saved; 0 for none.
-        lam: TrAct's damping.
-        whiten_init: start with a whitened first layer, see hf_tract.whiten_first_layer.
-        seed: of the weights, the order of the images and their augmentation.
-    """
-
-    model: str = "vit"
-    model_config: str = "{}"
-    image_size: int = 32
-    epochs: int = 8
-    batch_size: int = 128
-    gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    schedule: Literal["cosine", "tanh", "poly", "constant"] = "cosine"
-    warmup_epochs: int = 0
-    clip_grad_norm: float = 0.0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    crop_scale: float = 1.0
-    crop_padding: int = 0
-    flip: float = 0.5
-    color_jitter: float = 0.0
-    auto_augment: str | None = None
-    random_erasing: float = 0.0
-    ema_decay: float = 0.0
-    lam: float = 0.1
-    whiten_init: bool = False
-    seed: int = 0
+    model: str = option("vit", "a model type of transformers, a name of timm, or a checkpoint (Hub id or folder).")
+    model_config: str = option("{}", "JSON with settings for random weights; a vit without settings is a small one.")
+    image_size: int = option(32, "height and width of the images.")
+    epochs: int = option(8, "passes over the training images.")
+    batch_size: int = option(128, "images of each process and micro-step.")
+    gradient_accumulation_steps: int = option(1, "micro-steps in an optimizer step.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "of the model's operations.")
+    optimizer: str = option(
+        "adamw",
+        "of timm.optim.create_optimizer_v2 (adamw, muon, lamb, ...), or muon_split, soap or schedule_free.",
+    )
+    learning_rate: float = option(1e-3, "its highest value.")
+    weight_decay: float = option(0.0, "not of biases and norms.")
+    schedule: Literal["cosine", "constant"] = option(
+        "cosine", "of the learning rate, by timm; constant is for schedule_free."
+    )
+    warmup_epochs: int = option(0, "epochs in which the learning rate rises from 0.")
+    clip_grad_norm: float = option(0.0, "largest norm of the gradient, in which TrAct is included; 0 for none.")
+    label_smoothing: float = option(0.0, "share of a label that goes to all classes.")
+    mixup: float = option(0.0, "alpha of timm's mixup; 0 for none.")
+    cutmix: float = option(0.0, "alpha of timm's cutmix; 0 for none.")
+    crop_scale: float = option(1.0, "least share of an image's area in a random crop; 1 for no such crops.")
+    crop_padding: int = option(0, "zeros around an image before a random crop of its size, as for CIFAR.")
+    flip: float = option(0.5, "probability of a mirrored image.")
+    color_jitter: float = option(0.0, "strength of timm's color jitter.")
+    auto_augment: str | None = option(
+        None, "in timm's notation, such as rand-m9-mstd0.5-mmax9-inc1 or 3a; or cifar10."
+    )
+    random_erasing: float = option(0.0, "probability of an erased rectangle.")
+    ema_decay: float = option(0.0, "decay of averaged weights, which are then tested and saved; 0 for none.")
+    lam: float = option(0.1, "TrAct's damping.")
+    whiten_init: bool = option(False, "start with a whitened first layer, see hf_tract.whiten_first_layer.")
+    seed: int = option(0, "of the weights, the order of the images and their augmentation.")
 
 
 @dataclass
 class Run:
-    """Says where a run goes and how it is watched.
+    """Says where a run goes and how it is watched."""
 
-    Args:
-        recipe: a YAML file with values of the options above.
-        no_tract: train without TrAct.
-        output_dir: folder of the model, its history and the checkpoints.
-        checkpointing_steps: optimizer steps between checkpoints, or epoch, or never.
-        resume_from_checkpoint: a checkpoint's folder, or latest.
-        report_to: tensorboard, wandb, trackio, ..., or all.
-        num_workers: processes that read images which do not fit in memory, or need timm's augmentations.
-        cpu: leave the accelerator alone.
-        license: of the model, for its card.
-        push_to_hub: publish the model at the end, in a repository that holds none yet.
-        hub_model_id: OWNER/NAME on the Hub; by default the name of output_dir.
-    """
-
-    recipe: str | None = None
-    no_tract: bool = False
-    output_dir: str = "outputs/pretrain_vit"
-    checkpointing_steps: str = "epoch"
-    resume_from_checkpoint: str | None = None
-    report_to: str | None = None
-    num_workers: int = 2
-    cpu: bool = False
-    license: str | None = None
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
+    recipe: str | None = option(None, "a YAML file with values of the options above.")
+    no_tract: bool = option(False, "train without TrAct.")
+    output_dir: str = option("outputs/pretrain_vit", "folder of the model, its history and the checkpoints.")
+    checkpointing_steps: str = option("epoch", "optimizer steps between checkpoints, or epoch, or never.")
+    resume_from_checkpoint: str | None = option(None, "a checkpoint's folder, or latest.")
+    report_to: str | None = option(None, "tensorboard, wandb, trackio, ..., or all.")
+    num_workers: int = option(
+        2, "processes that read images which do not fit in memory, or need timm's augmentations."
+    )
+    cpu: bool = option(False, "leave the accelerator alone.")
+    license: str | None = option(None, "of the model, for its card.")
+    push_to_hub: bool = option(False, "publish the model at the end, in a repository that holds none yet.")
+    hub_model_id: str | None = option(None, "OWNER/NAME on the Hub; by default the name of output_dir.")
 
 
 def main() -> None:
@@ -277,26 +240,13 @@ def parse_arguments() -> tuple[Recipe, Run]:
     arguments = sys.argv[1:]
     if file:
         arguments = [*recipe_arguments(file), *arguments]
-    parser = HfArgumentParser([Recipe, Run], usage=usage)  # type: ignore[list-item]
-    add_help(parser, [DataOptions, Recipe, Run])
+    parser = HfArgumentParser([Recipe, Run], usage=usage, allow_abbrev=False)  # type: ignore[list-item]
     recipe, run, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         parser.error(f"there is no option {unknown[0]}")
     check_recipe(recipe)
     check_run(run)
     return recipe, run
-
-
-def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
-    """Tell --help what the docstrings of dataclasses say of their fields."""
-    texts = {}
-    for group in groups:
-        for line in str(group.__doc__).splitlines():
-            name, _, text = line.strip().partition(": ")
-            texts[name] = text
-    for action in parser._actions:
-        if action.dest in texts:
-            action.help = texts[action.dest]
 
 
 def recipe_arguments(file: str) -> list[str]:
@@ -405,7 +355,7 @@ class Training:
         set_seed(recipe.seed, device_specific=True)  # so that dropout and mixup differ between processes
         optimizer = make_named_optimizer(recipe, model)
         self.handle = None
-        if not run.no_tract:
+        if not run.no_tract:  # This is all that TrAct needs.
             self.handle = apply_tract(model, recipe.lam)
             say(self.handle.summary())
         prepared = self.accelerator.prepare(model, optimizer, train_loader, test_loader)
@@ -416,10 +366,10 @@ class Training:
         settings = settings_of(recipe, run, self.accelerator.num_processes)
         self.progress = TrainingProgress(settings)
         self.ema = None
+        self.accelerator.register_for_checkpointing(self.progress)
         if recipe.ema_decay:
             self.ema = ModelEmaV3(self.accelerator.unwrap_model(self.model), decay=recipe.ema_decay)
             self.accelerator.register_for_checkpointing(self.ema)
-        self.accelerator.register_for_checkpointing(self.progress)
         self.resume()
         if run.report_to:
             words = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
@@ -560,6 +510,8 @@ class Training:
         if wanted == "latest":
             written_last = f"custom_checkpoint_{len(self.accelerator._custom_objects) - 1}.pkl"
             complete = [path for path in found if (path / written_last).exists()]
+            if not complete:  # They may be of a run with other options, which load_state refuses.
+                complete = [path for path in found if (path / "custom_checkpoint_0.pkl").exists()]
             if complete:
                 return complete[-1]
             say(f"There is no checkpoint in {self.run.output_dir}: training begins anew.")
@@ -858,7 +810,8 @@ def uploading(folder: str | Path, repo_id: str, *options: str) -> Iterator[None]
         reason = one_line(error)
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             reason = "the token may not write there; use one of an owner or member that may."
-        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
+        left_out = [f"--exclude={pattern}" for pattern in IGNORED]
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *left_out, *options])
         stop(f"The upload to {repo_id} did not end: {reason} All is still in {folder}; to go on: {command}")
 
 
@@ -895,7 +848,7 @@ def loader_options(images: Any, recipe: Recipe, run: Run) -> dict[str, Any]:
     # generator, it would change what dropout draws.
     options["generator"] = torch.Generator().manual_seed(recipe.seed)
     if isinstance(images, ImagesInMemory):
-        options["collate_fn"] = unchanged
+        options["collate_fn"] = default_convert  # They come as batches already.
     else:
         options["num_workers"] = run.num_workers
     return options
@@ -1005,11 +958,6 @@ class ImagesInMemory(Dataset[tuple[Tensor, Tensor]]):
         draw = np.random.default_rng([self.seed, epoch])
         self.corners = torch.from_numpy(draw.integers(0, 2 * self.padding + 1, (len(self), 2)))
         self.flips = torch.from_numpy(draw.random(len(self)) < self.flip)
-
-
-def unchanged(batch: Any) -> Any:
-    """Return a batch that needs no collation."""
-    return batch
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
@@ -1161,7 +1109,7 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
     name = options.dataset
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    folder = Path(name)
+    folder = Path(name).expanduser()
     is_path = folder.is_absolute() or name.startswith((".", "~"))
     if is_path and not folder.exists():
         stop(f"--dataset {name}: there is no such folder.")
@@ -1212,9 +1160,14 @@ def find_column(rows: datasets.Dataset, option: str, known: list[str], options: 
     return named or known[0]
 
 
+def labels_in(rows: datasets.Dataset) -> set[Any]:
+    """Return the different labels, without a walk over the rows."""
+    return set(rows.select_columns("label").unique("label"))
+
+
 def is_labelled(rows: datasets.Dataset) -> bool:
     """Return whether each row has a label; the Hub's test splits often have None or -1 in place of labels."""
-    labels = set(rows["label"])
+    labels = labels_in(rows)
     return len(rows) > 0 and None not in labels and -1 not in labels
 
 
@@ -1227,7 +1180,7 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    return [str(label) for label in sorted(set(train["label"]))]
+    return [str(label) for label in sorted(labels_in(train))]
 
 
 def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:
@@ -1273,10 +1226,11 @@ def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dat
 
 def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
     """Say which classes have no image to learn from, and which class folders are empty."""
-    used = set(train["label"])
+    used = labels_in(train)
     empty = {name for number, name in enumerate(names) if number not in used}
-    if Path(options.dataset).is_dir():
-        for folder, folders, files in os.walk(options.dataset):
+    root = Path(options.dataset).expanduser()
+    if root.is_dir():
+        for folder, folders, files in os.walk(root):
             if not folders and not files:
                 empty.add(Path(folder).name)
     if empty:
@@ -1327,9 +1281,9 @@ def read_image(rows: datasets.Dataset, index: int) -> Image.Image:
     Raises:
         ImageError: if the image is corrupt, or has numbers on a scale that cannot be known.
     """
-    encoded = rows[index]["image"]
+    encoded = rows[index]["image"] or {"path": "", "bytes": None}
     name = encoded["path"] or f"image {index}"
-    source = encoded["path"]
+    source = encoded["path"] or ""
     if encoded["bytes"]:
         source = io.BytesIO(encoded["bytes"])
     try:

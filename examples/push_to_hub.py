@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-tract", "huggingface_hub>=1.0", "matplotlib>=3.9"]
 # ///
-"""Publishes a finished run of pretrain_vit.py or transfer.py on the Hub, with a card written from its record.
+"""Publishes a run of pretrain_vit.py, transfer.py or trainer_minimal.py on the Hub, with a card from its record.
 
     python push_to_hub.py outputs/pretrain_vit --repo_id me/vit-photo-crops --license mit --dry_run
     python push_to_hub.py outputs/pretrain_vit --repo_id me/vit-photo-crops --license mit
@@ -30,7 +30,7 @@ from hf_tract.integrations import TrainingRecord
 
 RECORD_FILE = "training_record.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-IGNORED = ("_*", "checkpoint-*", "checkpoints/*", "seed-*")
+IGNORED = ("_*", "checkpoint-*", "checkpoints/*", "seed-*")  # what is not published
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
 
@@ -159,7 +159,8 @@ def uploading(folder: str | Path, repo_id: str, *options: str) -> Iterator[None]
         reason = one_line(error)
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             reason = "the token may not write there; use one of an owner or member that may."
-        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
+        left_out = [f"--exclude={pattern}" for pattern in IGNORED]
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *left_out, *options])
         stop(f"The upload to {repo_id} did not end: {reason} All is still in {folder}; to go on: {command}")
 
 

@@ -32,7 +32,6 @@ is tested on photographs of which it has seen nothing, and each crop is standard
 Finished runs are stored in OUTPUT_DIR/records.jsonl; the same command with more seeds trains only what is missing.
 """
 
-import argparse
 import io
 import json
 import math
@@ -43,7 +42,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -62,7 +61,7 @@ from rich.table import Table
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_convert
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import (
@@ -107,70 +106,60 @@ MIN_DEVIATION = 0.1  # on the scale 0 to 1; flatter images are not stretched fur
 NOT_SETTINGS = ("seeds", "first_seed", "output_dir", "report_to", "save_dataset", "lam")
 
 
+def option(default: Any, text: str) -> Any:
+    """Return the field of an option, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class DataOptions:
-    """Names the images.
+    """Names the images."""
 
-    Args:
-        dataset: photo_crops (needs no download), a folder of images or of parquet files, or a Hub id.
-        dataset_config: the Hub's name for a variant of the data set.
-        train_split: its part to train on.
-        eval_split: its part to test on; by default test, validation, or a share that is held out.
-        image_column: by default the first column of images.
-        label_column: by default the first column of classes.
-        train_samples: use that many training images; 0 for all.
-        test_samples: use that many test images; 0 for all.
-        corrupt_images: refuse images that cannot be read, or skip them.
-    """
-
-    dataset: str = "photo_crops"
-    dataset_config: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    train_samples: int = 0
-    test_samples: int = 0
-    corrupt_images: Literal["refuse", "skip"] = "refuse"
+    dataset: str = option(
+        "photo_crops", "photo_crops (needs no download), a folder of images or of parquet files, or a Hub id."
+    )
+    dataset_config: str | None = option(None, "the Hub's name for a variant of the data set.")
+    train_split: str = option("train", "its part to train on.")
+    eval_split: str | None = option(
+        None, "its part to test on; by default test, validation, or a share that is held out."
+    )
+    image_column: str | None = option(None, "by default the first column of images.")
+    label_column: str | None = option(None, "by default the first column of classes.")
+    train_samples: int = option(0, "use that many training images; 0 for all.")
+    test_samples: int = option(0, "use that many test images; 0 for all.")
+    corrupt_images: Literal["refuse", "skip"] = option("refuse", "refuse images that cannot be read, or skip them.")
 
 
 @dataclass
 class Options(DataOptions):
-    """Says what is trained, and how long.
+    """Says what is trained, and how long."""
 
-    Args:
-        dataset: photographs or photo_crops (no download), a folder of images or of parquet files, or a Hub id.
-        task: masked image modelling, which uses no classes, or classification; auto is masked for photographs alone.
-        model: a model type of transformers (vit, convnext, resnet, ...), for random weights, or a checkpoint.
-        model_config: JSON with settings for random weights; a vit without settings is a small one.
-        image_size: height and width; 0 for 24, for 32 if images are classified, or for what a checkpoint expects.
-        lam: TrAct's damping.
-        epochs: passes over the training images.
-        batch_size: images of each step; 0 for 32, and for 128 if images are classified.
-        learning_rate: of AdamW, with a cosine schedule.
-        max_grad_norm: clipping by Trainer, which sees TrAct's gradient; 0 for none.
-        seeds: number of runs of each arm.
-        first_seed: seed of the first run, after which they count up.
-        report_to: none, tensorboard, wandb, trackio, ...
-        output_dir: folder of the records and the plot.
-        save_dataset: write the photo crops into this folder, as train/CLASS/*.png and test/CLASS/*.png, and end.
-    """
-
-    dataset: str = "photographs"
-    task: Literal["auto", "masked", "classify"] = "auto"
-    model: str = "vit"
-    model_config: str = "{}"
-    image_size: int = 0
-    lam: float = 0.1
-    epochs: int = 8
-    batch_size: int = 0
-    learning_rate: float = 1e-3
-    max_grad_norm: float = 1.0
-    seeds: int = 1
-    first_seed: int = 0
-    report_to: str = "none"
-    output_dir: str = "outputs/quickstart"
-    save_dataset: str | None = None
+    dataset: str = option(
+        "photographs", "photographs or photo_crops (no download), a folder of images or of parquet files, or a Hub id."
+    )
+    task: Literal["auto", "masked", "classify"] = option(
+        "auto",
+        "masked image modelling, which uses no classes, or classification; auto is masked for photographs alone.",
+    )
+    model: str = option(
+        "vit", "a model type of transformers (vit, convnext, resnet, ...), for random weights, or a checkpoint."
+    )
+    model_config: str = option("{}", "JSON with settings for random weights; a vit without settings is a small one.")
+    image_size: int = option(
+        0, "height and width; 0 for 24, for 32 if images are classified, or for what a checkpoint expects."
+    )
+    lam: float = option(0.1, "TrAct's damping.")
+    epochs: int = option(8, "passes over the training images.")
+    batch_size: int = option(0, "images of each step; 0 for 32, and for 128 if images are classified.")
+    learning_rate: float = option(1e-3, "of AdamW, with a cosine schedule.")
+    max_grad_norm: float = option(1.0, "clipping by Trainer, which sees TrAct's gradient; 0 for none.")
+    seeds: int = option(1, "number of runs of each arm.")
+    first_seed: int = option(0, "seed of the first run, after which they count up.")
+    report_to: str = option("none", "none, tensorboard, wandb, trackio, ...")
+    output_dir: str = option("outputs/quickstart", "folder of the records and the plot.")
+    save_dataset: str | None = option(
+        None, "write the photo crops into this folder, as train/CLASS/*.png and test/CLASS/*.png, and end."
+    )
 
 
 class Images(NamedTuple):
@@ -244,7 +233,6 @@ def parse_options() -> Options:
     """Read the command line; each wrong value ends the script with one line."""
     usage = "quickstart.py [options]; --help lists them"
     parser = HfArgumentParser(Options, usage=usage)  # type: ignore[arg-type]
-    add_help(parser, [DataOptions, Options])
     options, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"there is no option {unknown[0]}")
@@ -254,18 +242,6 @@ def parse_options() -> Options:
     if not options.image_size:
         options.image_size = default_image_size(options)
     return options
-
-
-def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
-    """Tell --help what the docstrings of dataclasses say of their fields."""
-    texts = {}
-    for group in groups:
-        for line in str(group.__doc__).splitlines():
-            name, _, text = line.strip().partition(": ")
-            texts[name] = text
-    for action in parser._actions:
-        if action.dest in texts:
-            action.help = texts[action.dest]
 
 
 def check_numbers_of_run(options: Options) -> None:
@@ -352,7 +328,7 @@ def train_arm(arm: str, seed: int, settings: Record, data: Data, options: Option
     say(f"\n{arm}, seed {seed}: {options.model} with {count:,} parameters")
     clock = Clock()
     callbacks: list[TrainerCallback] = [clock]
-    if arm != VANILLA:
+    if arm != VANILLA:  # This is all that TrAct needs.
         whiten = arm == WHITENED
         callbacks.append(TrActCallback(lam=options.lam, whiten_init=whiten))
     run = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -364,7 +340,7 @@ def train_arm(arm: str, seed: int, settings: Record, data: Data, options: Option
         args=training_arguments(options, seed, run),
         train_dataset=make_batches(data.train, data, model, options, train=True),
         eval_dataset=make_batches(data.test, data, model, options, train=False),
-        data_collator=unchanged,
+        data_collator=default_convert,
         compute_metrics=metrics,
         callbacks=callbacks,
     )
@@ -594,11 +570,6 @@ def trivial_loss(data: Data, options: Options) -> float:
     pixels = batch["pixel_values"]
     hidden = pixels_of(batch["bool_masked_pos"], options.image_size).expand_as(pixels)
     return pixels[hidden].abs().mean().item()
-
-
-def unchanged(batch: Any) -> Any:
-    """Return a batch that needs no collation."""
-    return batch
 
 
 def augment(pixels: Tensor) -> Tensor:
@@ -1011,7 +982,7 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
     name = options.dataset
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    folder = Path(name)
+    folder = Path(name).expanduser()
     is_path = folder.is_absolute() or name.startswith((".", "~"))
     if is_path and not folder.exists():
         stop(f"--dataset {name}: there is no such folder.")
@@ -1062,9 +1033,14 @@ def find_column(rows: datasets.Dataset, option: str, known: list[str], options: 
     return named or known[0]
 
 
+def labels_in(rows: datasets.Dataset) -> set[Any]:
+    """Return the different labels, without a walk over the rows."""
+    return set(rows.select_columns("label").unique("label"))
+
+
 def is_labelled(rows: datasets.Dataset) -> bool:
     """Return whether each row has a label; the Hub's test splits often have None or -1 in place of labels."""
-    labels = set(rows["label"])
+    labels = labels_in(rows)
     return len(rows) > 0 and None not in labels and -1 not in labels
 
 
@@ -1077,7 +1053,7 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    return [str(label) for label in sorted(set(train["label"]))]
+    return [str(label) for label in sorted(labels_in(train))]
 
 
 def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:
@@ -1123,10 +1099,11 @@ def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dat
 
 def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
     """Say which classes have no image to learn from, and which class folders are empty."""
-    used = set(train["label"])
+    used = labels_in(train)
     empty = {name for number, name in enumerate(names) if number not in used}
-    if Path(options.dataset).is_dir():
-        for folder, folders, files in os.walk(options.dataset):
+    root = Path(options.dataset).expanduser()
+    if root.is_dir():
+        for folder, folders, files in os.walk(root):
             if not folders and not files:
                 empty.add(Path(folder).name)
     if empty:
@@ -1177,9 +1154,9 @@ def read_image(rows: datasets.Dataset, index: int) -> Image.Image:
     Raises:
         ImageError: if the image is corrupt, or has numbers on a scale that cannot be known.
     """
-    encoded = rows[index]["image"]
+    encoded = rows[index]["image"] or {"path": "", "bytes": None}
     name = encoded["path"] or f"image {index}"
-    source = encoded["path"]
+    source = encoded["path"] or ""
     if encoded["bytes"]:
         source = io.BytesIO(encoded["bytes"])
     try:

@@ -60,6 +60,8 @@ def main() -> None:
         parser.error(" ".join(str(error).split()))
     trainer.train()
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
     print(f"The model is in {args.output_dir}, with its card, and loads without hf-tract:")
     print(f'    transformers.pipeline("image-classification", "{args.output_dir}")("IMAGE.jpg")')
     print(f"To publish it: python push_to_hub.py {args.output_dir} --repo_id OWNER/NAME")
@@ -100,11 +102,13 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
 def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
     """Load the splits `train` and `test` with the columns `image` and `label`."""
     splits = datasets.load_dataset(args.dataset)
+    if "train" not in splits:
+        parser.error(f"--dataset {args.dataset} has the splits {', '.join(splits)}, and needs one named train")
     splits = splits.select_columns([args.image_column, args.label_column])
     splits = splits.rename_columns({args.image_column: "image", args.label_column: "label"})
     if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
         splits = splits.cast_column("label", datasets.Value("string"))
-        names = sorted(set(splits["train"]["label"]))
+        names = sorted(splits["train"].unique("label"))
         splits = splits.cast_column("label", datasets.ClassLabel(names=names))
     if "validation" in splits:
         splits["test"] = splits["validation"]
@@ -135,6 +139,8 @@ def load_model(checkpoint: str | None, names: list[str]) -> tuple[Any, Any]:
     labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": numbers}
     if checkpoint:
         model = AutoModelForImageClassification.from_pretrained(checkpoint, ignore_mismatched_sizes=True, **labels)
+        if model.config.model_type == "timm_wrapper":
+            model.config.label_names = names  # Without this it saves the names that it had.
         return AutoImageProcessor.from_pretrained(checkpoint), model
     config = ViTConfig(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, **labels)
     config.num_hidden_layers = config.num_attention_heads = 4

@@ -23,12 +23,12 @@
     python transfer.py --checkpoint google/vit-base-patch16-224-in21k --dataset tanganke/stanford_cars
     python transfer.py --checkpoint hf-hub:timm/resnet50.a1_in1k --dataset PATH_TO_IMAGES --dataloader_num_workers 4
 
-The options of `transformers.TrainingArguments`, such as --push_to_hub, are options of this script too. Test images go
+The options of `transformers.TrainingArguments`, such as --push_to_hub (which replaces a model
+in that repository), are options of this script too. Test images go
 through the checkpoint's own image processor. Training images are cropped at random, resized to the size that it gives,
 and normalised by it.
 """
 
-import argparse
 import contextlib
 import fnmatch
 import functools
@@ -91,34 +91,32 @@ DEFAULTS = {
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 MAX_BYTES = 2 * 2**30  # of decoded images that a process keeps in memory; more are decoded when they are used
+IGNORED = ("_*", "checkpoint-*", "checkpoints/*", "seed-*")  # what is not published
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+
+
+def option(default: Any, text: str) -> Any:
+    """Return the field of an option, with its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class DataOptions:
-    """Names the images.
+    """Names the images."""
 
-    Args:
-        dataset: photo_crops (needs no download), a folder of images or of parquet files, or a Hub id.
-        dataset_config: the Hub's name for a variant of the data set.
-        train_split: its part to train on.
-        eval_split: its part to test on; by default test, validation, or a share that is held out.
-        image_column: by default the first column of images.
-        label_column: by default the first column of classes.
-        train_samples: use that many training images; 0 for all.
-        test_samples: use that many test images; 0 for all.
-        corrupt_images: refuse images that cannot be read, or skip them.
-    """
-
-    dataset: str = "photo_crops"
-    dataset_config: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    train_samples: int = 0
-    test_samples: int = 0
-    corrupt_images: Literal["refuse", "skip"] = "refuse"
+    dataset: str = option(
+        "photo_crops", "photo_crops (needs no download), a folder of images or of parquet files, or a Hub id."
+    )
+    dataset_config: str | None = option(None, "the Hub's name for a variant of the data set.")
+    train_split: str = option("train", "its part to train on.")
+    eval_split: str | None = option(
+        None, "its part to test on; by default test, validation, or a share that is held out."
+    )
+    image_column: str | None = option(None, "by default the first column of images.")
+    label_column: str | None = option(None, "by default the first column of classes.")
+    train_samples: int = option(0, "use that many training images; 0 for all.")
+    test_samples: int = option(0, "use that many test images; 0 for all.")
+    corrupt_images: Literal["refuse", "skip"] = option("refuse", "refuse images that cannot be read, or skip them.")
 
 
 class ImageError(ValueError):
@@ -187,29 +185,21 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
 
 @dataclass
 class Arguments(DataOptions):
-    """Says what is fine-tuned.
+    """Says what is fine-tuned."""
 
-    Args:
-        dataset: digits (needs no download), a folder of images or of parquet files, or a Hub id.
-        checkpoint: a folder, a Hub id, or timm's hf-hub:ID; by default the model of pretrain_vit.py.
-        crop_scale: least share of an image's area in a random crop.
-        flip: probability of a mirrored training image; by default 0.5, and 0 for digits.
-        lam: TrAct's damping.
-        no_tract: train without TrAct.
-        freeze: glob patterns of parameters that are not trained.
-        seeds: number of runs, with the seeds from --seed on.
-        license: of the model, for its card.
-    """
-
-    dataset: str = "digits"
-    checkpoint: str = CHECKPOINT
-    crop_scale: float = 0.6
-    flip: float | None = None
-    lam: float = 0.1
-    no_tract: bool = False
-    freeze: list[str] = field(default_factory=list)
-    seeds: int = 1
-    license: str | None = None
+    dataset: str = option("digits", "digits (needs no download), a folder of images or of parquet files, or a Hub id.")
+    checkpoint: str = option(
+        CHECKPOINT, "a folder, a Hub id, or timm's hf-hub:ID; by default the model of pretrain_vit.py."
+    )
+    crop_scale: float = option(0.6, "least share of an image's area in a random crop.")
+    flip: float | None = option(None, "probability of a mirrored training image; by default 0.5, and 0 for digits.")
+    lam: float = option(0.1, "TrAct's damping.")
+    no_tract: bool = option(False, "train without TrAct.")
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "glob patterns of parameters that are not trained."}
+    )
+    seeds: int = option(1, "number of runs, with the seeds from --seed on.")
+    license: str | None = option(None, "of the model, for its card.")
 
 
 def main() -> None:
@@ -231,6 +221,8 @@ def main() -> None:
             raise SystemExit(str(error).rpartition("ImageError: ")[2].strip()) from error
         except TrActError as error:
             stop(str(error))
+        except HfHubHTTPError as error:
+            stop(f"--push_to_hub: {one_line(error)}")
     if not IS_MAIN_PROCESS:
         return
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -244,11 +236,15 @@ def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> 
     training.remove_unused_columns = False
     set_seed(training.seed)
     processor = load_processor(args.checkpoint)
-    model = load_checkpoint(training.resume_from_checkpoint or args.checkpoint, data.names)
+    start = training.resume_from_checkpoint or args.checkpoint
+    try:
+        model = load_checkpoint(start, data.names)
+    except (OSError, ValueError, RuntimeError) as error:
+        stop(f"--checkpoint {start} cannot be loaded as a classifier of images: {one_line(error)}")
     freeze(model, args.freeze)
     train, test = make_images(args, processor, data, training.seed)
     callbacks: list[TrainerCallback] = [EpochCallback(train)]
-    if not args.no_tract:
+    if not args.no_tract:  # This is all that TrAct needs.
         # By name, so that a frozen first layer is an error.
         layers = [layer.name for layer in find_first_layers(model)]
         callbacks.append(TrActCallback(lam=args.lam, layers=layers))
@@ -336,7 +332,6 @@ def parse_arguments() -> tuple[Arguments, TrainingArguments]:
     """Read the command line; each wrong value ends the script with one line."""
     usage = "transfer.py [options]; --help lists them"
     parser = HfArgumentParser([Arguments, TrainingArguments], usage=usage)  # type: ignore[list-item]
-    add_help(parser, [DataOptions, Arguments])
     parser.set_defaults(**DEFAULTS)
     try:
         args, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -347,18 +342,6 @@ def parse_arguments() -> tuple[Arguments, TrainingArguments]:
     check_arguments(args, training)
     check_runs(args, training)
     return args, training
-
-
-def add_help(parser: argparse.ArgumentParser, groups: list[type]) -> None:
-    """Tell --help what the docstrings of dataclasses say of their fields."""
-    texts = {}
-    for group in groups:
-        for line in str(group.__doc__).splitlines():
-            name, _, text = line.strip().partition(": ")
-            texts[name] = text
-    for action in parser._actions:
-        if action.dest in texts:
-            action.help = texts[action.dest]
 
 
 def check_arguments(args: Arguments, training: TrainingArguments) -> None:
@@ -488,7 +471,8 @@ def uploading(folder: str | Path, repo_id: str, *options: str) -> Iterator[None]
         reason = one_line(error)
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             reason = "the token may not write there; use one of an owner or member that may."
-        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
+        left_out = [f"--exclude={pattern}" for pattern in IGNORED]
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *left_out, *options])
         stop(f"The upload to {repo_id} did not end: {reason} All is still in {folder}; to go on: {command}")
 
 
@@ -608,7 +592,7 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
     name = options.dataset
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    folder = Path(name)
+    folder = Path(name).expanduser()
     is_path = folder.is_absolute() or name.startswith((".", "~"))
     if is_path and not folder.exists():
         stop(f"--dataset {name}: there is no such folder.")
@@ -659,9 +643,14 @@ def find_column(rows: datasets.Dataset, option: str, known: list[str], options: 
     return named or known[0]
 
 
+def labels_in(rows: datasets.Dataset) -> set[Any]:
+    """Return the different labels, without a walk over the rows."""
+    return set(rows.select_columns("label").unique("label"))
+
+
 def is_labelled(rows: datasets.Dataset) -> bool:
     """Return whether each row has a label; the Hub's test splits often have None or -1 in place of labels."""
-    labels = set(rows["label"])
+    labels = labels_in(rows)
     return len(rows) > 0 and None not in labels and -1 not in labels
 
 
@@ -674,7 +663,7 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    return [str(label) for label in sorted(set(train["label"]))]
+    return [str(label) for label in sorted(labels_in(train))]
 
 
 def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:
@@ -720,10 +709,11 @@ def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dat
 
 def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
     """Say which classes have no image to learn from, and which class folders are empty."""
-    used = set(train["label"])
+    used = labels_in(train)
     empty = {name for number, name in enumerate(names) if number not in used}
-    if Path(options.dataset).is_dir():
-        for folder, folders, files in os.walk(options.dataset):
+    root = Path(options.dataset).expanduser()
+    if root.is_dir():
+        for folder, folders, files in os.walk(root):
             if not folders and not files:
                 empty.add(Path(folder).name)
     if empty:
@@ -774,9 +764,9 @@ def read_image(rows: datasets.Dataset, index: int) -> Image.Image:
     Raises:
         ImageError: if the image is corrupt, or has numbers on a scale that cannot be known.
     """
-    encoded = rows[index]["image"]
+    encoded = rows[index]["image"] or {"path": "", "bytes": None}
     name = encoded["path"] or f"image {index}"
-    source = encoded["path"]
+    source = encoded["path"] or ""
     if encoded["bytes"]:
         source = io.BytesIO(encoded["bytes"])
     try:

@@ -21,7 +21,7 @@ LEVELS = {
     "cli": 4,
 }
 # Folders whose code may not be dense, and their most characters per line; in the examples much is help and messages.
-MAX_CHARACTERS_PER_LINE = {"src/hf_tract": 38, "benchmarks": 39, "examples": 43}
+MAX_CHARACTERS_PER_LINE = {"src/hf_tract": 38, "benchmarks": 39, "examples": 45}
 MAX_PER_HUNDRED_LINES = 2.5  # of conditional expressions, and of comprehensions
 MAX_FUNCTION_LINES = 40  # without the docstring
 MAX_FILE_LINES = 250

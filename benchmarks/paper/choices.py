@@ -56,13 +56,14 @@ def planned(experiment: Experiment, scale: str, have: Mapping[str, RunRecord], s
     jobs = list(experiment.jobs(scale, seeds))
     if not experiment.finalists:
         return jobs
-    first = [job for job in jobs if job.seed == experiment.first_seed]
-    if any(job.key not in have for job in first):
+    # The first seed of everything stands before the second.
+    first = jobs[: len(experiment.arm_names(scale))]
+    if not {job.key for job in first} <= have.keys():
         return first
     picked: list[str] = []
     for cells in _scores(first, have).values():
         picked += sorted(cells, key=cells.__getitem__, reverse=True)[: experiment.finalists]
-    return first + [job for job in jobs if job.seed != experiment.first_seed and job.arm in picked]
+    return first + [job for job in jobs[len(first) :] if job.arm in picked]
 
 
 def count_planned(experiment: Experiment, scale: str) -> int:
@@ -70,8 +71,8 @@ def count_planned(experiment: Experiment, scale: str) -> int:
     jobs = list(experiment.jobs(scale))
     if not experiment.finalists:
         return len(jobs)
-    cells = {job.arm for job in jobs}
-    arms = {arm_of(cell) for cell in cells}
+    cells = experiment.arm_names(scale)
+    arms = set(map(arm_of, cells))
     later_seeds = len(jobs) // len(cells) - 1
     return len(cells) + later_seeds * len(arms) * experiment.finalists
 

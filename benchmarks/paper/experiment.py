@@ -55,7 +55,7 @@ class Experiment:
         count = seeds or self._usual_seeds(scale)
         for seed in range(self.first_seed, self.first_seed + count):
             seen: set[str] = set()
-            pairs = list(itertools.product(self._settings(scale), self._arms(scale)))
+            pairs = list(itertools.product(self._settings(scale), self.arm_names(scale)))
             turn = (seed - self.first_seed) % len(pairs)
             for setting, arm in pairs[turn:] + pairs[:turn]:
                 if seed - self.first_seed >= self.at_most.get(arm, count):
@@ -87,7 +87,7 @@ class Experiment:
             return setting.split("; ")[0]
         return ""
 
-    def _arms(self, scale: str) -> list[str]:
+    def arm_names(self, scale: str) -> list[str]:
         """Return the names of the arms; at the smoke scale one of those that differ in a number alone."""
         if scale == "full":
             return list(self.arms)

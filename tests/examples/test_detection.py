@@ -240,6 +240,16 @@ def test_a_data_set_without_boxes_is_refused(tmp_path):
         load_detections(DetectionOptions(dataset=str(tmp_path)))
 
 
+def test_objects_that_are_a_list_are_refused(tmp_path):
+    """In place of one list for boxes and one for classes."""
+    objects = [{"bbox": [5.0, 6.0, 20.0, 16.0], "category": 1}]
+    rows = datasets.Dataset.from_list([{"image": Image.new("L", (40, 30)), "objects": objects}] * 2)
+    for split in ("train", "test"):
+        rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(SystemExit, match=r"needs a column of images and one named objects with bbox and category"):
+        load_detections(DetectionOptions(dataset=str(tmp_path)))
+
+
 def run(monkeypatch, folder, *options) -> list[dict]:
     monkeypatch.setattr(sys, "argv", ["detect_voc.py", *options, "--output_dir", str(folder)])
     detect_voc.main()
@@ -257,7 +267,7 @@ def run(monkeypatch, folder, *options) -> list[dict]:
         (["--imagenet"], "--imagenet: VGG-16's weights need --width 1 --batch_norm False --head_size 4096"),
         (["--cpu", "--mixed_precision", "fp16"], "--mixed_precision fp16 needs an accelerator"),
         (["--paper"], "--paper needs --dataset FOLDER"),
-        (["--train_samples", "2"], "--batch_size 4: there are only 2 images to train on"),
+        (["--train_samples", "2"], "--batch_size 4: all processes need 4 images, of 2"),
         (["--dataset", "/no/such/folder"], "--dataset /no/such/folder cannot be read; it must be digit_scenes, "),
     ],
 )
@@ -265,6 +275,13 @@ def test_each_wrong_option_is_told_in_one_line(wrong, message, tmp_path, monkeyp
     with pytest.raises(SystemExit, match=message) as error:
         run(monkeypatch, tmp_path, *wrong)
     assert "\n" not in str(error.value)
+
+
+def test_each_process_needs_a_whole_batch(tmp_path, monkeypatch):
+    """Or accelerate makes no step at all."""
+    monkeypatch.setattr(detect_voc, "PROCESSES", 2)
+    with pytest.raises(SystemExit, match="--batch_size 4: all processes need 8 images, of 6"):
+        run(monkeypatch, tmp_path, "--train_samples", "6")
 
 
 def test_a_split_that_is_not_there_is_told_with_those_that_are(voc, tmp_path):

@@ -197,6 +197,23 @@ def test_a_wrong_split_or_column_is_told_in_one_line_with_those_there_are(pets, 
     assert "\n" not in str(error.value)
 
 
+def test_a_row_without_an_image_is_a_corrupt_one(tmp_path, capsys):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [Image.new("RGB", (4, 4))] * 3 + [None]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    rows.select(range(3)).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ImageError, match="image 3 cannot be read"):
+        read_image(load(tmp_path).train, 3)
+    assert len(load(tmp_path, corrupt_images="skip").train) == 3
+    assert "Left out: image 3 cannot be read" in capsys.readouterr().out
+
+
+def test_a_tilde_is_the_home_folder(pets, monkeypatch):
+    monkeypatch.setenv("HOME", str(pets.parent))
+    assert len(load("~/pets").train) == 16
+
+
 def test_a_corrupt_image_is_named_with_the_option_that_skips_it(pets, capsys):
     (pets / "cat" / "3.png").write_bytes((pets / "cat" / "3.png").read_bytes()[:60])
     (pets / "dog" / "5.png").write_bytes(b"")

@@ -152,6 +152,14 @@ def test_a_run_is_not_resumed_with_other_settings(whole, monkeypatch, options, c
         run(monkeypatch, whole, *options, "--resume_from_checkpoint", "latest")
 
 
+def test_checkpoints_without_averaged_weights_are_refused_and_kept(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(whole / "checkpoints", folder / "checkpoints")
+    with pytest.raises(SystemExit, match=r"--resume_from_checkpoint .*checkpoint_1 does not belong to these options"):
+        run(monkeypatch, folder, "--ema_decay", "0.99", "--resume_from_checkpoint", "latest")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"checkpoint_0", "checkpoint_1"}
+
+
 def test_another_run_s_checkpoint_needs_a_folder_of_its_own(whole, tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "checkpoint_1").mkdir(parents=True)
     elsewhere = whole / "checkpoints" / "checkpoint_0"
@@ -318,7 +326,7 @@ def test_each_option_has_a_line_in_the_help(monkeypatch, capsys):
     for expected in ("passes over the training images. (default: 8)", "TrAct's damping. (default: 0.1)"):
         assert expected in text
     for option in dataclasses.fields(pretrain_vit.Recipe) + dataclasses.fields(pretrain_vit.Run):
-        assert f" {option.name}: " in "".join(str(cls.__doc__) for cls in (*Recipe.__mro__, pretrain_vit.Run))
+        assert option.metadata["help"] in text
 
 
 @pytest.mark.parametrize(
@@ -353,6 +361,7 @@ def test_a_wrong_value_is_told_in_one_line_before_anything_is_loaded(options, me
     "options, message",
     [
         (["--epoch_s", "3"], "there is no option --epoch_s"),
+        (["--recip", "x.yaml"], "there is no option --recip"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--mixed_precision", "bf61"], "invalid choice: 'bf61' (choose from 'no', 'bf16', 'fp16')"),
         (["--corrupt_images", "ignore"], "invalid choice: 'ignore' (choose from 'refuse', 'skip')"),

@@ -118,6 +118,13 @@ def test_wrong_options_are_told_in_one_line(arguments, says, tmp_path, monkeypat
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_data_set_without_training_images_is_told(tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "images" / "test")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--dataset", tmp_path / "images")
+    assert "has the splits test, and needs one named train" in capsys.readouterr().err
+
+
 def test_pixels_of_a_new_model_are_standardised():
     processor, _ = trainer_minimal.load_model(None, list(WORDS))
     normalization = Normalization(tuple(processor.image_mean), tuple(processor.image_std))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    YolosConfig,
 )
 
 import pretrain_vit
@@ -238,11 +240,16 @@ def test_a_corrupt_image_is_named_and_refused_or_left_out(checkpoint, images, tm
             "--freeze vit.emebddings.* matches no parameter",
         ),
         (["--checkpoint", "CHECKPOINT", "--dataset", "/no/folder"], "--dataset /no/folder: there is no such folder"),
+        (["--checkpoint", "DETECTOR"], "detector cannot be loaded as a classifier of images: "),
     ],
 )
 def test_what_cannot_be_is_refused_at_once_in_one_line(checkpoint, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    given = [str(checkpoint) if option == "CHECKPOINT" else option for option in options]
+    folders = {"CHECKPOINT": str(checkpoint)}
+    if "DETECTOR" in options:
+        folders["DETECTOR"] = str(shutil.copytree(checkpoint, tmp_path / "detector"))
+        YolosConfig().save_pretrained(tmp_path / "detector")
+    given = [folders.get(option, option) for option in options]
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
         run(monkeypatch, capsys, *given, "--output_dir", "out")
     assert "hf_AbCdEfGh1234" not in str(error.value)
@@ -264,6 +271,20 @@ def test_without_a_token_a_push_is_refused_before_the_training(tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", *push])
     with pytest.raises(SystemExit, match=r"^me/x cannot be pushed to without a token"):
         pretrain_vit.main()
+
+
+def test_a_hub_that_refuses_the_repository_is_told_in_one_line(checkpoint, tmp_path, monkeypatch, capsys):
+    """Trainer makes it before the training."""
+    answer = SimpleNamespace(headers={}, request=None, status_code=403)
+
+    def fine_tune(args, training, data):
+        raise HfHubHTTPError("Forbidden:\nyou may not create it", response=answer)
+
+    monkeypatch.setattr(transfer, "fine_tune", fine_tune)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    push = ["--push_to_hub", "--hub_model_id", "somebody/x", "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=r"^--push_to_hub: Forbidden: you may not create it"):
+        run(monkeypatch, capsys, "--checkpoint", checkpoint, *push)
 
 
 def test_a_head_for_the_same_classes_stays(checkpoint):
