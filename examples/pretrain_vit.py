@@ -23,7 +23,7 @@
 
     accelerate launch pretrain_vit.py     # crops of photographs: no download, minutes on two cores
     accelerate launch pretrain_vit.py --dataset PATH_TO_IMAGES --image_size 64 --crop_scale 0.5
-    accelerate launch pretrain_vit.py --recipe cifar10_vit.yaml --report_to tensorboard
+    accelerate launch pretrain_vit.py --recipe recipes/cifar10_vit.yaml --report_to tensorboard
     torchrun --nproc-per-node 2 pretrain_vit.py     # two processes, on a CPU too
     accelerate launch pretrain_vit.py --resume_from_checkpoint latest
 

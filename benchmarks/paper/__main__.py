@@ -18,7 +18,7 @@ from benchmarks import ROOT
 from benchmarks.common.options import new_parser, options_of
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.paper import report, runner
-from benchmarks.paper.catalogue import ALL, GROUPS
+from benchmarks.paper.catalogue import ALL, GROUPS, refuse_stale_choice
 from benchmarks.paper.choices import CHOSEN, choose, count_planned, planned, remember
 from benchmarks.paper.experiment import SCALES, Job
 from benchmarks.paper.runner import Launch
@@ -64,11 +64,14 @@ def run_experiments(args: argparse.Namespace) -> None:
         shlex.split(args.launch_options),
         args.keep,
     )
+    for name in _names(args):
+        refuse_stale_choice(name, args.scale, read_records(file))
+    failed = []
     # What the second round of a choice runs is known after its first.
     for _ in range(2):
         failed = runner.run(_jobs(args, read_records(file)), file, launch)
-        if failed:
-            raise SystemExit(f"{len(failed)} runs failed.")
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed.")
 
 
 def _jobs(args: argparse.Namespace, have: Mapping[str, RunRecord]) -> Iterator[Job]:

@@ -19,6 +19,8 @@ HEAD = "# The best cell of each arm on the validation rows; `python -m benchmark
 CELL = re.compile(r",? ?[\d.]*, lr .*$")
 # How many cells of an arm a second seed decides between, after the first has tried all of them.
 FINALISTS = 2
+# Stands behind the share of the longest runs' epochs.
+LENGTH = " % of the epochs"
 # Seeds below have been looked at, or chose something.
 FRESH_SEED = 100
 
@@ -41,7 +43,7 @@ def arm_of(cell: str) -> str:
 
 def name_at(arm: str, share: int) -> str:
     """Return the name of an arm's whole runs whose length is that many per cent of the longest."""
-    return f"{arm}, {share} % of the epochs"
+    return f"{arm}, {share}{LENGTH}"
 
 
 def planned(experiment: Experiment, scale: str, have: Mapping[str, RunRecord], seeds: int | None = None) -> list[Job]:
@@ -75,6 +77,14 @@ def count_planned(experiment: Experiment, scale: str) -> int:
     arms = set(map(arm_of, cells))
     later_seeds = len(jobs) // len(cells) - 1
     return len(cells) + later_seeds * len(arms) * experiment.finalists
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the arm and the length of whole runs, which is empty where there is one length alone."""
+    arm, _, length = name.rpartition(", ")
+    if length.endswith(LENGTH):
+        return arm, length
+    return name, ""
 
 
 def choose(experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> list[Choice]:
@@ -132,7 +142,7 @@ def read(file: Path = CHOSEN) -> Mapping[str, Mapping[str, str]]:
 def final_runs(
     title: str, tuned: str, tuning: Experiment, small: Changes, seeds: range, shares: tuple[int, ...] = ()
 ) -> Experiment | None:
-    """Return the runs of each arm's chosen cell; None before the choice is made.
+    """Return the runs of each arm's chosen cell; None before the choice is made, or if it names a cell of before.
 
     Args:
         title: of the experiment.
@@ -144,6 +154,8 @@ def final_runs(
     """
     cells = {}
     for arm, cell in read().get(tuned, {}).items():
+        if cell not in tuning.arms:
+            return None
         cells[arm] = dict(tuning.arms[cell])
         cells[arm].pop("epochs", None)
     if not cells:
@@ -168,6 +180,7 @@ def final_runs(
         small_seeds=len(seeds),
         first_seed=seeds.start,
         reference=reference,
+        neighbours=len(cells),
     )
 
 

@@ -26,7 +26,9 @@ NOT_SHOWN = "No gain under Muon as it is usually used was shown at this scale."
 
 
 def lines(scale: str, have: Mapping[str, RunRecord]) -> Iterator[str]:
-    """Yield, as Markdown, what follows from the experiments that are whole."""
+    """Yield, as Markdown, what follows from the experiments that are whole, at the small scale alone."""
+    if scale != "small":
+        return
     data = {"CIFAR-10": "evidence_cifar10", "flowers": "evidence_flowers"}
     found = _whole(data, scale, have)
     if found:
@@ -72,7 +74,8 @@ def _arm_names(arms: Arms) -> list[str]:
 def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
     """Yield what E1 decides."""
     yield from ("## E1: what may be said", "")
-    yield from ("Vanilla's seconds to the accuracy of its longest run over those of the arm.", "")
+    yield "Vanilla's seconds to the accuracy of its longest run over those of the arm."
+    yield from ("Where the arm's shortest run is above that already, the factor is a lower bound.", "")
     yield from _head("arm", *found, "so")
     for arm in _arm_names(next(iter(found.values()))):
         if arm == VANILLA:

@@ -27,8 +27,8 @@ RESNET_FLOAT32 = RESNET_SMALL | {"mixed_precision": "no", "train_samples": 10_00
 RESNET_RATES = (0.02, 0.04, 0.08, 0.16)
 LAMS = (0.1, 1.0)
 SEEDS = range(300, 305)
-# The lengths of whole runs, in per cent of the longest: 10 and 15 epochs.
-SHARES = (67, 100)
+# The lengths of whole runs, in per cent of the longest: 5, 10 and 15 epochs.
+SHARES = (33, 67, 100)
 
 
 def cells(layers: dict[str, Changes], rates: tuple[float, ...]) -> dict[str, Changes]:

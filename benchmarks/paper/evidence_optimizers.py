@@ -20,7 +20,8 @@ OPTIMIZERS: dict[str, Changes] = {
 }
 ARMS: dict[str, Changes] = VANILLA | {"TrAct": TRACT, "matched start, TrAct": MATCHED}
 COORDINATES = {"whitened coordinates": NO_TRACT | {"variant": "coordinates", "lam": 0.1}}
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+# An edge extends those of its own optimizer.
+RATES = dict.fromkeys(OPTIMIZERS, (1e-3, 2e-3, 4e-3, 8e-3))
 SEEDS = range(100, 108)
 
 
@@ -32,7 +33,7 @@ def cells(optimizer: str) -> dict[str, Changes]:
     settings = DECAY | {"optimizer": optimizer, "epochs": TUNING_EPOCHS} | OPTIMIZERS[optimizer]
     found: dict[str, Changes] = {}
     for name, arm in arms.items():
-        for rate in RATES:
+        for rate in RATES[optimizer]:
             found[f"{name}, lr {rate:g}"] = arm | settings | {"learning_rate": rate}
     return found
 

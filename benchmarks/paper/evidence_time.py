@@ -7,7 +7,9 @@ from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TUNING_EPOCHS, 
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, NORMS, VIT_SMALL, VIT_SMOKE
 
-RATES = [1e-3 * 2 ** (step / 2) for step in range(10)]
+# The rates of vanilla, in half octaves above .001; TrAct has every second one. An edge extends its own data set's
+# by a factor of two, such as range(12) or range(-2, 10).
+STEPS = {"CIFAR-10": range(10), "flowers": range(10)}
 FLOWERS_SMALL = VIT_SMALL | {
     "train_samples": 3800,
     "epochs": 60,
@@ -20,14 +22,15 @@ SHARES = (33, 47, 67, 100)
 SEEDS = range(200, 208)
 
 
-def tuning_arms(epochs: int) -> dict[str, Changes]:
+def tuning_arms(epochs: int, steps: range) -> dict[str, Changes]:
     """Return ten cells of each arm: ten rates, or five rates and two dampings."""
+    rates = [1e-3 * 2 ** (step / 2) for step in steps]
     found: dict[str, Changes] = {}
-    for rate in RATES:
+    for rate in rates:
         cell = NO_TRACT | {"epochs": epochs, "learning_rate": rate}
         found[f"vanilla, lr {rate:.3g}"] = cell
         found[f"DualPatchNorm, lr {rate:.3g}"] = cell | NORMS["DualPatchNorm"]
-    for rate in RATES[::2]:
+    for rate in rates[::2]:
         for lam in (0.1, 0.8):
             cell = {"epochs": epochs, "learning_rate": rate, "lam": lam}
             found[f"TrAct {lam}, lr {rate:.3g}"] = cell
@@ -41,7 +44,7 @@ def tuning(data: str, recipe: str, epochs: int, small: Changes) -> Experiment:
         f"E1: ten cells of each arm, {data}, on the validation split",
         recipe,
         {"": {}},
-        tuning_arms(epochs),
+        tuning_arms(epochs, STEPS[data]),
         small,
         VIT_SMOKE | SMOKE_VALIDATION | {"image_size": 32, "crop_padding": 4},
         small_seeds=2,

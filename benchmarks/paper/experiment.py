@@ -36,6 +36,8 @@ class Experiment:
     first_seed: int = 0
     # The most seeds of arms that are only there to be looked at.
     at_most: Mapping[str, int] = field(default_factory=dict)
+    # How many arms stand next to each other, so that their times compare; 0 is all.
+    neighbours: int = 0
     # Of a choice: how many cells of each arm go on to the seeds behind the first; 0 is all.
     finalists: int = 0
     # The settings of smaller scales, where they are not all.
@@ -50,14 +52,13 @@ class Experiment:
     def jobs(self, scale: str, seeds: int | None = None) -> Iterator[Job]:
         """List what is to be run: the first seed of everything before the second.
 
-        Each seed begins with another arm, so that the same arms do not always run at the same time.
+        Each seed begins with another one of neighbouring arms, so that the same do not always run at the same time.
         """
         count = seeds or self._usual_seeds(scale)
         for seed in range(self.first_seed, self.first_seed + count):
             seen: set[str] = set()
-            pairs = list(itertools.product(self._settings(scale), self.arm_names(scale)))
-            turn = (seed - self.first_seed) % len(pairs)
-            for setting, arm in pairs[turn:] + pairs[:turn]:
+            pairs = itertools.product(self._settings(scale), self.arm_names(scale))
+            for setting, arm in self._turned(list(pairs), seed - self.first_seed):
                 if seed - self.first_seed >= self.at_most.get(arm, count):
                     continue
                 config = self.config(scale, setting, arm)
@@ -65,6 +66,15 @@ class Experiment:
                 if job.key not in seen:
                     seen.add(job.key)
                     yield job
+
+    def _turned(self, pairs: list[tuple[str, str]], turn: int) -> Iterator[tuple[str, str]]:
+        """Yield neighbours after neighbours, each from the `turn`-th on and around."""
+        size = self.neighbours or len(pairs)
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            first = turn % len(part)
+            yield from part[first:]
+            yield from part[:first]
 
     def _usual_seeds(self, scale: str) -> int:
         if scale == "smoke":

@@ -13,6 +13,8 @@ MUON = "muon"
 MUON_SPLIT = "muon_split"
 # Its authors'; timm's factory gives every optimizer 0.9.
 MUON_MOMENTUM = 0.95
+# Those of AdamW by itself, for what Muon leaves to it; timm's Muon has (.9, .95) there.
+ADAMW_BETAS = (0.9, 0.999)
 OTHERS = {"soap": SOAP, "schedule_free": ScheduleFreeAdamW}
 # What transformers and timm call the layer that returns the classes' scores.
 HEADS = ("classifier.*", "head.*", "fc.*")
@@ -45,5 +47,6 @@ def _muon(recipe: Recipe, model: nn.Module, by_adamw: tuple[str, ...]) -> torch.
         momentum=MUON_MOMENTUM,
         filter_bias_and_bn=not recipe.decay_all,
         fallback_list=by_adamw,
+        betas=ADAMW_BETAS,
     )
     return made

@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
 from benchmarks.paper import conclusions, plots
-from benchmarks.paper.catalogue import ALL, PLANNED, edges
-from benchmarks.paper.choices import planned
+from benchmarks.paper.catalogue import ALL, OF_WHOLE_RUNS, PLANNED, edges
+from benchmarks.paper.choices import Choice, choose, planned, split_name
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
 from benchmarks.paper.verdicts import challengers, step_size
@@ -49,7 +49,11 @@ def write(scale: str, file: Path, folder: Path) -> Path:
         if unfinished:
             lines += [f"## {experiment.title}", "", unfinished, ""]
         elif settings:
-            lines += _section(name, experiment, settings, folder / f"{file.stem}-{name}")
+            stem = folder / f"{file.stem}-{name}"
+            if experiment.finalists:
+                lines += _choice(name, experiment, choose(experiment, scale, have), settings)
+            else:
+                lines += _section(name, experiment, settings, stem)
     lines += conclusions.lines(scale, have)
     lines += ["## Runs", "", *_provenance(used.values())]
     path = folder / f"{file.stem}.md"
@@ -78,7 +82,7 @@ def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem:
     for setting, arms in settings.items():
         if setting:
             lines += [f"**{setting}**", ""]
-        lines += [*_table(arms, experiment.reference), ""]
+        lines += _tables(name, arms, experiment.reference)
     at_edge = edges(name)
     if at_edge:
         lines += [f"The best rate is at the edge of the grid for {', '.join(at_edge)}.", ""]
@@ -94,6 +98,40 @@ def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem:
     return lines
 
 
+def _choice(name: str, experiment: Experiment, choices: list[Choice], settings: dict[str, Arms]) -> list[str]:
+    """Return what was tried on the validation rows, and what is chosen."""
+    lines = [f"## {experiment.title}", "", f"`{COMMAND} run {name}`", ""]
+    chosen = {choice.cell: choice for choice in choices}
+    lines += ["| cell | seeds | top-1 on the validation rows | chosen |", "|---|---|---|---|"]
+    for arms in settings.values():
+        for cell, arm in arms.items():
+            told = ""
+            if cell in chosen:
+                told = "yes"
+            if cell in chosen and chosen[cell].at_edge:
+                told = "yes, at the edge of the grid"
+            lines.append(f"| {cell} | {len(arm.runs)} | {arm.final.mean():.1f} | {told} |")
+    return [*lines, ""]
+
+
+def _tables(name: str, arms: Arms, reference: str) -> list[str]:
+    """Return the table of an experiment's arms, one for each length of whole runs."""
+    if name not in OF_WHOLE_RUNS:
+        return [*_table(arms, reference), ""]
+    lines = []
+    for part in _by_length(arms).values():
+        lines += [*_table(part, reference, of_whole_runs=True), ""]
+    return lines
+
+
+def _by_length(arms: Arms) -> dict[str, Arms]:
+    """Return the arms of each length of whole runs."""
+    found: dict[str, Arms] = {}
+    for name, arm in arms.items():
+        found.setdefault(split_name(name)[1], {})[name] = arm
+    return found
+
+
 def _caption(experiment: Experiment, settings: dict[str, Arms]) -> str:
     """Say what the plot shows, and which arms have no line in it."""
     if not plots.is_crowded(settings):
@@ -104,7 +142,8 @@ def _caption(experiment: Experiment, settings: dict[str, Arms]) -> str:
     return WITH_ENDS.format(reference=reference)
 
 
-def _table(arms: Arms, reference: str) -> list[str]:
+def _table(arms: Arms, reference: str, of_whole_runs: bool = False) -> list[str]:
+    """Return a table of arms, which are compared with the first; of whole runs without a speed-up along a run."""
     first, base = next(iter(arms.items()))
     names = ["arm", "epochs", "seeds", "top-1", "gain", "p"]
     gains = [_gains(arms, base)]
@@ -112,13 +151,20 @@ def _table(arms: Arms, reference: str) -> list[str]:
         names += [f"from {reference}", "p"]
         others = {name: arm for name, arm in arms.items() if name != first}
         gains.append(_gains(others, arms[reference]))
-    names += ["speed-up", "in time", "minutes"]
+    timings = ["speed-up", "in time"]
+    if of_whole_runs:
+        timings = ["ms a step"]
+    names += [*timings, "minutes"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, arm in arms.items():
         row = [name, str(arm.curves.shape[1]), str(len(arm.runs)), interval(arm.final).text()]
         for cells in gains:
             row += cells.get(name, ["", ""])
-        row += [_speed_up(arm, base), _speed_up_in_time(arm, base), f"{np.mean(arm.seconds[:, -1]) / 60:.1f}"]
+        if of_whole_runs:
+            row.append(f"{arm.milliseconds:.0f}")
+        else:
+            row += [_speed_up(arm, base), _speed_up_in_time(arm, base)]
+        row.append(f"{np.mean(arm.seconds[:, -1]) / 60:.1f}")
         lines.append(f"| {' | '.join(row)} |")
     return lines
 

@@ -40,6 +40,16 @@ class Arm:
         last: np.ndarray = self.curves[:, -1]
         return last
 
+    @property
+    def milliseconds(self) -> float:
+        """Return those of a step, the mean over runs."""
+        found = []
+        for run in self.runs.values():
+            settings = run.settings
+            steps = settings["epochs"] * (settings["train_samples"] // settings["batch_size"])
+            found.append(1000 * run.seconds[-1] / steps)
+        return float(np.mean(found))
+
     def with_seeds_of(self, other: Arm) -> Arm:
         """Return the runs whose seeds the other arm has too."""
         shared = self.runs.keys() & other.runs.keys()

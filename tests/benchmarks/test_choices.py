@@ -7,10 +7,21 @@ import pytest
 from benchmarks import ROOT
 from benchmarks.common.records import RunRecord, add_record, read_records
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import catalogue, choices, evidence_layers, evidence_time
-from benchmarks.paper.catalogue import ALL, PLANNED
-from benchmarks.paper.choices import arm_of, choose, count_planned, final_runs, planned, read, remember
+from benchmarks.paper import catalogue, choices, evidence_layers, evidence_time, report
+from benchmarks.paper.catalogue import ALL, PLANNED, refuse_stale_choice
+from benchmarks.paper.choices import (
+    arm_of,
+    choose,
+    count_planned,
+    final_runs,
+    name_at,
+    planned,
+    read,
+    remember,
+    split_name,
+)
 from benchmarks.paper.experiments import VIT_SMALL
+from benchmarks.paper.summary import Arm
 
 NAME = "evidence_tuning_cifar10"
 TUNING = ALL[NAME]
@@ -144,6 +155,64 @@ def test_final_runs_have_the_chosen_cells_and_whole_lengths(tmp_path, monkeypatc
         assert "validation_samples" not in job.config
     plain = final_runs("title", NAME, TUNING, VIT_SMALL, range(200, 208))
     assert list(plain.arms) == list(BEST)
+
+
+def test_arms_of_one_length_are_neighbours_and_take_turns_to_be_the_first(monkeypatch):
+    monkeypatch.setattr(choices, "read", lambda: {NAME: BEST})
+    made = final_runs("title", NAME, TUNING, VIT_SMALL, range(200, 208), (33, 100))
+    jobs = [job for job in made.jobs("small") if job.seed == 201]
+    lengths = [split_name(job.arm)[1] for job in jobs]
+    assert lengths == ["100 % of the epochs"] * 4 + ["33 % of the epochs"] * 4
+    turned = [*list(BEST)[1:], "vanilla"]
+    assert [split_name(job.arm)[0] for job in jobs] == turned * 2
+
+
+def test_final_runs_are_refused_where_the_tuning_chooses_otherwise_by_now(monkeypatch):
+    monkeypatch.setattr(catalogue, "read", lambda: {NAME: BEST})
+    refuse_stale_choice("evidence_cifar10", "small", runs())
+    refuse_stale_choice("evidence_step_size", "small", {})
+    have = runs()
+    for job in TUNING.jobs("small"):
+        if job.arm == "vanilla, lr 0.004":
+            have[job.key].curve["top1"][-1] = 0.7
+    with pytest.raises(SystemExit, match="evidence_cifar10: evidence_tuning_cifar10 chooses other cells by now"):
+        refuse_stale_choice("evidence_cifar10", "small", have)
+    with pytest.raises(SystemExit, match="is missing; `run` makes it"):
+        refuse_stale_choice("evidence_cifar10", "small", {})
+
+
+def test_a_choice_that_names_a_cell_of_before_makes_no_final_runs(monkeypatch):
+    monkeypatch.setattr(choices, "read", lambda: {NAME: {**BEST, "vanilla": "vanilla, lr 7"}})
+    assert final_runs("title", NAME, TUNING, VIT_SMALL, range(200, 208)) is None
+
+
+def test_the_report_of_a_choice_shows_every_cell_and_what_is_chosen(tmp_path):
+    for record in runs().values():
+        add_record(tmp_path / "evidence.jsonl", record)
+    text = report.write("small", tmp_path / "evidence.jsonl", tmp_path).read_text()
+    assert "| vanilla, lr 0.002 | 2 | 60.0 | yes |" in text
+    assert "| DualPatchNorm, lr 0.0226 | 2 | 60.0 | yes, at the edge of the grid |" in text
+    assert "| vanilla, lr 0.001 | 2 | 50.0 |  |" in text
+
+
+def test_whole_runs_are_compared_at_equal_lengths_without_a_speed_up_along_a_run(monkeypatch):
+    monkeypatch.setitem(report.OF_WHOLE_RUNS, "evidence_cifar10", TUNING)
+    settings = {"epochs": 10, "train_samples": 20_000, "batch_size": 128}
+    arms = {}
+    for share in (100, 33):
+        for name, top1 in (("vanilla", 0.5), ("TrAct", 0.51)):
+            arm = arms[name_at(name, share)] = Arm()
+            for seed in range(2):
+                curve = {"top1": [0.1, top1 + share / 1000 + seed / 100]}
+                arm.runs[seed] = RunRecord("key", name, settings, seed, curve, [78.0, 156.0], command="x")
+    lines = report._tables("evidence_cifar10", arms, "")
+    heads = [line for line in lines if line.startswith("| arm")]
+    assert heads == ["| arm | epochs | seeds | top-1 | gain | p | ms a step | minutes |"] * 2
+    gained = [line for line in lines if line.startswith("| TrAct")]
+    assert len(gained) == 2
+    for line in gained:
+        assert "| +1.0 ± 0.0 |" in line
+        assert line.endswith("| 100 | 2.6 |")
 
 
 def test_runs_that_measure_time_are_shared_with_no_other_experiment(monkeypatch):

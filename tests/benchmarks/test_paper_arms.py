@@ -165,6 +165,7 @@ def test_the_usual_muon_leaves_first_layer_and_head_to_adamw():
     model = maker("none")(recipe, load_splits(recipe), LOOK)
     optimizer = named_optimizer(recipe, model)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.95}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
     theirs = adamw_takes(optimizer, model)
     blocks = {name for name, each in model.vit.named_parameters(prefix="vit") if ".layers." in name and each.ndim == 2}
     assert theirs == {name for name, _ in model.named_parameters()} - blocks
