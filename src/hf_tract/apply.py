@@ -49,8 +49,6 @@ class TrActHandle:
 
     def remove(self) -> None:
         """Take TrAct off the model; a second call does nothing."""
-        if self.first_step is not None:
-            self.first_step.stop()
         for layer in self.layers:
             detach(layer.module)
         if self.model is not None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,8 +47,11 @@ class TrActConfig:
             raise TrActError(f"`lam` (={self.lam!r}) must be a positive finite number, such as the paper's 0.1.")
         if self.scope not in get_args(Scope):
             raise TrActError(f"`scope` (={self.scope!r}) must be 'global' or 'local'.")
-        layers = self.layers if isinstance(self.layers, str) else tuple(self.layers)
-        if not layers or not all(isinstance(name, str) for name in layers):  # "" in a tuple names the model itself
+        layers: Any = self.layers
+        if isinstance(layers, Iterable) and not isinstance(layers, str):
+            layers = tuple(layers)
+        is_named = isinstance(layers, (str, tuple)) and len(layers) > 0
+        if not is_named or not all(isinstance(name, str) for name in layers):  # "" in a tuple names the model itself
             raise TrActError(
                 f"`layers` (={self.layers!r}) must be 'auto', a layer's name or pattern, or several of these."
             )

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import hf_tract.core.forward
+from helpers.models import Adapted, Gated
 from helpers.oracle import assert_close, expected, says
 from hf_tract import TrActConfig, TrActError, apply_tract, remove_tract, whiten_first_layer
 
@@ -244,6 +244,12 @@ def test_lam_must_be_a_positive_finite_number(lam):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("layers", [None, 3, [], "", [3]])
+def test_layers_of_a_config_are_names(layers):
+    with pytest.raises(TrActError, match=says("`layers` (=", "must be 'auto', a layer's name or pattern")):
+        TrActConfig(layers=layers)
+
+
 def test_scope_must_be_one_of_two():
     with pytest.raises(TrActError, match=says("`scope` (='mean') must be 'global' or 'local'.")):
         apply_tract(network(nn.Conv2d(3, 4, 2, 2)), scope="mean")  # type: ignore[arg-type]
@@ -258,28 +264,6 @@ def test_a_layer_that_runs_no_known_operation_says_so():
     apply_tract(layer, layers=layer)
     with pytest.raises(TrActError, match=says("Sparse.forward ran no convolution or linear operation")):
         layer(torch.randn(4, 3))
-
-
-class Adapted(nn.Linear):
-    """Adds a low rank to its weight, as loralib's layers do."""
-
-    def __init__(self, n, m):
-        super().__init__(n, m)
-        self.a, self.b = nn.Parameter(torch.randn(2, n)), nn.Parameter(torch.randn(m, 2))
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b)
-
-
-class Gated(nn.Conv2d):
-    """Multiplies by the output of a layer of the same shape that it contains."""
-
-    def __init__(self):
-        super().__init__(3, 4, 2, 2)
-        self.gate = nn.Conv2d(3, 4, 2, 2)
-
-    def forward(self, x):
-        return super().forward(x) * self.gate(x).sigmoid()
 
 
 @pytest.mark.parametrize("with_gate", [True, False])

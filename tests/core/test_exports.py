@@ -164,6 +164,23 @@ def test_a_gradient_penalty_on_the_pixels_is_preconditioned_once(autocast):
     assert_close(layer.weight.grad, wanted, 2e-2 if autocast else 1e-5)
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_differentiated_backward_after_tract_was_removed_is_ordinary(steps_before):
+    layer = nn.Linear(6, 4).double()
+    plain, part = copy.deepcopy(layer), torch.randn(9, 6).double()
+    handle = apply_tract(layer, lam=0.1)
+    for _ in range(steps_before):
+        layer(part).square().sum().backward()
+    value = cubes(layer(part))
+    handle.remove()
+    (got,) = torch.autograd.grad(value, layer.weight, create_graph=True)
+    (wanted,) = torch.autograd.grad(cubes(plain(part)), plain.weight, create_graph=True)
+    assert torch.equal(got, wanted)
+    (second,) = torch.autograd.grad(got.square().sum(), layer.weight)
+    (wanted_second,) = torch.autograd.grad(wanted.square().sum(), plain.weight)
+    assert torch.equal(second, wanted_second)
+
+
 def test_second_order_of_two_calls_in_one_pass_has_the_inverse_of_both():
     layer = nn.Linear(6, 4).double()
     plain, parts = copy.deepcopy(layer), [torch.randn(9, 6).double(), 3 * torch.randn(5, 6).double()]

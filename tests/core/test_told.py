@@ -1,5 +1,6 @@
 """Never silently off: what a user is told when a layer does not hand on a preconditioned gradient."""
 
+import inspect
 import logging
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from helpers.models import small_vit, trainer
+from helpers.models import Airbench, Gated, small_vit, trainer
 from helpers.oracle import assert_close, expected
 from hf_tract import TrActCallback, apply_tract, remove_tract
 
@@ -202,18 +203,6 @@ def test_find_unused_parameters_is_told(told, tmp_path):
     assert "scope='local'" in message
 
 
-class Airbench(nn.Module):
-    """Reads the weight of its first layer by `F.conv2d`, as cifar10-airbench does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.whiten, self.conv = nn.Conv2d(3, 24, 2), nn.Conv2d(24, 8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.gelu(F.conv2d(x, self.whiten.weight, self.whiten.bias))).mean((2, 3))
-
-
 @pytest.mark.parametrize("layers", ["auto", "whiten"])
 def test_a_weight_that_its_parent_reads_is_preconditioned_there(layers, told):
     plain, model = Airbench(), Airbench()
@@ -260,4 +249,21 @@ def test_nothing_is_told_where_the_layer_runs_twice_or_its_weight_is_made_of_ano
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert told() == []
+
+
+@pytest.mark.parametrize("make", [Airbench, Gated])
+def test_forwards_keep_the_signature_that_trainer_reads(make):
+    plain, model = make(), make()
+    apply_tract(model, layers="whiten" if isinstance(model, Airbench) else model)
+    assert type(model) is not type(plain)
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+
+
+def test_a_layer_that_is_exchanged_after_tract_was_removed_is_not_told(told):
+    model = Net()
+    apply_tract(model)
+    remove_tract(model)
+    model.stem = nn.Conv2d(3, 4, 4, 4)
+    step(model)
     assert told() == []

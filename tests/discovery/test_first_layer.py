@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -236,12 +237,42 @@ def test_layers_are_given_by_name_pattern_or_module():
         ("x.*", ("`layers` (='x.*') matches no", "the nearest are")),
         ("stem.1", ("`layers` (='stem.1') is a BatchNorm2d", "no convolution or linear layer", "name one that is")),
         ("stem", ("`layers` (='stem') is a Sequential", "did you mean stem.0, stem.2?")),
-        (nn.Linear(2, 2), ("`layers` (=Linear) is no module of `model` (=Sequential)",)),
+        (nn.Linear(2, 2), ("`layers` (=Linear) is no module of `model` (=Sequential)", "give one of its own modules")),
+        (None, ("`layers` (=None) must be 'auto', a layer's name or pattern, a module, or several of these",)),
+        ([], ("`layers` (=[]) must be 'auto'",)),
+        (3, ("`layers` (=3) must be 'auto'",)),
     ],
 )
 def test_layers_that_cannot_be_taken_are_refused(layers, parts):
     with pytest.raises(TrActError, match=says(*parts)):
         apply_tract(net(), layers=layers)
+
+
+def test_the_model_itself_as_a_layer_is_told_with_layers_of_its():
+    model = net()
+    with pytest.raises(TrActError, match=says("is a Sequential", "did you mean")):
+        apply_tract(model, layers=model)
+
+
+@pytest.mark.parametrize("traits", [{"config": SimpleNamespace(input_size="large")}, {"pretrained_cfg": "a string"}])
+def test_a_config_that_means_something_else_is_passed_over(traits):
+    model = net()
+    for name, value in traits.items():
+        setattr(model, name, value)
+    assert names(model) == ["stem.0"]
+
+
+def test_a_tower_is_not_what_begins_with_its_name():
+    class Untried(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual_projection = nn.Linear(4, 4)
+            self.visual = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, words, images, hints, masks):
+            raise NotImplementedError
+
+    assert names(Untried()) == ["visual.0"]
 
 
 def test_a_quantised_or_uninitialised_layer_is_refused():

@@ -3,9 +3,11 @@
 import copy
 import threading
 
+import pytest
 import torch
 from torch import nn
 
+from helpers.models import Adapted, Airbench, Gated
 from helpers.oracle import assert_close, expected
 from helpers.ranks import Net, images
 from hf_tract import apply_tract
@@ -54,3 +56,23 @@ def test_replicas_in_threads_share_one_moment():
         stem, grad = plain.embed[0], plain.embed[0].weight.grad
         assert_close(model.embed[0].weight.grad, expected(grad, x, stem, 0.1), 1e-10)
         assert_close(model.head.weight.grad, plain.head.weight.grad, 1e-10)
+
+
+@pytest.mark.parametrize("make", [Gated, lambda: Adapted(12, 4), Airbench], ids=["gated", "adapted", "parent reads"])
+def test_replicas_of_layers_with_a_forward_of_their_own_precondition_one_weight_alone(make):
+    """Their parameters are plain tensors."""
+    model = make().double()
+    plain = copy.deepcopy(model)
+    x = torch.randn(6, 12).double() if isinstance(model, Adapted) else torch.randn(6, 3, 8, 8).double()
+    layer = model.whiten if isinstance(model, Airbench) else model
+    apply_tract(model, layers=layer)
+    outputs = [replica(part) for replica, part in zip(replicate(model, 2), x.chunk(2), strict=True)]
+    torch.cat(outputs).square().sum().backward()
+    plain(x).square().sum().backward()
+    name = next(name for name, each in model.named_parameters() if each is layer.weight)
+    ordinary = dict(plain.named_parameters())
+    for each, parameter in model.named_parameters():
+        wanted = ordinary[each].grad
+        if each == name:
+            wanted = expected(wanted, x, plain.get_submodule(name.rpartition(".")[0]), 0.1)
+        assert_close(parameter.grad, wanted, 1e-10)

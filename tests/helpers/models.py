@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -104,3 +105,37 @@ class Watch(TrainerCallback):
         if state.global_step == self.raise_at:
             self.raise_at = None
             raise self.error("out of memory, CUDA out of memory. Tried to allocate")
+
+
+class Adapted(nn.Linear):
+    """Adds a low rank to its weight, as loralib's layers do."""
+
+    def __init__(self, n, m):
+        super().__init__(n, m)
+        self.a, self.b = nn.Parameter(torch.randn(2, n)), nn.Parameter(torch.randn(m, 2))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b)
+
+
+class Gated(nn.Conv2d):
+    """Multiplies by the output of a layer of the same shape that it contains."""
+
+    def __init__(self):
+        super().__init__(3, 4, 2, 2)
+        self.gate = nn.Conv2d(3, 4, 2, 2)
+
+    def forward(self, x):
+        return super().forward(x) * self.gate(x).sigmoid()
+
+
+class Airbench(nn.Module):
+    """Reads the weight of its first layer by `F.conv2d`, as cifar10-airbench does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.whiten, self.conv = nn.Conv2d(3, 24, 2), nn.Conv2d(24, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.gelu(F.conv2d(x, self.whiten.weight, self.whiten.bias))).mean((2, 3))

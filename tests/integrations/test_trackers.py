@@ -4,12 +4,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from transformers.integrations import TensorBoardCallback
 
 from helpers.models import trainer
-from hf_tract import TrActCallback
-from hf_tract.integrations.trackers import Trackers
+from hf_tract import TrActCallback, apply_tract
+from hf_tract.integrations import trackers
+from hf_tract.integrations.trackers import Trackers, stats_to_log
 
 FIGURES = ("grad_norm_raw", "grad_norm", "condition", "mean_eigenvalue")
 
@@ -41,10 +44,34 @@ def test_a_tracker_that_is_named_behind_the_callback_has_them_once(tmp_path):
 def test_wandb_and_trackio_have_them(tmp_path, monkeypatch, name):
     logged = []
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(log=logged.append, run=object()))
-    trackers = Trackers(SimpleNamespace(report_to=[name], output_dir=str(tmp_path)))
-    trackers.write({"tract/condition": 2.0}, 10)
-    trackers.close()
+    writer = Trackers(SimpleNamespace(report_to=[name], output_dir=str(tmp_path)))
+    writer.write({"tract/condition": 2.0}, 10)
+    writer.close()
     assert logged == [{"train/tract/condition": 2.0, "train/global_step": 10}]
+
+
+@pytest.mark.parametrize(("word", "told"), [("none", False), ("mlflow", True), (None, False)])
+def test_what_set_logging_leaves_is_one_word(tmp_path, caplog, word, told):
+    Trackers(SimpleNamespace(report_to=word, output_dir=str(tmp_path)))
+    assert ("not in mlflow" in caplog.text) == told
+    assert ("TrAct" in caplog.text) == told
+
+
+def test_the_word_all_is_every_tracker_that_is_installed(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(log=logged.append, run=object()))
+    Trackers(SimpleNamespace(report_to="all", output_dir=str(tmp_path))).write({"tract/condition": 2.0}, 10)
+    assert len(logged) == 1
+
+
+def test_figures_keep_their_names_where_a_layer_has_not_run_yet():
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})
+    handle = apply_tract(model, layers=["a", "b"])
+    model["a"](torch.randn(4, 3)).sum().backward()
+    assert set(stats_to_log(handle)) == {f"tract/a/{name}" for name in FIGURES}
+    model["b"](torch.randn(4, 3)).sum().backward()
+    assert len(stats_to_log(handle)) == 2 * len(FIGURES)
 
 
 def test_a_run_that_wandb_has_not_begun_gets_nothing(tmp_path, monkeypatch):

@@ -288,7 +288,9 @@ def test_a_run_resumed_under_other_settings_says_so(tmp_path, caplog, lam):
     (message,) = messages
     then = "no TrAct" if lam is None else TrActConfig(lam=0.2).to_dict()
     now = TrActConfig(lam=0.1).to_dict()
-    assert message == f"TrAct: this run resumes from step 4 of a run with other settings: {then} then, {now} now."
+    advice = "To go on as before, give `TrActCallback` those of then."
+    settings = f"{then} then, {now} now"
+    assert message == f"TrAct: this run resumes from step 4 of a run with other settings: {settings}. {advice}"
 
 
 def test_a_callback_is_pickled_without_what_it_has_of_this_process(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers.models import small_vit, trainer
+from helpers.models import Airbench, small_vit, trainer
 from helpers.oracle import moment, says
 from hf_tract import TrActCallback, TrActError, apply_tract, first_layer_spectrum
 
@@ -37,6 +37,28 @@ def test_the_figures_are_those_of_a_dense_float64_c(kind):
     assert found["0"].largest == pytest.approx(float(values.max()))
     assert found["0"].condition == pytest.approx(float((values.max() + 0.2) / (values.min().clamp(min=0) + 0.2)))
     assert (found["0"].above, found["0"].n) == (int((values > 0.2).sum()), 48)
+
+
+def test_a_weight_that_its_parent_reads_is_measured_there():
+    net, x = Airbench(), torch.randn(16, 3, 8, 8)
+    found = first_layer_spectrum(net, x)
+    values = torch.linalg.eigvalsh(moment(x, net.whiten)[0])
+    assert list(found) == ["whiten"]
+    assert found["whiten"].mean == pytest.approx(float(values.mean()))
+
+
+@pytest.mark.parametrize("layers", [["0"], ["0", "3"]])
+def test_the_first_of_two_calls_in_a_forward_counts(layers):
+    """Also where the forward runs on to a second layer."""
+
+    class Twice(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self[0](5 * self[0](x).mean() + x)
+            return super().forward(x)
+
+    net, x = Twice(*model(), nn.Linear(5, 2)), torch.randn(16, 3, 16, 16)
+    found = first_layer_spectrum(net, x, layers=layers)
+    assert found["0"].mean == pytest.approx(float(x.square().mean()))
 
 
 def test_the_buffers_of_a_spectral_norm_stay_as_they_are():

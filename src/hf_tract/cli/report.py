@@ -12,7 +12,7 @@ from hf_tract.cli.loading import LoadedModel
 from hf_tract.cli.scale import UNCHANGED, spectrum_of_images
 from hf_tract.config import TrActError
 from hf_tract.core.notices import advice_on_lam
-from hf_tract.core.patches import PatchSpec, out_features, patch_size
+from hf_tract.core.patches import PatchSpec, groups_of, out_features, patch_size
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
 from hf_tract.discovery.tracing import LayerInput
@@ -141,7 +141,7 @@ def _by_layer(inputs: list[LayerInput], names: list[str]) -> InputsByLayer:
 def _inspect_layer(layer: FirstLayer, inputs: list[LayerInput]) -> LayerInspection:
     m = out_features(layer.module)
     n = patch_size(layer.module)
-    groups = getattr(layer.module, "groups", 1)
+    groups = groups_of(layer.module)
     inspection = LayerInspection(
         name=layer.name,
         source=layer.source,

@@ -9,7 +9,8 @@ with a preconditioner of its own; other copies, traces and exports contain the o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,10 +68,12 @@ def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> 
     swap_class(layer, _layer_class(type(layer)))
 
 
-def attach_caller(module: nn.Module, layers: list[nn.Module]) -> None:
+def attach_caller(module: nn.Module, layers: Sequence[nn.Module | str]) -> None:
     """Precondition the weight gradients of `layers` in the forward of `module`, which uses the weights directly."""
     cls = original_class(type(module))
-    module.__dict__[READ_LAYERS] = layers
+    # By name, since a replica of DataParallel's has replicas of them.
+    names: dict[Any, str] = {child: name for name, child in module.named_modules()}
+    module.__dict__[READ_LAYERS] = [names.get(layer, layer) for layer in layers]
     namespace = {"__module__": cls.__module__, "forward": _caller_forward_of(cls)}
     # The class keeps its name, since transformers writes the name of a model's class into its config.
     swap_class(module, type(cls.__name__, (TrActCaller, cls), namespace))
@@ -158,6 +161,7 @@ def _linear_forward(self: Any, input: Tensor) -> Any:
 def _any_forward_of(cls: Any) -> Callable[..., Any]:
     """Return a forward for a layer whose class has a forward of its own."""
 
+    @functools.wraps(cls.forward)  # Trainer reads its signature.
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         preconditioner = preconditioner_of(self)
         if preconditioner is None or not torch.is_grad_enabled():
@@ -184,10 +188,12 @@ def _any_forward_of(cls: Any) -> Callable[..., Any]:
 def _caller_forward_of(cls: Any) -> Callable[..., Any]:
     """Return a forward for a module that uses the weights of other layers directly."""
 
+    @functools.wraps(cls.forward)  # Trainer reads its signature.
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         def owner_of(weight: Any) -> LayerPreconditioner | None:
             # If a library has captured this forward and TrAct was removed since, there are no layers.
-            for layer in self.__dict__.get(READ_LAYERS, []):
+            for each in self.__dict__.get(READ_LAYERS, []):
+                layer = self.get_submodule(each) if isinstance(each, str) else each
                 if layer.weight is weight:
                     return preconditioner_of(layer)
             return None

@@ -71,6 +71,8 @@ def _number_of(call: ForwardCall | None) -> int:
 def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Any:
     call: ForwardCall = ctx.call
     preconditioner: LayerPreconditioner = call.preconditioner
+    if not preconditioner.active:
+        return grad
     if call.was_differentiated:
         # This pass differentiates a preconditioned gradient: `grad` is exact, and is not preconditioned again.
         warn_once(

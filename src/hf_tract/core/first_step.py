@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 from weakref import ref
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from hf_tract.core.attach import preconditioner_of
 from hf_tract.core.notices import advice_on_lam
-from hf_tract.core.optimizer_hook import call_after_steps, held_by
+from hf_tract.core.optimizer_hook import call_after_steps, updated_by
 from hf_tract.core.weights import weight_parameters
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,16 @@ class FirstStepWatch:
             layers: the names and modules of the layers that have TrAct.
         """
         self._model = ref(model)
-        self._layers = [(name, ref(layer)) for name, layer in layers]
+        self._layers = [(name, ref(layer), preconditioner_of(layer)) for name, layer in layers]
         for watch in list(_watches):
             if watch._model() is model:
                 watch.stop()
         _watches.append(self)
         call_after_steps(_after_step)
+
+    def __deepcopy__(self, memo: Any) -> FirstStepWatch:
+        """Return this one: the handle of a copied hook is still that of the original model."""
+        return self
 
     def stop(self) -> None:
         """Stop waiting."""
@@ -70,17 +75,21 @@ class FirstStepWatch:
         if None in layers or not weights:
             # A layer was replaced, or an engine keeps the weight elsewhere: then any parameter of the model will do.
             weights = list(model.parameters())
-        if held_by(optimizer, weights):
+        if updated_by(optimizer, weights):
             self.look()
 
     def _layers_now(self) -> list[tuple[str, nn.Module | None]]:
-        """Return pairs of a name and its layer, or None in place of a layer that is no longer in the model."""
+        """Return pairs of a name and its layer, or None in place of a layer that is no longer in the model.
+
+        Layers that TrAct was removed from are left out.
+        """
         model = self._model()
         modules = set() if model is None else set(model.modules())
-        layers = []
-        for name, reference in self._layers:
+        layers: list[tuple[str, nn.Module | None]] = []
+        for name, reference, preconditioner in self._layers:
             layer = reference()
-            layers.append((name, layer if layer in modules else None))
+            if preconditioner is not None and preconditioner.active:
+                layers.append((name, layer if layer in modules else None))
         return layers
 
 

@@ -80,7 +80,7 @@ def _acts(weight: Any, input: Any) -> bool:
         return False
     if torch.compiler.is_compiling():
         # `is_exporting()` of older torch is true in every compiled graph.
-        return not torch.compiler._is_exporting_flag
+        return not getattr(torch.compiler, "_is_exporting_flag", False)
     if torch._C._get_tracing_state() is not None:
         return False
     if not isinstance(input, Tensor):  # a proxy of torch.fx

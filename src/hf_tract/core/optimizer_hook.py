@@ -27,7 +27,7 @@ def call_after_steps(listener: Callable[[Optimizer], None]) -> None:
     register_optimizer_step_post_hook(hook)
 
 
-def held_by(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+def updated_by(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Return those of the parameters that `optimizer` updates."""
     held: set[int] = set()
     for group in optimizer.param_groups:

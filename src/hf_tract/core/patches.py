@@ -156,6 +156,12 @@ def patch_size(layer: nn.Module) -> int:
     return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
+def groups_of(layer: nn.Module) -> int:
+    """Return the groups of a supported layer; 1 for a linear one."""
+    groups: int = getattr(layer, "groups", 1)
+    return groups
+
+
 def out_features(layer: nn.Module) -> int:
     """Return m of a supported layer, the rows of its weight."""
     if isinstance(layer, nn.Linear):

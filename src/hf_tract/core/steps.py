@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_tract.core import accumulation
-from hf_tract.core.optimizer_hook import call_after_steps, held_by
+from hf_tract.core.optimizer_hook import call_after_steps, updated_by
 from hf_tract.core.step import ForwardCall, Step
 from hf_tract.core.weights import weight_parameters
 
@@ -64,7 +64,7 @@ class StepSequence:
         """Remember what `.grad` of the weight holds if `optimizer` has just used it."""
         if self._step is None:
             return
-        parameters = held_by(optimizer, weight_parameters(self._layer()))
+        parameters = updated_by(optimizer, weight_parameters(self._layer()))
         if accumulation.lives_in_grad(parameters):
             self._step.seen_grads = accumulation.SeenGrads(parameters)
             # From now on zeros in `.grad` are an emptied one.

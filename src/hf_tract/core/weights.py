@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 
 def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
@@ -39,10 +38,11 @@ def is_frozen(layer: nn.Module) -> bool:
 
 
 def is_weight_of(layer: nn.Module, weight: Any) -> bool:
-    """Return whether an operation inside of `layer` has its weight, or a computed one, and not another parameter."""
-    if not isinstance(weight, nn.Parameter):
-        return True
-    own: Any = layer._parameters.get("weight")
-    if own is None and not is_parametrized(layer, "weight"):
-        own = layer.weight
-    return weight is own
+    """Return whether an operation inside of `layer` has its weight, or a computed one, and no other tensor of it."""
+    for module in layer.modules():
+        # Replicas of DataParallel's have plain tensors among their attributes.
+        for tensors in (module._parameters, module._buffers, module.__dict__):
+            for name, tensor in tensors.items():
+                if tensor is weight:
+                    return module is layer and name == "weight"
+    return not isinstance(weight, nn.Parameter)

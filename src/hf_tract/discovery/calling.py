@@ -54,13 +54,14 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the random state of torch (on the CPU), numpy and Python on exit."""
+    """Restore the random state of torch (on the CPU, and on CUDA's present device), numpy and Python on exit."""
     python_state = random.getstate()
     # Where numpy is not imported, nothing draws from it.
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     try:
-        with torch.random.fork_rng([]):
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python_state)

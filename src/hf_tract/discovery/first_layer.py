@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -84,6 +84,10 @@ def find_first_layers(
 def _by_request(model: nn.Module, layers: LayerSelection) -> list[FirstLayer]:
     if isinstance(layers, (str, nn.Module)):
         layers = [layers]
+    if not isinstance(layers, Iterable) or not list(layers):
+        raise TrActError(
+            f"`layers` (={layers!r}) must be 'auto', a layer's name or pattern, a module, or several of these."
+        )
     found = requested_layers(model, layers)
     return [FirstLayer(name, layer, NAMED) for name, layer in found.items()]
 
@@ -174,7 +178,7 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
     layers = list(layers_by_name(model))
     for name in modules:
         if name.split(".")[-1] in VISION_TOWERS:
-            layers = [layer for layer in layers if layer.startswith(name)] or layers
+            layers = [layer for layer in layers if f"{layer}.".startswith(f"{name}.")] or layers
             break
     # Convolutions come first; otherwise their order stays.
     layers.sort(key=lambda name: isinstance(modules[name], nn.Linear))

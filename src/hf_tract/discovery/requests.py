@@ -28,7 +28,8 @@ def requested_layers(model: nn.Module, requests: Iterable[str | nn.Module]) -> d
             names = [name for name, module in modules.items() if module is request]
             if not names:
                 raise TrActError(
-                    f"`layers` (={type(request).__name__}) is no module of `model` (={type(model).__name__})."
+                    f"`layers` (={type(request).__name__}) is no module of `model` (={type(model).__name__}); "
+                    f"give one of its own modules, or a name."
                 )
         for name in names:
             if name not in layers:
@@ -62,7 +63,7 @@ def _described(module: nn.Module) -> str:
 
 
 def _hint(name: str, layers: Mapping[str, nn.Module]) -> str:
-    inside = fnmatch.filter(layers, f"{name}.*")
+    inside = fnmatch.filter(layers, f"{name}.*".lstrip("."))
     if inside:
         return f"did you mean {list_some(inside, 3)}?"
     return "name one that is."

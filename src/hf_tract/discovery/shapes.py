@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -141,11 +142,13 @@ def _channel_counts(config: Any, convolutions: Sequence[Any]) -> list[int]:
 
 def _sizes(model: nn.Module, config: Any) -> list[tuple[int, int]]:
     size = _config_entry(config, SIZES)
-    if not size:
-        timm_traits = getattr(model, "pretrained_cfg", None) or {}
-        size = timm_traits.get("input_size", ())[1:]
+    traits = getattr(model, "pretrained_cfg", None)
+    if not size and isinstance(traits, Mapping):
+        size = traits.get("input_size", ())[1:]
     if size:
-        return [side_lengths(size)]
+        # A user's own config may mean something else by that name.
+        with contextlib.suppress(TypeError, ValueError):
+            return [side_lengths(size)]
     return [(side, side) for side in COMMON_SIZES]
 
 

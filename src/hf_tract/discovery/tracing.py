@@ -176,7 +176,7 @@ class LayerOps(PatchOpMode):
         self.trace = trace
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run `op`, and record it only if it succeeds: a guessed batch that does not fit fails here."""
+        """Run `op`, and record a layer's only if it succeeds: a guessed batch that does not fit fails here."""
         trace = self.trace
         layer = trace.layer_of(weight)
         meets = trace.mark_of(input) == Mark.PIXELS and trace.mark_of(weight) == Mark.WEIGHTS

@@ -19,7 +19,8 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         lam: as in `TrActConfig`.
         layers: layers of the module that the hook is added to, as in `apply_tract`.
         scope: as in `TrActConfig`.
-        options: `example_batch` and `process_group` of `apply_tract`.
+        example_batch: as in `apply_tract`.
+        process_group: as in `apply_tract`.
 
     Examples:
         >>> from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -28,12 +29,18 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
     """
 
     def __init__(
-        self, lam: float = 0.1, layers: LayerSelection = "auto", scope: Scope = "global", **options: Any
+        self,
+        lam: float = 0.1,
+        layers: LayerSelection = "auto",
+        scope: Scope = "global",
+        *,
+        example_batch: Any = None,
+        process_group: Any = None,
     ) -> None:
         self.lam = lam
         self.layers = layers
         self.scope: Scope = scope
-        self.options = options
+        self.options = {"example_batch": example_batch, "process_group": process_group}
         self.handle: TrActHandle | None = None
 
     def init_hook(self, module: nn.Module) -> nn.Module:

@@ -32,7 +32,8 @@ def compare_with_checkpoint(state: TrainerState, config: TrActConfig) -> None:
     now = config.to_dict()
     if then != now:
         logger.warning(
-            "TrAct: this run resumes from step %d of a run with other settings: %s then, %s now.",
+            "TrAct: this run resumes from step %d of a run with other settings: %s then, %s now. To go on as before, "
+            "give `TrActCallback` those of then.",
             state.global_step,
             then,
             now,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from hf_tract.apply import TrActHandle
 
@@ -24,8 +25,7 @@ class Trackers:
     """Writes figures to the runs that Trainer's tracker callbacks have begun, under the names that they would give."""
 
     def __init__(self, args: TrainingArguments) -> None:
-        names = args.report_to or []
-        self._names = [names] if isinstance(names, str) else names
+        self._names = _tracker_names(args.report_to)
         self._tensorboard: Any = None
         if "tensorboard" in self._names:
             self._tensorboard = _open_tensorboard(args)
@@ -58,6 +58,18 @@ class Trackers:
             self._tensorboard.close()
 
 
+def _tracker_names(report_to: str | list[str] | None) -> list[str]:
+    """Return the trackers that Trainer reports to; `TrainingArguments.set_logging` leaves a word."""
+    if report_to is None or report_to == "none":
+        return []
+    if report_to == "all":
+        names: list[str] = get_available_reporting_integrations()
+        return names
+    if isinstance(report_to, str):
+        return [report_to]
+    return report_to
+
+
 def _open_tensorboard(args: TrainingArguments) -> Any:
     """Return a writer into the folder of the run that TensorBoard's callback has begun; None if there is none."""
     from torch.utils.tensorboard import SummaryWriter
@@ -76,7 +88,7 @@ def stats_to_log(handle: TrActHandle) -> dict[str, float]:
     stats = handle.stats()
     named = {}
     for layer, figures in stats.items():
-        prefix = "tract" if len(stats) == 1 else f"tract/{layer}"
+        prefix = "tract" if len(handle.layers) == 1 else f"tract/{layer}"
         for name, value in figures.items():
             named[f"{prefix}/{name}"] = value
     return named

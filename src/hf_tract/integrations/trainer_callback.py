@@ -29,7 +29,7 @@ from hf_tract.whitening.whiten import whiten_first_layer
 
 logger = logging.getLogger(__name__)
 # Ways of training in which Trainer shards the model before it calls `on_train_begin`.
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class TrActCallback(TrainerCallback):

@@ -77,7 +77,7 @@ def hyperparameters_of(args: TrainingArguments, state: TrainerState) -> dict[str
     """Return the arguments in `HYPERPARAMETERS`, without those at the value at which a card leaves them out."""
     values = {}
     for name, neutral in HYPERPARAMETERS.items():
-        value = getattr(args, name)
+        value = getattr(args, name, neutral)
         value = getattr(value, "value", value)  # Some are enums.
         if value != neutral:
             values[name] = value
@@ -96,7 +96,7 @@ def task_of(model: nn.Module) -> str | None:
     names = {each.__name__ for each in type(unwrap(model)).__mro__}
     mappings: dict[str, Any] = TASK_MAPPING
     for task in KINDS:
-        for classes in mappings[task].values():
+        for classes in mappings.get(task, {}).values():
             if isinstance(classes, str):
                 classes = [classes]
             if not names.isdisjoint(classes):

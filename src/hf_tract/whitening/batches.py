@@ -18,7 +18,7 @@ from hf_tract.discovery.calling import filter_forward_kwargs, map_tensors, prese
 
 logger = logging.getLogger(__name__)
 
-READS_ONCE = "and training would miss what is read of it here: give `whiten_first_layer` a batch or a few of its like."
+READS_ONCE = "and training would miss what is read of it here: call `whiten_first_layer` with a few batches before."
 
 
 def to_model_inputs(batches: Any, model: nn.Module) -> list[Any]:
@@ -81,8 +81,9 @@ def _is_image_list(batch: Any) -> bool:
 def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
     """Return up to `count` of the first batches of this rank, without changing what training will read.
 
-    Another process reads them from a new loader over the same data, so that streams, samplers, augmentations and their
-    random numbers keep their state. Where accelerate dispatches batches, each rank gets the same ones.
+    Those of a `DataLoader` are read by another process from a new loader over the same data, so that streams,
+    samplers, augmentations and their random numbers keep their state. Where accelerate dispatches batches, each rank
+    gets the same ones.
 
     Args:
         loader: any loader, such as a `DataLoader`, also one that accelerate has prepared.
@@ -125,7 +126,7 @@ def _first_of(loader: DataLoader[Any], count: int) -> list[Any]:
         return list(itertools.islice(batches, count))
     finally:
         # An error that somebody keeps would keep the iterator and its process alive.
-        if loader.num_workers > 0:
+        if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
 
 

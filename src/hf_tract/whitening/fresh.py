@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_tract.config import TrActError
-from hf_tract.core.patches import out_features, patch_size
+from hf_tract.core.patches import groups_of, out_features, patch_size
 from hf_tract.core.sharding import gathered_weights, read_weight
 from hf_tract.discovery.first_layer import FirstLayer
 from hf_tract.discovery.wrappers import unwrap
@@ -111,7 +111,7 @@ def _trained(layer: nn.Module, weight: Tensor) -> str:
     Training makes rows prefer some directions. The spread n tr(S^2) / tr(S)^2 of the eigenvalues of S = W^T W is 1
     where they are equal; for m rows of n independent entries it is 1 + n / m, by Marchenko and Pastur.
     """
-    groups = getattr(layer, "groups", 1)
+    groups = groups_of(layer)
     m = out_features(layer) // groups
     n = patch_size(layer)
     rows = weight.double().reshape(groups, m, n)

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hf_tract.config import TrActError
 from hf_tract.core.accumulation import ranks_of, sum_over_ranks
 from hf_tract.core.moments import PatchSums, patch_moments
-from hf_tract.core.patches import PATCH_OPS, PatchOpMode, patch_size
+from hf_tract.core.ops import without_autocast
+from hf_tract.core.patches import PATCH_OPS, PatchOpMode, groups_of, patch_size
 from hf_tract.core.sharding import is_sharded
 from hf_tract.core.solve import widest_dtype
 from hf_tract.core.weights import is_weight_of, weight_like
@@ -83,40 +84,48 @@ def _all_reduced(mine: PatchSums, group: Any) -> PatchSums:
 
 
 class _MomentCollector(PatchOpMode):
-    """Sums p p^T over the patches that one layer reads; it is active while that layer runs."""
+    """Sums p p^T over the patches that one layer's weight reads, by the layer's first call or before it."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        g = getattr(layer, "groups", 1)
+        g = groups_of(layer)
         n = patch_size(layer)
         device = weight_like(layer).device
         dtype = widest_dtype(device)
         self.sums = torch.zeros(g, n, n, dtype=dtype, device=device)
         self.patch_count = 0
         self.has_read = False
+        # Whether the layer's first call in a forward is running.
+        self._is_inside = False
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `op` and add the patches of its input, if the layer's weight reads them."""
-        if not is_weight_of(self.layer, weight):
-            return op(input, weight, *args, **kwargs)
-        spec = PATCH_OPS[op](input, weight, *args, **kwargs)
-        new = torch.zeros_like(self.sums)
-        with torch.autocast(input.device.type, enabled=False):
-            self.patch_count += patch_moments(input.detach(), spec, new)
-        self.sums += new
-        self.has_read = True
+        if self._is_first_read(weight):
+            spec = PATCH_OPS[op](input, weight, *args, **kwargs)
+            # A sharded model may compute on another device than the one where it keeps its weights.
+            new = torch.zeros_like(self.sums, device=input.device)
+            with without_autocast(input):
+                self.patch_count += patch_moments(input.detach(), spec, new)
+            self.sums = self.sums.to(input.device) + new
+            self.has_read = True
         return op(input, weight, *args, **kwargs)
+
+    def _is_first_read(self, weight: Any) -> bool:
+        """Return whether an operation with `weight` counts: one of the layer's first call, or its parent's first."""
+        if self._is_inside:
+            return is_weight_of(self.layer, weight)
+        return not self.has_read and weight is self.layer._parameters.get("weight")
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Collect whenever the layer runs inside this context."""
+        """Watch where the layer's first call begins and ends."""
 
         def enter(*_: Any) -> None:
-            self.__enter__()
+            self._is_inside = not self.has_read
 
         def leave(*_: Any) -> None:
-            self.__exit__(None, None, None)
+            self._is_inside = False
 
         before = self.layer.register_forward_pre_hook(enter, prepend=True)
         after = self.layer.register_forward_hook(leave, always_call=True, prepend=True)
@@ -151,10 +160,18 @@ def _collect(model: nn.Module, batches: Iterable[Any], collectors: Sequence[_Mom
             if not sharded:
                 stack.enter_context(collector.layer.register_forward_hook(stop))
         for batch in batches:
-            for collector in collectors:
-                collector.has_read = False
-            with contextlib.suppress(_AllReadError):
+            with _reading(collectors), contextlib.suppress(_AllReadError):
                 run_forward(model, move_batch(batch, device, weight.dtype))
+
+
+@contextlib.contextmanager
+def _reading(collectors: Sequence[_MomentCollector]) -> Iterator[None]:
+    """Collect what the layers read in one forward call."""
+    with contextlib.ExitStack() as stack:
+        for collector in collectors:
+            collector.has_read = False
+            stack.enter_context(collector)
+        yield
 
 
 @contextlib.contextmanager
