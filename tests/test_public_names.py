@@ -24,7 +24,7 @@ PUBLIC = {
     "TrActHandle.no_sync": "(self)",
     "TrActHandle.stats": "(self)",
     "TrActHandle.summary": "(self)",
-    "TrActHook": "(lam=0.1, layers='auto', scope='global', **options)",
+    "TrActHook": "(lam=0.1, layers='auto', scope='global', *, example_batch=None, process_group=None)",
     "TrActHook.init_hook": "(self, module)",
     "TrActHook.detach_hook": "(self, module)",
     "TrActTrainerCallback": "(lam=0.1, layers='auto', scope='global', *, whiten_init=False)",

@@ -1,4 +1,4 @@
-"""docs/usage.md: each of its recipes runs as written, finds the layer, and trains it by the rule without a warning."""
+"""docs/usage.md and pixels.md: each recipe runs as written, finds the layer, and trains it without a warning."""
 
 import logging
 import re
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-USAGE = (Path(__file__).parents[1] / "docs" / "usage.md").read_text(encoding="utf-8")
-GUIDE, OTHER_PIXELS = USAGE.split("## Other pixels")
-RECIPES = {part.split("\n")[0]: part for part in OTHER_PIXELS.split("\n### ")[1:]}
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDE = (DOCS / "usage.md").read_text(encoding="utf-8")
+OTHER_PIXELS = (DOCS / "pixels.md").read_text(encoding="utf-8")
+RECIPES = {part.split("\n")[0]: part for part in OTHER_PIXELS.split("\n## ")[1:]}
 LAYERS = {
     "Satellite images, 13 bands": {"0": 832},
     "Two sensors with a stem each": {"optical": 832, "radar": 128},
@@ -53,10 +54,10 @@ def test_a_recipe_runs_as_written(title, caplog):
 
 
 def test_the_layer_is_shown_as_written(capsys):
-    run(GUIDE.split("## What lam is measured against")[0])
+    run(GUIDE.split("## Which layer is taken")[1])
     assert "0: Conv2d, n=48 (reached first by the pixels)" in capsys.readouterr().out
 
 
 def test_lam_is_measured_as_written(capsys):
-    run(GUIDE.split("## What lam is measured against")[1])
+    run(GUIDE.split("## Which layer is taken")[0])
     assert "Spectrum(mean=0.3" in capsys.readouterr().out

@@ -119,9 +119,9 @@ def apply_tract(
 ) -> TrActHandle:
     """Train the first layer of `model` by TrAct from now on, whatever the optimizer and the training loop.
 
-    Its weight's gradient, (m, n), is then `grad_W @ inv(C + lam I)`, C = (1/b) sum of p p^T over all b patches p whose
-    gradient is in grad_W: since `.grad` was last empty, on all ranks. Nothing else about the model changes. Call it
-    before or after `prepare`, `torch.compile` and DDP, and again for new settings, which replace all old ones.
+    Its weight's gradient, (m, n), is then `grad_W @ inv(C + lam I)`, C = (1/b) sum of p p^T over all b patches p since
+    `.grad` was last empty, on all ranks. Nothing else about the model changes. Call it before or after `prepare`,
+    `torch.compile` and DDP (before FSDP and DeepSpeed), and again for new settings, which replace all old ones.
 
     Args:
         model: any model.

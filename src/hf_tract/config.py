@@ -23,7 +23,7 @@ class TrActConfig:
 
     Args:
         lam: the damping of inv(C + lam I), in the units of C's eigenvalues: squared pixels, after normalisation. 0.1
-            suits standardised pixels; see docs/usage.md for others.
+            suits standardised pixels; see https://hf-tract.github.io/hf-tract/usage/ for others.
         layers: "auto" for the first layer, or names or glob patterns of layers.
         scope: "global" for one C per optimizer step, over accumulated micro-steps and data-parallel ranks; "local" for
             one per forward call of each process, as in the paper's code.

@@ -22,6 +22,7 @@ from benchmarks.paper.choices import (
 )
 from benchmarks.paper.experiments import VIT_SMALL
 from benchmarks.paper.summary import Arm
+from benchmarks.verify.stored import RESULTS
 
 NAME = "evidence_tuning_cifar10"
 TUNING = ALL[NAME]
@@ -255,6 +256,9 @@ def test_the_command_writes_the_choices(tmp_path, monkeypatch, capsys):
 
 
 def test_what_was_chosen_is_a_cell_of_its_tuning():
+    """And is chosen before its final runs are stored."""
+    stored = {record.seed for record in read_records(RESULTS / "evidence.jsonl").values()}
+    assert read() or not stored & {*evidence_time.SEEDS, *evidence_layers.SEEDS}
     for name, arms in read().items():
         for arm, cell in arms.items():
             assert arm_of(cell) == arm

@@ -1,5 +1,6 @@
 """What the documents say follows from stored runs, and what does not follow is found."""
 
+import json
 import sys
 
 import pytest
@@ -47,6 +48,14 @@ def test_every_stored_run_says_what_made_it():
             assert record.command, (file, record.key)
             assert record.hardware, (file, record.key)
             assert "torch" in record.versions, (file, record.key)
+    lines = (RESULTS / "quickstart" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {(row["arm"], row["seed"]) for row in rows} >= {("vanilla", seed) for seed in range(100, 105)}
+    assert all(row["hardware"] and "quickstart.py" in row["command"] for row in rows)
+    told = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("torch", "transformers"):
+        (version,) = {row["versions"][name] for row in rows}
+        assert f"{name} {version}" in told
 
 
 def test_a_figure_that_is_not_the_runs_is_found():
@@ -69,7 +78,7 @@ def test_a_figure_that_nobody_listed_is_found_with_its_line():
 def test_a_cell_that_is_not_the_runs_is_found_and_written_again():
     text = text_of(COST)
     rows = tables(text)["cost_step_gpu"]
-    changed = text.replace("x 1.003 (1.002-1.004)", "x 1.000 (0.999-1.001)", 1)
+    changed = text.replace("| x 1.003 (1.002-1.004)", "| x 1.000 (0.999-1.001)", 1)
     assert list(command.problems_of(COST, changed)) == [
         f"{COST}: the table cost_step_gpu is not what the stored runs give; --write writes it."
     ]

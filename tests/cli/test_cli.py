@@ -109,7 +109,9 @@ def test_a_folder_of_images_gives_the_eigenvalues(checkpoint, tmp_path):
     told = inspect(checkpoint, "--dataset", folder.parent, "--samples", 4)["spectrum"]
     assert told["n"] == 192
     assert 0.5 < told["mean"] < 3
-    assert told["largest"] <= told["condition"] * (0.1 + told["largest"])
+    assert told["condition"] <= 1.001 * (told["largest"] + 0.1) / 0.1
+    by_less = inspect(checkpoint, "--dataset", folder.parent, "--samples", 4, "--lam", 1e-4)["spectrum"]
+    assert by_less["condition"] > 10 * told["condition"]
     (checkpoint / "preprocessor_config.json").unlink()
     told = inspect(checkpoint, "--dataset", folder.parent, "--lam", 0.03)
     assert told["spectrum"]["mean"] < 0.5

@@ -296,13 +296,19 @@ def test_the_low_rank_of_an_adapted_layer_keeps_its_ordinary_gradient(frozen):
 
 
 def test_a_start_is_whitened_by_what_the_layers_own_weight_reads():
-    layer = Gated()
-    x = torch.randn(50, 3, 8, 8)
+    class GatedByOthers(Gated):
+        def forward(self, x):
+            return nn.Conv2d.forward(self, x) * self.gate(5 * x + 1).sigmoid()
+
+    layer = GatedByOthers()
+    x = torch.randn(50, 3, 8, 8).cumsum(-1)
     other = nn.Conv2d(3, 4, 2, 2)
     other.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    before = layer.weight.detach().clone()
     for each in (layer, other):
         whiten_first_layer(each, x, layers=[each], force=True)
     assert_close(layer.weight, other.weight, 1e-6)
+    assert (layer.weight - before).norm() > 0.1 * before.norm()
 
 
 def test_a_model_without_values_runs():

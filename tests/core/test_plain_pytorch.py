@@ -69,10 +69,13 @@ def test_an_averaged_copy_follows_the_model():
     apply_tract(model)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    for _ in range(2):
+    mean = None
+    for _ in range(3):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(model)
-    ema.eval()
+        mean = weights(model) if mean is None else 0.9 * mean + 0.1 * weights(model)
+    assert_close(weights(ema.module), mean, 1e-6)
+    assert (mean - weights(model)).norm() > 1e-3
     assert ema(batch["pixel_values"]).logits.isfinite().all()

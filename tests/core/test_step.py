@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import hf_tract.core.accumulation
+import hf_tract.core.forward
 import hf_tract.core.preconditioner
 from helpers.oracle import assert_close, expected
 from hf_tract import apply_tract
@@ -154,10 +155,12 @@ def test_gradients_that_are_replaced_between_micro_steps_are_those_of_the_step(l
         assert_rule(layer, plain, *batches)
 
 
-def test_a_step_without_a_gradient_is_over_after_the_optimizers(layers):
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "as on an accelerator"])
+def test_a_step_without_a_gradient_is_over_after_the_optimizers(layers, on_host, monkeypatch):
     """A head of zeros gives the first layer none, and `.grad` is then emptied by zeros."""
     plain, layer = layers
     apply_tract(layer, LAM)
+    monkeypatch.setattr(hf_tract.core.accumulation, "on_host", lambda _: on_host)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     (0 * loss(layer(5 * images(2)))).backward()
     optimizer.step()
@@ -244,10 +247,12 @@ def test_a_part_of_a_weight_that_no_optimizer_holds_does_not_join_the_steps():
         assert_close(direction.grad, alone.parametrizations.weight.original1.grad, 1e-11)
 
 
-def test_micro_steps_whose_gradient_is_zero_count(layers):
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "as on an accelerator"])
+def test_micro_steps_whose_gradient_is_zero_count(layers, on_host, monkeypatch):
     """Their patches are read, as those of a satisfied hinge loss are, and `.grad` holds the zeros that they gave."""
     plain, layer = layers
     apply_tract(layer, LAM)
+    monkeypatch.setattr(hf_tract.core.accumulation, "on_host", lambda _: on_host)
     batches = [images(2), images(3)]
     (0 * loss(layer(batches[0]))).backward()
     backward(layer, batches[1])
@@ -607,12 +612,15 @@ def test_no_grad_and_a_frozen_weight_cost_nothing(layers, monkeypatch):
     _, layer = layers
     apply_tract(layer, LAM)
     monkeypatch.setattr(hf_tract.core.preconditioner, "patch_sums", lambda *a: pytest.fail("a moment was taken"))
+    monkeypatch.setattr(hf_tract.core.forward, "ForwardCall", lambda *a: pytest.fail("a backward was prepared"))
     with torch.no_grad():
         layer(images(1))
     with torch.inference_mode():
         layer(images(1))
     layer.weight.requires_grad_(False)
     loss(layer(images(1))).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(layer.float()(images(1).float())).backward()
     assert layer.weight.grad is None
 
 

@@ -1,7 +1,9 @@
 """Never silently off: what a user is told when a layer does not hand on a preconditioned gradient."""
 
+import gc
 import inspect
 import logging
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from helpers.models import Airbench, Gated, small_vit, trainer
 from helpers.oracle import assert_close, expected
 from hf_tract import TrActCallback, apply_tract, remove_tract
+from hf_tract.core import first_step
 
 
 class Net(nn.Module):
@@ -130,10 +133,15 @@ def test_a_watch_ends_with_what_it_watches(told, end):
     elif end == "again":
         apply_tract(model, lam=0.2)
     else:
+        gone = weakref.ref(model)
         del model, handle
+        gc.collect()
+        assert gone() is None
         model = Net()
     step(model, without=True)
     assert len(told()) == (1 if end == "again" else 0)
+    if end != "again":
+        assert not [watch for watch in first_step._watches if watch._model() in (None, model)]
     remove_tract(model)
 
 

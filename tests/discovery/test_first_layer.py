@@ -78,7 +78,7 @@ def test_the_search_leaves_the_model_and_the_random_numbers_as_they_are(recwarn)
 def test_timm_says_which_it_is(name):
     model = timm.create_model(name)
     first = model.pretrained_cfg["first_conv"]
-    assert names(model) == [first] if isinstance(first, str) else list(first)
+    assert names(model) == ([first] if isinstance(first, str) else list(first))
     assert {layer.source for layer in find_first_layers(model)} == {"timm's first_conv"}
 
 

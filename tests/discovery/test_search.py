@@ -241,6 +241,26 @@ def test_a_layer_whose_weight_the_parent_reads_is_found_and_preconditioned():
     assert_close(model.stem.weight.grad, expected(plain.stem.weight.grad, x, plain.stem, 0.1), 1e-5)
 
 
+def test_an_example_batch_shows_who_reads_the_weight():
+    """Where no guess fits the forward."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.tail = nn.Conv2d(3, 8, 4, 4), tail()
+
+        def forward(self, batch):
+            return self.tail(F.conv2d(batch["the pixels"], self.stem.weight, stride=4))
+
+    model, x = Net(), torch.randn(3, 3, 16, 16)
+    plain = copy.deepcopy(model)
+    plain({"the pixels": x}).sum().backward()
+    handle = apply_tract(model, example_batch={"batch": {"the pixels": x}})
+    assert [layer.name for layer in handle.layers] == ["stem"]
+    model({"the pixels": x}).sum().backward()
+    assert_close(model.stem.weight.grad, expected(plain.stem.weight.grad, x, plain.stem, 0.1), 1e-5)
+
+
 def test_reading_weights_changes_no_buffer():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 8, 4, 4)), tail()).train()
     before = copy.deepcopy(model.state_dict())

@@ -4,12 +4,13 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.oracle import assert_close
+from helpers.oracle import assert_close, expected
 from helpers.ranks import COLUMNS, STEPS, Net, Pairs, flat, images, loss_sum, on_two_ranks, one_process, train
-from hf_tract import apply_tract
+from hf_tract import apply_tract, whiten_first_layer
 
 # The images' parts; what differs from a DDP of default settings, TrAct applied before it.
 SCENARIOS = {
@@ -96,3 +97,25 @@ def nan_job(rank: int, name: str) -> dict[str, bool]:
 def test_a_rank_with_nan_makes_that_step_non_finite_everywhere_and_no_other(tmp_path):
     for rank in on_two_ranks(tmp_path, nan_job, ["nan"]):
         assert rank["nan"] == {"step 0": True, "step 1": False, "step 2": True}
+
+
+def groups_job(rank: int, name: str) -> dict[str, torch.Tensor]:
+    """Each rank trains a model of its own, in a group of its own."""
+    group = [dist.new_group([member]) for member in range(2)][rank]
+    model, x = Net(), images(rank, 4 + rank)
+    whitened = Net()
+    whiten_first_layer(whitened, x, process_group=group)
+    apply_tract(model, lam=0.1, process_group=group)
+    for _ in range(1 + rank):  # Together the ranks would wait for each other.
+        loss_sum(model, x).backward()
+    return {"grad": model.embed[0].weight.grad, "whitened": whitened.embed[0].weight.detach()}
+
+
+def test_ranks_in_groups_of_their_own_share_nothing(tmp_path):
+    for rank, results in enumerate(on_two_ranks(tmp_path, groups_job, ["groups"])):
+        model, x = Net(), images(rank, 4 + rank)
+        loss_sum(model, x).backward()
+        wanted = (1 + rank) * expected(model.embed[0].weight.grad, x, model.embed[0], 0.1)
+        assert_close(results["groups"]["grad"], wanted, 1e-10)
+        whiten_first_layer(model, x)
+        assert_close(results["groups"]["whitened"], model.embed[0].weight, 1e-10)

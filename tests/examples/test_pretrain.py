@@ -274,6 +274,32 @@ def test_schedule_free_is_tested_and_saved_with_averaged_weights(tmp_path, monke
     assert (trained - saved).abs().max() > 1e-4
 
 
+def test_averaged_weights_are_tested_and_saved_and_gradients_clipped(tmp_path, monkeypatch):
+    tested, norms, means = [], [], []
+
+    class Watched(pretrain_vit.Training):
+        def finish_step(self, loss):
+            now = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+            means.append(0.9 * means[-1] + 0.1 * now if means else now)
+            super().finish_step(loss)
+
+        def evaluate(self):
+            tested.append(torch.cat([p.detach().flatten() for p in self.best_model().parameters()]).clone())
+            return super().evaluate()
+
+    def clip(accelerator, parameters, norm, clip_grad_norm_=Accelerator.clip_grad_norm_):
+        norms.append(norm)
+        return clip_grad_norm_(accelerator, parameters, norm)
+
+    monkeypatch.setattr(pretrain_vit, "Training", Watched)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+    saved = weights(run(monkeypatch, tmp_path, "--ema_decay", "0.9", "--clip_grad_norm", "0.5"))
+    assert_close(saved, means[-1], 1e-5)
+    assert torch.equal(tested[-1], saved)
+    assert set(norms) == {0.5}
+    assert len(norms) == len(means) == 16
+
+
 def test_schedule_free_says_what_it_needs(monkeypatch, capsys):
     recipe, _ = parse(monkeypatch, "--optimizer", "schedule_free", "--model_config", json.dumps(TINY))
     model = pretrain_vit.make_model(recipe, ["a", "b"])

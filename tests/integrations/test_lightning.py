@@ -5,6 +5,7 @@ import csv
 import importlib
 import logging
 import sys
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -150,15 +151,19 @@ def find_stem(module: Automatic) -> nn.Module:
     return module.model.get_submodule("vit.embeddings.patch_embeddings.projection")
 
 
-def test_the_callback_refuses_accumulation_under_a_strategy_that_hides_where_a_step_begins():
-    class DeepSpeedStrategy:
-        pass
-
-    class Fake:
-        strategy, accumulate_grad_batches = DeepSpeedStrategy(), 4
-
-    with pytest.raises(TrActError, match=r"`accumulate_grad_batches` \(=4\) must be 1 under DeepSpeedStrategy"):
-        TrActLightningCallback().on_fit_start(Fake(), Automatic(small_vit()))
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
+def test_the_callback_refuses_accumulation_under_a_strategy_that_hides_where_a_step_begins(name):
+    strategy = type(name, (), {})()
+    accumulating = SimpleNamespace(strategy=strategy, accumulate_grad_batches=4)
+    with pytest.raises(TrActError, match=rf"`accumulate_grad_batches` \(=4\) must be 1 under {name}"):
+        TrActLightningCallback().on_fit_start(accumulating, Automatic(small_vit()))
+    plain = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1)
+    for callback, trainer in (
+        (TrActLightningCallback(scope="local"), accumulating),
+        (TrActLightningCallback(), plain),
+    ):
+        callback.on_fit_start(trainer, Automatic(small_vit()))
+        assert callback.handle is not None
 
 
 def ranks_job(rank: int, name: str) -> torch.Tensor:

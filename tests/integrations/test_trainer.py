@@ -293,6 +293,12 @@ def test_a_run_resumed_under_other_settings_says_so(tmp_path, caplog, lam):
     assert message == f"TrAct: this run resumes from step 4 of a run with other settings: {settings}. {advice}"
 
 
+@pytest.mark.parametrize("flag", [None, False, True])
+def test_unused_parameters_are_told_where_a_user_sets_them(tmp_path, caplog, flag):
+    trainer(tmp_path, callbacks=[TrActCallback()], max_steps=1, ddp_find_unused_parameters=flag).train()
+    assert ("`find_unused_parameters=True`" in caplog.text) == (flag is True)
+
+
 def test_a_callback_is_pickled_without_what_it_has_of_this_process(tmp_path):
     callback = TrActCallback(lam=0.3, whiten_init=True)
     run = trainer(tmp_path, callbacks=[callback])

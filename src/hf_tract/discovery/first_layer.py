@@ -54,8 +54,8 @@ def find_first_layers(
     Args:
         model: any model, wrapped or not (DDP, FSDP, `torch.compile`).
         layers: "auto" to find them, or a request: a name, a glob pattern, a module, or several of these.
-        example_batch: for "auto", if the batches that the library guesses do not fit the forward, or if that takes
-            several inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments
+        example_batch: for "auto", if guessed batches do not fit the forward, or the forward takes several inputs: a
+            tensor, a tuple of positional arguments, or a mapping of keyword arguments
             ({"batch": batch} for a forward that takes a mapping). It is only run through copies of the model.
 
     Returns:

@@ -19,7 +19,7 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
         lam: as in `TrActConfig`.
         layers: layers of the module that the hook is added to, as in `apply_tract`.
         scope: as in `TrActConfig`.
-        example_batch: as in `apply_tract`.
+        example_batch: as in `find_first_layers`.
         process_group: as in `apply_tract`.
 
     Examples:

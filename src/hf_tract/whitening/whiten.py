@@ -59,7 +59,7 @@ def whiten_first_layer(  # noqa: PLR0913
             it was.
 
     Source:
-        docs/whitening.md, equation 2.
+        https://hf-tract.github.io/hf-tract/whitening/, equation 2.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.Flatten(), nn.Linear(1024, 10))
