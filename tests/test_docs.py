@@ -1,8 +1,10 @@
 """The pages of docs/: their code runs, and what they list is what there is."""
 
+import dataclasses
 import re
 
 import pytest
+from transformers import TrainingArguments
 from typer.main import get_command
 
 import hf_tract
@@ -17,7 +19,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 
 def name_of(page):
-    return str(page.relative_to(DOCS))
+    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.filterwarnings(
@@ -68,6 +70,22 @@ def test_scripts_of_commands_exist(page):
         for module in re.findall(r"python -m (benchmarks[\w.]*)", command):
             file = ROOT / module.replace(".", "/")
             assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name_of)
+def test_options_of_commands_exist(page):
+    for command in commands_of(page):
+        script = re.search(r"\w+\.py", command)
+        if "python -m" in command or not script or not (ROOT / "examples" / script.group()).exists():
+            continue
+        text = (ROOT / "examples" / script.group()).read_text(encoding="utf-8")
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        known |= {
+            *re.findall(r"^    (\w+): .*(?:option|field)\(", text, re.MULTILINE),
+            *re.findall(r'"--(\w+)"', text),
+        }
+        used = set(re.findall(r" --(\w+)", command.partition(script.group())[2].partition("#")[0]))
+        assert used <= known, command
 
 
 @pytest.mark.parametrize("package", [hf_tract, hf_tract.integrations], ids=lambda package: package.__name__)

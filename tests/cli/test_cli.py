@@ -1,6 +1,7 @@
 """`hf-tract inspect` as a user calls it, and what it tells."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import transformers as hf
 from PIL import Image
 from typer.testing import CliRunner
 
+from helpers.documents import ROOT
 from helpers.oracle import moment, says
 from hf_tract import apply_tract
 from hf_tract.cli.cost import moment_cost, solve_cost
@@ -49,6 +51,14 @@ def test_a_folder_is_inspected(checkpoint):
     assert told["operations"] == 8 * layer["moment"]["operations"] + layer["solve"]["operations"]
     assert told["share"] == told["operations"] / (3 * 8 * told["forward_operations"])
     assert told["warnings"] == []
+
+
+def test_the_text_is_the_one_in_the_document(monkeypatch):
+    """Its figures too: they are arithmetic on the model's shapes."""
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = re.search(r"```text\n(.*?)```", (ROOT / "docs" / "cli.md").read_text(), re.DOTALL).group(1)
+    result = CliRunner().invoke(app, ["inspect", "vit_small_patch16_224"])
+    assert " ".join(result.stdout.split()) == " ".join(shown.split())
 
 
 MEAN = "The mean eigenvalue of C, the mean square of what the layer reads, is about"
