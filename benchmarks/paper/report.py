@@ -21,6 +21,8 @@ SMALLEST_P = 0.001
 SEEDS_TO_RESAMPLE = 5
 HEAD = Path(__file__).with_name("head.md").read_text(encoding="utf-8")
 COMMAND = "python -m benchmarks.paper"
+# By the name of the file of results.
+TITLES = {"evidence": "The runs of the plan, E0 to E4"}
 LINES_ONLY = "test accuracy against epochs and against time"
 WITH_ENDS = (
     "on the left the test accuracy by epochs of the first arm, {reference}the best others (of three seeds first); "
@@ -37,7 +39,8 @@ def write(scale: str, file: Path, folder: Path) -> Path:
         folder: for the report.
     """
     have = read_records(file)
-    lines = [HEAD.format(scale=scale, command=COMMAND, file=file.name)]
+    title = TITLES.get(file.stem, f"Results at the {scale} scale")
+    lines = [HEAD.format(title=title, command=COMMAND, file=file.name)]
     used: dict[str, RunRecord] = {}
     for name, experiment in ALL.items():
         settings = _compared(collect(experiment, scale, MAX_SEEDS, have))
