@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from helpers.models import STEM, small_vit
 from helpers.oracle import says
 from hf_tract import TrActError, apply_tract, find_first_layers
 
@@ -260,6 +261,30 @@ def test_a_config_that_means_something_else_is_passed_over(traits):
     for name, value in traits.items():
         setattr(model, name, value)
     assert names(model) == ["stem.0"]
+
+
+def test_a_model_that_has_run_is_searched_like_a_new_one():
+    """transformers leaves hooks on a model that has run, and without them it collects no hidden states."""
+
+    class TwoStems(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.second = small_vit().vit, nn.Conv2d(3, 4, 4, 4)
+            self.config = self.vit.config
+
+        def forward(self, pixel_values):
+            middle = self.vit(pixel_values, output_hidden_states=True).hidden_states[1]
+            return middle.mean() + self.second(pixel_values).mean()
+
+    model = TwoStems()
+    found = [STEM, "second"]
+    assert names(model) == found
+    model(torch.randn(1, 3, 16, 16))
+    assert any(module._forward_hooks for module in model.modules())
+    called = []
+    model.vit.register_forward_hook(lambda *_: called.append(1))
+    assert names(model) == found
+    assert not called
 
 
 def test_a_tower_is_not_what_begins_with_its_name():

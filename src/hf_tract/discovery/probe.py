@@ -67,14 +67,23 @@ def _trial_copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn
         # With TrAct an operation would read something other than the weight, by which its layer is known.
         detach(module)
         if not isinstance(module, torch.jit.ScriptModule):
-            # These hooks are the user's; hooks that compute weights are pre-hooks, and stay.
-            module._forward_hooks.clear()
+            _forget_hooks(module)
         attributes = vars(module)
         if "_old_forward" in attributes or "_original_forward" in attributes:
             attributes.pop("forward", None)  # accelerate's, which calls the original module
         elif isinstance(attributes.get("forward"), FunctionType) and "_orig_mod" not in module._modules:
             raise TypeError("a plain function as the forward of an instance calls the original module")
     return copied
+
+
+def _forget_hooks(module: nn.Module) -> None:
+    """Take the user's forward hooks off a copy; hooks that compute weights are pre-hooks, and stay.
+
+    The first forward of a transformers model leaves hooks that collect hidden states, which some forwards need.
+    """
+    for key, hook in list(module._forward_hooks.items()):
+        if not str(getattr(hook, "__module__", "")).startswith("transformers."):
+            del module._forward_hooks[key]
 
 
 def _cached_tensors(model: nn.Module) -> list[Tensor]:
