@@ -23,10 +23,9 @@
     python transfer.py --checkpoint google/vit-base-patch16-224-in21k --dataset tanganke/stanford_cars
     python transfer.py --checkpoint hf-hub:timm/resnet50.a1_in1k --dataset PATH_TO_IMAGES --dataloader_num_workers 4
 
-The options of `transformers.TrainingArguments`, such as --push_to_hub (which replaces a model
-in that repository), are options of this script too. Test images go
-through the checkpoint's own image processor. Training images are cropped at random, resized to the size that it gives,
-and normalised by it.
+The options of `transformers.TrainingArguments`, such as --push_to_hub (which replaces a model in that repository), are
+options of this script too. Test images go through the checkpoint's own image processor. Training images are cropped at
+random, resized to the size that it gives, and normalised by it.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ python -m benchmarks.paper report --scale small
 
 import argparse
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -64,19 +64,25 @@ def run_experiments(args: argparse.Namespace) -> None:
         shlex.split(args.launch_options),
         args.keep,
     )
+    have = read_records(file)
     for name in _names(args):
-        refuse_stale_choice(name, args.scale, read_records(file))
-    failed = []
+        refuse_stale_choice(name, args.scale, have)
+    jobs = _jobs(args, have)
+    failed = runner.run(jobs.values(), file, launch)
     # What the second round of a choice runs is known after its first.
-    for _ in range(2):
-        failed = runner.run(_jobs(args, read_records(file)), file, launch)
+    later = _jobs(args, read_records(file))
+    failed += runner.run([job for key, job in later.items() if key not in jobs], file, launch)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed.")
 
 
-def _jobs(args: argparse.Namespace, have: Mapping[str, RunRecord]) -> Iterator[Job]:
+def _jobs(args: argparse.Namespace, have: Mapping[str, RunRecord]) -> dict[str, Job]:
+    """Return the runs that are asked for by their keys, as far as they are known."""
+    found: dict[str, Job] = {}
     for name in _names(args):
-        yield from planned(ALL[name], args.scale, have, args.seeds)
+        for job in planned(ALL[name], args.scale, have, args.seeds):
+            found[job.key] = job
+    return found
 
 
 def _names(args: argparse.Namespace) -> list[str]:

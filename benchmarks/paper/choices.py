@@ -88,7 +88,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def choose(experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> list[Choice]:
-    """Return the cell of each arm that is the best on average over seeds, of those that all seeds tried.
+    """Return the cell of each arm that is the best on average, the first of equals, of those that all seeds tried.
 
     Raises:
         SystemExit: where a cell has not been run yet.

@@ -10,6 +10,7 @@ from benchmarks.common.records import RunRecord
 from benchmarks.common.statistics import Interval
 from benchmarks.paper import evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.choices import split_name
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arms, collect, corrected, gain
@@ -67,7 +68,7 @@ def _arm_names(arms: Arms) -> list[str]:
     """Return the arms without the lengths of their runs, in their order."""
     found: dict[str, None] = {}
     for name in arms:
-        found[name.rpartition(", ")[0]] = None
+        found[split_name(name)[0]] = None
     return list(found)
 
 

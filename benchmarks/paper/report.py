@@ -81,7 +81,7 @@ def _compared(found: Mapping[str, Arms]) -> dict[str, Arms]:
 
 
 def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem: Path) -> list[str]:
-    lines = [f"## {experiment.title}", "", f"`{COMMAND} run {name}`", ""]
+    lines = _head(name, experiment)
     for setting, arms in settings.items():
         if setting:
             lines += [f"**{setting}**", ""]
@@ -103,18 +103,22 @@ def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem:
 
 def _choice(name: str, experiment: Experiment, choices: list[Choice], settings: dict[str, Arms]) -> list[str]:
     """Return what was tried on the validation rows, and what is chosen."""
-    lines = [f"## {experiment.title}", "", f"`{COMMAND} run {name}`", ""]
-    chosen = {choice.cell: choice for choice in choices}
+    lines = _head(name, experiment)
+    chosen = {}
+    for choice in choices:
+        chosen[choice.cell] = "yes"
+        if choice.at_edge:
+            chosen[choice.cell] += ", at the edge of the grid"
     lines += ["| cell | seeds | top-1 on the validation rows | chosen |", "|---|---|---|---|"]
     for arms in settings.values():
         for cell, arm in arms.items():
-            told = ""
-            if cell in chosen:
-                told = "yes"
-            if cell in chosen and chosen[cell].at_edge:
-                told = "yes, at the edge of the grid"
-            lines.append(f"| {cell} | {len(arm.runs)} | {arm.final.mean():.1f} | {told} |")
+            lines.append(f"| {cell} | {len(arm.runs)} | {arm.final.mean():.1f} | {chosen.get(cell, '')} |")
     return [*lines, ""]
+
+
+def _head(name: str, experiment: Experiment) -> list[str]:
+    """Return an experiment's title and the command that runs it."""
+    return [f"## {experiment.title}", "", f"`{COMMAND} run {name}`", ""]
 
 
 def _tables(name: str, arms: Arms, reference: str) -> list[str]:
