@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import ROOT
 from hf_tract.integrations import provenance
 
-PACKAGES = (*provenance.PACKAGES, "torch_tract")
+PACKAGES = (*provenance.PACKAGES, "pytorch_optimizer", "torch_tract")
 Row = dict[str, Any]
 
 
