@@ -21,7 +21,14 @@ OPTIMIZERS: dict[str, Changes] = {
 ARMS: dict[str, Changes] = VANILLA | {"TrAct": TRACT, "matched start, TrAct": MATCHED}
 COORDINATES = {"whitened coordinates": NO_TRACT | {"variant": "coordinates", "lam": 0.1}}
 # An edge extends those of its own optimizer.
-RATES = dict.fromkeys(OPTIMIZERS, (1e-3, 2e-3, 4e-3, 8e-3))
+PLANNED_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = {
+    "adamw": PLANNED_RATES,
+    "muon_split": (*PLANNED_RATES, 1.6e-2),
+    "muon": (*PLANNED_RATES, 1.6e-2),
+    "soap": (*PLANNED_RATES, 1.6e-2, 3.2e-2),
+    "schedule_free": (*PLANNED_RATES, 1.6e-2),
+}
 SEEDS = range(100, 108)
 
 
