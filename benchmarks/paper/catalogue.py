@@ -13,6 +13,8 @@ from benchmarks.paper.experiments import EXPERIMENTS
 
 # Their speed-ups are those of whole runs, which conclusions.py tells.
 OF_WHOLE_RUNS = TIME_EVIDENCE | OPTIMIZER_EVIDENCE | LAYER_EVIDENCE
+# Their runs are of several devices, and share them.
+UNTIMED = OPTIMIZER_EVIDENCE
 PLANNED = EVIDENCE | OF_WHOLE_RUNS
 ALL = EXPERIMENTS | BEYOND | PLANNED
 GROUPS = {"all": list(EXPERIMENTS), "beyond": list(BEYOND), "evidence": list(PLANNED)}

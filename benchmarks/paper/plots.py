@@ -21,7 +21,7 @@ def is_crowded(settings: dict[str, Arms]) -> bool:
     return any(len(arms) > plots.MAX_LINES for arms in settings.values())
 
 
-def curves(title: str, settings: dict[str, Arms], reference: str, path: Path) -> Path:
+def curves(title: str, settings: dict[str, Arms], reference: str, path: Path, timed: bool = True) -> Path:
     """Plot means over seeds with their 95 % intervals: by epochs on the left; on the right by time, or all arms' ends.
 
     Args:
@@ -29,6 +29,7 @@ def curves(title: str, settings: dict[str, Arms], reference: str, path: Path) ->
         settings: the arms of each, by name; each setting is a row.
         reference: an arm that is always among the lines, beside the first.
         path: the PNG to write.
+        timed: whether the arms' times compare; otherwise all arms' ends are on the right.
     """
     crowded = is_crowded(settings)
     height = 3.2
@@ -38,7 +39,7 @@ def curves(title: str, settings: dict[str, Arms], reference: str, path: Path) ->
     for (setting, arms), (left, right) in zip(settings.items(), rows, strict=True):
         chosen = chosen_arms(arms, reference)
         _lines(left, arms, chosen, over_time=False)
-        if crowded:
+        if crowded or not timed:
             _ends(right, arms, chosen)
             left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small")
         else:

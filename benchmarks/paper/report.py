@@ -1,7 +1,7 @@
 """Writes tables and plots of the stored results, as Markdown and PNG."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval
 from benchmarks.paper import conclusions, plots
-from benchmarks.paper.catalogue import ALL, OF_WHOLE_RUNS, PLANNED, edges
+from benchmarks.paper.catalogue import ALL, OF_WHOLE_RUNS, PLANNED, UNTIMED, edges
 from benchmarks.paper.choices import Choice, choose, planned, split_name
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
@@ -19,11 +19,15 @@ MAX_SEEDS = 100
 SMALLEST_P = 0.001
 # Fewer seeds have too few different samples.
 SEEDS_TO_RESAMPLE = 5
+# Columns that tell of time.
+ALONG_A_RUN = ("speed-up", "in time", "minutes")
+OF_WHOLE_RUN = ("ms a step", "minutes")
 HEAD = Path(__file__).with_name("head.md").read_text(encoding="utf-8")
 COMMAND = "python -m benchmarks.paper"
 # By the name of the file of results.
 TITLES = {"evidence": "The runs of the plan, E0 to E4"}
 LINES_ONLY = "test accuracy against epochs and against time"
+UNTIMED_LINES = "on the left the test accuracy by epochs, on the right the final accuracy"
 WITH_ENDS = (
     "on the left the test accuracy by epochs of the first arm, {reference}the best others (of three seeds first); "
     "on the right the final accuracy of every arm"
@@ -92,13 +96,22 @@ def _section(name: str, experiment: Experiment, settings: dict[str, Arms], stem:
     if name == "evidence_step_size":
         for arms in settings.values():
             lines += [*step_size(arms).lines(), *challengers(arms)]
-    plot = plots.curves(experiment.title, settings, experiment.reference, stem.with_suffix(".png"))
-    lines += [f"![{experiment.title}: {_caption(experiment, settings)}]({plot.name})", ""]
+    lines += _curves(name, experiment, settings, stem.with_suffix(".png"))
     if name == "lambda_sweep":
         for arms in settings.values():
             plot = plots.sweep(experiment.title, arms, stem.with_name(f"{stem.name}-final.png"))
             lines += [f"![{experiment.title}: final accuracy against lambda]({plot.name})", ""]
     return lines
+
+
+def _curves(name: str, experiment: Experiment, settings: dict[str, Arms], path: Path) -> list[str]:
+    """Plot an experiment; return what a page says of it."""
+    timed = name not in UNTIMED
+    lines = []
+    if not timed:
+        lines = ["Times are not compared: the runs are of several devices, which they shared.", ""]
+    plot = plots.curves(experiment.title, settings, experiment.reference, path, timed)
+    return [*lines, f"![{experiment.title}: {_caption(experiment, settings, timed)}]({plot.name})", ""]
 
 
 def _choice(name: str, experiment: Experiment, choices: list[Choice], settings: dict[str, Arms]) -> list[str]:
@@ -124,10 +137,11 @@ def _head(name: str, experiment: Experiment) -> list[str]:
 def _tables(name: str, arms: Arms, reference: str) -> list[str]:
     """Return the table of an experiment's arms, one for each length of whole runs."""
     if name not in OF_WHOLE_RUNS:
-        return [*_table(arms, reference), ""]
+        return [*_table(arms, reference, ALONG_A_RUN), ""]
+    times = () if name in UNTIMED else OF_WHOLE_RUN
     lines = []
     for part in _by_length(arms).values():
-        lines += [*_table(part, reference, of_whole_runs=True), ""]
+        lines += [*_table(part, reference, times), ""]
     return lines
 
 
@@ -139,18 +153,18 @@ def _by_length(arms: Arms) -> dict[str, Arms]:
     return found
 
 
-def _caption(experiment: Experiment, settings: dict[str, Arms]) -> str:
+def _caption(experiment: Experiment, settings: dict[str, Arms], timed: bool) -> str:
     """Say what the plot shows, and which arms have no line in it."""
     if not plots.is_crowded(settings):
-        return LINES_ONLY
+        return LINES_ONLY if timed else UNTIMED_LINES
     reference = ""
     if experiment.reference:
         reference = f"{experiment.reference} and "
     return WITH_ENDS.format(reference=reference)
 
 
-def _table(arms: Arms, reference: str, of_whole_runs: bool = False) -> list[str]:
-    """Return a table of arms, which are compared with the first; of whole runs without a speed-up along a run."""
+def _table(arms: Arms, reference: str, times: Sequence[str]) -> list[str]:
+    """Return a table of arms, which are compared with the first, with some of the columns that tell of time."""
     first, base = next(iter(arms.items()))
     names = ["arm", "epochs", "seeds", "top-1", "gain", "p"]
     gains = [_gains(arms, base)]
@@ -158,20 +172,13 @@ def _table(arms: Arms, reference: str, of_whole_runs: bool = False) -> list[str]
         names += [f"from {reference}", "p"]
         others = {name: arm for name, arm in arms.items() if name != first}
         gains.append(_gains(others, arms[reference]))
-    timings = ["speed-up", "in time"]
-    if of_whole_runs:
-        timings = ["ms a step"]
-    names += [*timings, "minutes"]
+    names += times
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, arm in arms.items():
         row = [name, str(arm.curves.shape[1]), str(len(arm.runs)), interval(arm.final).text()]
         for cells in gains:
             row += cells.get(name, ["", ""])
-        if of_whole_runs:
-            row.append(f"{arm.milliseconds:.0f}")
-        else:
-            row += [_speed_up(arm, base), _speed_up_in_time(arm, base)]
-        row.append(f"{np.mean(arm.seconds[:, -1]) / 60:.1f}")
+        row += _times(arm, base, times)
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
@@ -197,6 +204,21 @@ def _probability(p: float | None) -> str:
     if p < SMALLEST_P:
         return f"< {SMALLEST_P}"
     return f"{p:.3f}"
+
+
+def _times(arm: Arm, base: Arm, columns: Sequence[str]) -> list[str]:
+    """Return what these columns tell of an arm's time."""
+    cells = []
+    for column in columns:
+        if column == "speed-up":
+            cells.append(_speed_up(arm, base))
+        elif column == "in time":
+            cells.append(_speed_up_in_time(arm, base))
+        elif column == "ms a step":
+            cells.append(f"{arm.milliseconds:.0f}")
+        else:
+            cells.append(f"{np.mean(arm.seconds[:, -1]) / 60:.1f}")
+    return cells
 
 
 def _speed_up(arm: Arm, base: Arm) -> str:

@@ -216,6 +216,29 @@ def test_whole_runs_are_compared_at_equal_lengths_without_a_speed_up_along_a_run
         assert line.endswith("| 100 | 2.6 |")
 
 
+def test_runs_that_shared_devices_tell_no_times(tmp_path, monkeypatch):
+    """Neither as a table nor as a plot."""
+    drawn = []
+    axis_of_time = report.plots._lines
+
+    def lines(axis, arms, chosen, over_time):
+        drawn.append(over_time)
+        axis_of_time(axis, arms, chosen, over_time)
+
+    monkeypatch.setattr(report.plots, "_lines", lines)
+    settings = {"epochs": 2, "train_samples": 20_000, "batch_size": 128}
+    arms = {}
+    for name, top1 in (("vanilla", 0.5), ("TrAct", 0.51)):
+        arms[name] = Arm({1: RunRecord("key", name, settings, 1, {"top1": [0.1, top1]}, [1.0, 2.0])})
+    text = "\n".join(report._section("evidence_adamw", PLANNED["evidence_adamw"], {"": arms}, tmp_path / "page"))
+    assert "| arm | epochs | seeds | top-1 | gain | p | from TrAct | p |" in text
+    assert "Times are not compared" in text
+    assert "by epochs, on the right the final accuracy](page.png)" in text
+    assert drawn == [False]
+    report._section("evidence_long", PLANNED["evidence_long"], {"": arms}, tmp_path / "page")
+    assert drawn == [False, False, True]
+
+
 def test_runs_that_measure_time_are_shared_with_no_other_experiment(monkeypatch):
     """Those of another day would be no measure, so their seeds are their own."""
     tunings = {name: made for name, made in PLANNED.items() if name.startswith("evidence_tuning_")}

@@ -334,7 +334,7 @@ def test_a_crowded_plot_has_six_lines_and_every_arm_beside_them(tmp_path, monkey
 @pytest.mark.parametrize("name", ["small", "evidence"])
 def test_the_stored_results_are_what_the_stored_report_says(name, tmp_path, monkeypatch):
     """The report in docs/results is that of the lines beside it, and no experiment's definition has changed since."""
-    monkeypatch.setattr(report.plots, "curves", lambda title, settings, reference, path: path)
+    monkeypatch.setattr(report.plots, "curves", lambda title, settings, reference, path, timed: path)
     monkeypatch.setattr(report.plots, "sweep", lambda title, arms, path: path)
     stored = ROOT / "docs" / "results"
     text = report.write("small", stored / f"{name}.jsonl", tmp_path).read_text()

@@ -87,7 +87,7 @@ def test_a_p_that_is_too_small_for_a_float_stays_0():
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(report.plots, "curves", lambda title, settings, reference, path: path)
+    monkeypatch.setattr(report.plots, "curves", lambda title, settings, reference, path, timed: path)
 
 
 def test_nothing_is_shown_before_the_last_run(tmp_path, no_plots):
