@@ -235,11 +235,13 @@ def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> 
     training.remove_unused_columns = False
     set_seed(training.seed)
     processor = load_processor(args.checkpoint)
-    start = training.resume_from_checkpoint or args.checkpoint
+    given, start = "--checkpoint", args.checkpoint
+    if training.resume_from_checkpoint:
+        given, start = "--resume_from_checkpoint", training.resume_from_checkpoint
     try:
         model = load_checkpoint(start, data.names)
     except (OSError, ValueError, RuntimeError) as error:
-        stop(f"--checkpoint {start} cannot be loaded as a classifier of images: {one_line(error)}")
+        stop(f"{given} {start} cannot be loaded as a classifier of images: {one_line(error)}")
     freeze(model, args.freeze)
     train, test = make_images(args, processor, data, training.seed)
     callbacks: list[TrainerCallback] = [EpochCallback(train)]

@@ -241,11 +241,16 @@ def test_a_corrupt_image_is_named_and_refused_or_left_out(checkpoint, images, tm
         ),
         (["--checkpoint", "CHECKPOINT", "--dataset", "/no/folder"], "--dataset /no/folder: there is no such folder"),
         (["--checkpoint", "DETECTOR"], "detector cannot be loaded as a classifier of images: "),
+        (
+            ["--checkpoint", "CHECKPOINT", "--resume_from_checkpoint", "empty"],
+            "--resume_from_checkpoint empty cannot be loaded as a classifier of images: ",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_at_once_in_one_line(checkpoint, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folders = {"CHECKPOINT": str(checkpoint)}
+    (tmp_path / "empty").mkdir()
     if "DETECTOR" in options:
         folders["DETECTOR"] = str(shutil.copytree(checkpoint, tmp_path / "detector"))
         YolosConfig().save_pretrained(tmp_path / "detector")
