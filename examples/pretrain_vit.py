@@ -61,7 +61,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
@@ -203,7 +203,7 @@ def main() -> None:
     if run.push_to_hub:
         check_token(hub_id)
         if IS_MAIN_PROCESS:
-            hub_id = find_repository(hub_id)
+            hub_id = prepare_repository(hub_id)
     try:
         training = Training(recipe, run)
         training.run_epochs()
@@ -778,17 +778,19 @@ def check_token(repo_id: str) -> None:
         stop(f"{repo_id} cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
 
 
-def find_repository(repo_id: str) -> str:
-    """Return a repository's whole id; refuse one that holds a model before the training for it begins."""
+def prepare_repository(repo_id: str) -> str:
+    """Return a repository's whole id, and make it if there is none; refuse one that holds a model.
+
+    It is made before the training, as Trainer does it, since that shows a token that may not write.
+    """
     api = HfApi()
     try:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
+        api.create_repo(repo_id, exist_ok=True)
         files = api.list_repo_files(repo_id)
-    except RepositoryNotFoundError:
-        return repo_id
     except Exception as error:  # The errors of the Hub's client and of its connections have no common class.
-        stop(f"--push_to_hub: {repo_id} cannot be looked up: {one_line(error)}")
+        stop(f"--push_to_hub: {repo_id} cannot be written to: {one_line(error)}")
     if set(files).intersection(WEIGHTS):
         advice = "name another by --hub_model_id, or push afterwards by push_to_hub.py --update"
         stop(f"{repo_id} holds a model already: {advice}.")

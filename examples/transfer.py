@@ -235,13 +235,10 @@ def fine_tune(args: Arguments, training: TrainingArguments, data: ImageData) -> 
     training.remove_unused_columns = False
     set_seed(training.seed)
     processor = load_processor(args.checkpoint)
-    given, start = "--checkpoint", args.checkpoint
     if training.resume_from_checkpoint:
-        given, start = "--resume_from_checkpoint", training.resume_from_checkpoint
-    try:
-        model = load_checkpoint(start, data.names)
-    except (OSError, ValueError, RuntimeError) as error:
-        stop(f"{given} {start} cannot be loaded as a classifier of images: {one_line(error)}")
+        model = load_given("--resume_from_checkpoint", training.resume_from_checkpoint, data.names)
+    else:
+        model = load_given("--checkpoint", args.checkpoint, data.names)
     freeze(model, args.freeze)
     train, test = make_images(args, processor, data, training.seed)
     callbacks: list[TrainerCallback] = [EpochCallback(train)]
@@ -426,6 +423,14 @@ def label_settings(names: list[str]) -> dict[str, Any]:
     """Return what a configuration of transformers holds about the classes."""
     numbers = {name: number for number, name in enumerate(names)}
     return {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
+
+
+def load_given(option: str, name: str, names: list[str]) -> PreTrainedModel:
+    """Load the checkpoint that an option names."""
+    try:
+        return load_checkpoint(name, names)
+    except (OSError, ValueError, RuntimeError) as error:
+        stop(f"{option} {name} cannot be loaded as a classifier of images: {one_line(error)}")
 
 
 def load_checkpoint(name: str, names: list[str]) -> PreTrainedModel:

@@ -82,17 +82,26 @@ def test_a_new_branch_takes_a_model_beside_main_s_and_an_old_one_does_not(hub, f
 
 
 def test_pre_training_for_a_repository_with_a_model_is_refused(hub, folder, monkeypatch):
-    assert pretrain_vit.find_repository("model") == "tester/model"
-    assert hub.repos == {}
+    assert pretrain_vit.prepare_repository("model") == "tester/model"
+    assert list(hub.repos) == ["tester/model"]
     publish(monkeypatch, folder, "--repo_id", "tester/model")
     arguments = ["--push_to_hub", "--hub_model_id", "model", "--output_dir", str(folder.parent)]
     monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", *arguments])
     with pytest.raises(SystemExit, match=r"^tester/model holds a model already: .* push_to_hub\.py --update"):
         pretrain_vit.main()
-    assert pretrain_vit.find_repository("tester/other") == "tester/other"
-    monkeypatch.setenv("HF_TOKEN", "hf_WrongWrongWrong")
-    with pytest.raises(SystemExit, match=r"^--push_to_hub: model cannot be looked up: "):
-        pretrain_vit.find_repository("model")
+    assert pretrain_vit.prepare_repository("tester/other") == "tester/other"
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "reason"),
+    [("somebody/model", TOKEN, ".*403 Forbidden"), ("model", "hf_WrongWrongWrong", "Invalid user token")],
+)
+def test_pre_training_for_a_repository_that_cannot_be_written_is_refused(hub, repo_id, token, reason, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", "--push_to_hub", "--hub_model_id", repo_id])
+    with pytest.raises(SystemExit, match=rf"^--push_to_hub: {repo_id} cannot be written to: {reason}"):
+        pretrain_vit.main()
+    assert hub.repos == {}
 
 
 def test_a_repository_with_a_model_is_left_alone_unless_told(hub, folder, monkeypatch):
