@@ -85,6 +85,7 @@ def figures() -> dict[str, str]:
         **of_cifar10(),
         **of_other_settings(),
         **of_the_start(),
+        **of_optimizers(),
         **of_colour_statistics(),
         **of_costs(),
         **of_the_quickstart(),
@@ -152,6 +153,16 @@ def of_the_start() -> dict[str, str]:
         "stem_adamw": pair("beyond_crops", STEM, START, CROPS_ADAMW).gain,
         "stem_sgd": pair("beyond_crops", STEM, START, CROPS_SGD).gain,
         "stem_cifar": pair("beyond_vit", STEM, START).gain,
+    }
+
+
+def of_optimizers() -> dict[str, str]:
+    """Return what TrAct gains under other optimizers than Adam."""
+    muon = "evidence_muon_split"
+    return {
+        "muon_vanilla": final_interval(muon, "vanilla"),
+        "muon_tract": pair(muon, "TrAct").gain,
+        "muon_start": pair(muon, "matched start, TrAct").gain,
     }
 
 

@@ -14,24 +14,25 @@ from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result, Results
-from benchmarks.paper.catalogue import ALL
+from benchmarks.paper.catalogue import ALL, PLANNED
 from benchmarks.paper.report import MAX_SEEDS
 from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time, time_ratio
 
 RESULTS = ROOT / "docs" / "results"
 RUNS = RESULTS / "small.jsonl"
+PLANNED_RUNS = RESULTS / "evidence.jsonl"
 
 
 @functools.cache
-def runs() -> dict[str, RunRecord]:
-    """Return the stored runs of the paper's experiments and those beyond it."""
-    return read_records(RUNS)
+def runs(experiment: str) -> dict[str, RunRecord]:
+    """Return the stored runs that an experiment's are among."""
+    return read_records(PLANNED_RUNS if experiment in PLANNED else RUNS)
 
 
 @functools.cache
 def arms(experiment: str, setting: str = "") -> Arms:
     """Return the stored arms of an experiment in one setting."""
-    return collect(ALL[experiment], "small", MAX_SEEDS, runs())[setting]
+    return collect(ALL[experiment], "small", MAX_SEEDS, runs(experiment))[setting]
 
 
 def some(arm: Arm, seeds: Iterable[int]) -> Arm:
