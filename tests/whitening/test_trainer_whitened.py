@@ -123,6 +123,15 @@ class OwnOrder(Sampler):
         return 64
 
 
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request):
+    """How processes start: the latter as on macOS and Windows."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -133,11 +142,27 @@ class OwnOrder(Sampler):
     ],
     ids=["a stream", "its own augmentation", "its own order", "no batches"],
 )
-def test_data_that_keeps_count_of_its_reading_stays_where_it_is(make):
+def test_data_that_keeps_count_of_its_reading_stays_where_it_is(make, start_method):
     looked_at, untouched = make(), make()
     assert len(first_batches(looked_at, 3)) == 3
     for one, other in zip(looked_at, untouched, strict=True):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+class FromWhere(Images):
+    """Tells the process that reads."""
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize(("num_workers", "starts_one"), [(0, False), (1, True)])
+def test_a_script_is_not_imported_by_a_process_that_its_loader_would_not_start(num_workers, starts_one, monkeypatch):
+    """It would run again, where nothing guards what it does."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["forkserver", "spawn", "fork"])
+    (batch,) = first_batches(DataLoader(FromWhere(), 8, num_workers=num_workers), 1)
+    assert (int(batch[0]) != os.getpid()) == starts_one
 
 
 def test_what_reads_once_is_refused():

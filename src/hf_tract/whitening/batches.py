@@ -6,6 +6,8 @@ import contextlib
 import copy
 import itertools
 import logging
+import multiprocessing
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,8 +84,9 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
     """Return up to `count` of the first batches of this rank, without changing what training will read.
 
     Those of a `DataLoader` are read by another process from a new loader over the same data, so that streams,
-    samplers, augmentations and their random numbers keep their state. Where accelerate dispatches batches, each rank
-    gets the same ones.
+    samplers, augmentations and their random numbers keep their state; or from a copy of the data in this process,
+    where another one would run the user's script again. Where accelerate dispatches batches, each rank gets the same
+    ones.
 
     Args:
         loader: any loader, such as a `DataLoader`, also one that accelerate has prepared.
@@ -104,10 +107,15 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
 
 
 def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
-    """Return the first batches, read in another process where that is possible."""
+    """Return the first batches, read in another process or from a copy of the data, where that is possible."""
     name = type(loader.dataset).__name__
     try:
-        return _first_of(_new_loader(loader, num_workers=1), count)
+        # A process that is not forked imports the script, and runs all of it where no `if __name__ == "__main__":`
+        # guards it. With processes of its own the loader needs that guard anyway.
+        if loader.num_workers == 0 and not _forks():
+            copied = pickle.loads(pickle.dumps(loader.dataset))
+            return _first_of(_new_loader(loader, copied, num_workers=0), count)
+        return _first_of(_new_loader(loader, loader.dataset, num_workers=1), count)
     # Data may be tied to its process in many ways.
     except Exception as error:
         if isinstance(loader.dataset, IterableDataset):
@@ -117,7 +125,13 @@ def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
         logger.warning(
             "TrAct: no other process can read %s (%s); it is read here, and what it counts moves on.", name, error
         )
-    return _first_of(_new_loader(loader, num_workers=0), count)
+    return _first_of(_new_loader(loader, loader.dataset, num_workers=0), count)
+
+
+def _forks() -> bool:
+    """Return whether processes are forked, without settling that for the user's later choice."""
+    default, *_ = multiprocessing.get_all_start_methods()
+    return (multiprocessing.get_start_method(allow_none=True) or default) == "fork"
 
 
 def _first_of(loader: DataLoader[Any], count: int) -> list[Any]:
@@ -130,9 +144,8 @@ def _first_of(loader: DataLoader[Any], count: int) -> list[Any]:
             batches._shutdown_workers()
 
 
-def _new_loader(loader: DataLoader[Any], num_workers: int) -> DataLoader[Any]:
-    """Return a loader over the same data as `loader`, with copies of its samplers and a generator of its own."""
-    dataset = loader.dataset
+def _new_loader(loader: DataLoader[Any], dataset: Dataset[Any], num_workers: int) -> DataLoader[Any]:
+    """Return a loader like `loader` over these data, with copies of its samplers and a generator of its own."""
     settings: dict[str, Any] = {
         "num_workers": num_workers,
         "collate_fn": loader.collate_fn,
@@ -146,16 +159,16 @@ def _new_loader(loader: DataLoader[Any], num_workers: int) -> DataLoader[Any]:
         return DataLoader(dataset, loader.batch_size, drop_last=loader.drop_last, **settings)
     if loader.batch_sampler is None:
         settings["batch_size"] = None
-        settings["sampler"] = _copied(loader.sampler, dataset)
+        settings["sampler"] = _copied(loader.sampler, {id(loader.dataset): dataset})
     else:
-        settings["batch_sampler"] = _copied(loader.batch_sampler, dataset)
+        settings["batch_sampler"] = _copied(loader.batch_sampler, {id(loader.dataset): dataset})
     return DataLoader(dataset, **settings)
 
 
-def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
-    """Return a copy of a sampler that shares `dataset` with it, or the sampler itself if it cannot be copied."""
+def _copied(sampler: Any, known: dict[int, Any]) -> Any:
+    """Return a copy of a sampler, with what is `known` by its id; the sampler itself if it cannot be copied."""
     try:
-        return copy.deepcopy(sampler, {id(dataset): dataset})
+        return copy.deepcopy(sampler, known)
     # A sampler may hold an open file or a lock.
     except Exception as error:
         name = type(sampler).__name__
