@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -27,7 +27,7 @@ def call_after_steps(listener: Callable[[Optimizer], None]) -> None:
     register_optimizer_step_post_hook(hook)
 
 
-def updated_by(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+def updated_by(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return those of the parameters that `optimizer` updates."""
     held: set[int] = set()
     for group in optimizer.param_groups:

@@ -77,7 +77,7 @@ class LayerPreconditioner:
         """
         if not self.active:
             return grad.clone()
-        backward = self.steps.backward_of(call)
+        backward = self.steps.backward_of(call, grad.shape)
         with self._lock:
             step = self.steps.step_of(backward, self.config.scope == "local")
             self.last_step = step

@@ -23,7 +23,14 @@ FORWARD_CALLS: WeakValueDictionary[int, ForwardCall] = WeakValueDictionary()
 class ForwardCall:
     """Holds what a backward needs to know about the forward call that it belongs to."""
 
-    def __init__(self, weight: Tensor, preconditioner: Any) -> None:
+    def __init__(self, weight: Tensor, preconditioner: Any, is_given: bool = False) -> None:
+        """Watch a forward call.
+
+        Args:
+            weight: of the call.
+            preconditioner: that of the layer.
+            is_given: whether the weight stands in the place of the layer's own parameter.
+        """
         self.number = next(_numbers)
         # A `LayerPreconditioner`; by this reference the graph keeps it alive until the backward.
         self.preconditioner = preconditioner
@@ -31,6 +38,8 @@ class ForwardCall:
         self.backward_pass = torch._C._current_graph_task_id()
         # `functional_call` runs the layer with a parameter other than its own.
         self.leaf = weight if weight.is_leaf else None
+        # It also runs it with weights that other parameters computed, as of a hypernetwork: each has its own gradient.
+        self.computed = weight if is_given and not weight.is_leaf else None
         # Whether the weight's gradient was taken with `create_graph=True`.
         self.was_differentiated = False
         # Whether the running backward pass has `create_graph=True`.

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hf_tract.core import accumulation
 from hf_tract.core.optimizer_hook import call_after_steps, updated_by
+from hf_tract.core.present import PresentSteps
 from hf_tract.core.step import ForwardCall, Step
 from hf_tract.core.weights import weight_parameters
 
@@ -29,6 +30,10 @@ class Backward(NamedTuple):
     # Whether their `.grad` holds what has been accumulated.
     lives_in_grad: bool
     call: ForwardCall | None
+    # Of the gradient.
+    shape: torch.Size
+    # What the layer ran with where that is a leaf other than its own weight, as by `functional_call`.
+    other_leaf: Tensor | None
 
 
 class StepSequence:
@@ -39,9 +44,7 @@ class StepSequence:
         # Steps begun.
         self.count = 0
         self._layer = ref(layer)
-        self._step: Step | None = None
-        # The step of `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`.
-        self._returned_step: Step | None = None
+        self._present = PresentSteps()
         # How many contexts of `left_open` are entered.
         self._left_open = 0
         # FSDP2 empties `.grad` after a micro-step, in whose backward the weight looks like an ordinary parameter.
@@ -62,18 +65,39 @@ class StepSequence:
 
     def after_step_of(self, optimizer: Optimizer) -> None:
         """Remember what `.grad` of the weight holds if `optimizer` has just used it."""
-        if self._step is None:
-            return
-        parameters = updated_by(optimizer, weight_parameters(self._layer()))
-        if accumulation.lives_in_grad(parameters):
-            self._step.seen_grads = accumulation.SeenGrads(parameters)
-            # From now on zeros in `.grad` are an emptied one.
-            self._step.began_empty = False
+        for leaf, steps in self._present.by_leaf():
+            if not steps:
+                continue
+            held: Sequence[Tensor] = weight_parameters(self._layer()) if leaf is None else [leaf]
+            parameters = updated_by(optimizer, held)
+            if not accumulation.lives_in_grad(parameters):
+                continue
+            for step in steps:
+                step.seen_grads = accumulation.SeenGrads(parameters)
+                # From now on zeros in `.grad` are an emptied one.
+                step.began_empty = False
 
-    def backward_of(self, call: ForwardCall | None) -> Backward:
-        """Return what there is to know about the running backward of a forward call, None in a compiled graph."""
+    def backward_of(self, call: ForwardCall | None, shape: torch.Size) -> Backward:
+        """Return what there is to know about the running backward.
+
+        Args:
+            call: the forward call; None in a compiled graph.
+            shape: of the gradient.
+        """
         parameters = self._parameters_of(call)
-        return Backward(_backward_pass_of(call), parameters, accumulation.lives_in_grad(parameters), call)
+        lives_in_grad = accumulation.lives_in_grad(parameters)
+        other_leaf = None
+        if call is not None and lives_in_grad and call.leaf is not self._own_weight():
+            other_leaf = call.leaf
+        return Backward(_backward_pass_of(call), parameters, lives_in_grad, call, shape, other_leaf)
+
+    def has_as_parameter(self, weight: Tensor) -> bool:
+        """Return whether a tensor is registered as the layer's weight, and not computed by the layer."""
+        return weight is self._own_weight()
+
+    def _own_weight(self) -> Tensor | None:
+        layer = self._layer()
+        return layer._parameters.get("weight") if layer else None
 
     def _parameters_of(self, call: ForwardCall | None) -> Sequence[Tensor]:
         """Return the parameters that the weight consists of, or is computed from.
@@ -81,11 +105,10 @@ class StepSequence:
         This is the parameter that the forward call used, since the layer may have another one by now. Where an engine
         keeps gradients outside of `.grad`, it is the layer's own parameters, as only these show that.
         """
-        layer = self._layer()
-        weight = layer._parameters.get("weight") if layer else None
+        weight = self._own_weight()
         if call is not None and weight is not None and call.leaf is weight:
             return [weight]
-        parameters = weight_parameters(layer)
+        parameters = weight_parameters(self._layer())
         if call is None or call.leaf is None:
             return parameters
         if parameters and not accumulation.lives_in_grad(parameters):
@@ -94,14 +117,15 @@ class StepSequence:
 
     def step_of(self, backward: Backward, is_local: bool) -> Step:
         """Return the step that a backward belongs to, a new one if it begins one or if each does (`is_local`)."""
-        if backward.lives_in_grad and not accumulation.adds_to_grad(backward.parameters):
-            step = self._returned_step
-            if step is None or step.backward_pass != backward.number or is_local:
-                step = self._returned_step = Step(backward.number)
-            return step
-        step = self._step
+        leaf, shape = backward.other_leaf, backward.shape
+        # `torch.autograd.grad` returns gradients and adds nothing to `.grad`, and a computed weight has no `.grad`.
+        given = backward.call.computed if backward.call else None
+        if given is not None or (backward.lives_in_grad and not accumulation.adds_to_grad(backward.parameters)):
+            return self._present.in_pass(backward.number, leaf if given is None else given, shape, is_local)
+        step = self._present.find(leaf, shape)
         if step is None or is_local or self._is_over(step, backward):
-            step = self._step = _new_step(backward)
+            step = _new_step(backward)
+            self._present.begin(leaf, shape, step, accumulation.was_emptied(backward.parameters))
             self.count += 1
         return step
 
@@ -156,7 +180,7 @@ def _after_step(optimizer: Optimizer) -> None:
 
 def _new_step(backward: Backward) -> Step:
     step = Step(backward.number, began_empty=not accumulation.has_grad(backward.parameters))
-    if not step.began_empty and backward.lives_in_grad:
+    if backward.lives_in_grad and not accumulation.was_emptied(backward.parameters):
         # A penalty has filled `.grad`, and will fill it with another tensor in the next step.
         step.seen_grads = accumulation.SeenGrads(backward.parameters)
     return step
