@@ -10,6 +10,7 @@ from hf_tract import TrActConfig
 from hf_tract.core.delayed import DelayedFlag
 from hf_tract.core.ops import precondition_eagerly
 from hf_tract.core.patches import PatchSpec
+from hf_tract.core.pieces import factor_dtype
 from hf_tract.core.preconditioner import LayerPreconditioner
 
 try:
@@ -44,6 +45,15 @@ def test_no_step_after_the_first_waits_for_the_device(name, dtype, monkeypatch):
             preconditioner.last_step.backward_pass = task  # as if each were a pass of its own
             assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, (8, n))
             layer.weight.grad = torch.empty(8, n, device="cuda")  # perhaps zeros: told there, not here
+
+
+@pytest.mark.parametrize(("hip", "multiplied"), [(None, torch.bfloat16), ("6.4", torch.float32)])
+def test_amds_gpus_multiply_in_float32(hip, multiplied, monkeypatch):
+    """Older versions for them have no product of 16-bit numbers in float32."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode():
+        x = torch.empty(4, dtype=torch.bfloat16, device="cuda")
+        assert factor_dtype(x, torch.float32) == multiplied
 
 
 @pytest.mark.parametrize("empties", ["to None", "to zeros"])

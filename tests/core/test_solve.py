@@ -40,6 +40,19 @@ def test_equals_the_explicit_inverse(host, problem, lam):
 
 
 @given(problems(), st.floats(1e-3, 10))
+def test_a_device_without_cholesky_solve_has_the_same_inverse(problem, lam):
+    """As MPS before torch 2.12, where the triangular solve exists."""
+    moment, grad = problem
+    inverse = damped_inverse(moment, lam)
+    condition = inverse.condition()
+    lacks = mock.patch.object(torch, "cholesky_solve", side_effect=NotImplementedError)
+    with lacks, mock.patch.object(hf_tract.core.solve, "WITH_LITTLE_ALGEBRA", ("cpu",)):
+        oracle.assert_close(inverse(grad), oracle.precondition(grad, moment, lam), 1e-10)
+    with mock.patch.object(hf_tract.core.solve, "WITH_LITTLE_ALGEBRA", ("cpu",)):
+        assert inverse.condition() == condition
+
+
+@given(problems(), st.floats(1e-3, 10))
 def test_no_direction_gains_more_than_one_over_lam(problem, lam):
     moment, grad = problem
     assert damped_inverse(moment, lam)(grad).norm() <= grad.norm() / lam * (1 + 1e-9)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_eval_result, metadata_load
 from PIL import Image
@@ -229,3 +230,10 @@ def test_a_command_is_told_without_tokens_and_folders(arguments, expected):
 def test_a_path_below_the_working_folder_is_told_from_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert provenance.command(["train.py", str(tmp_path / "out" / "a")]) == "python train.py out/a"
+
+
+def test_another_accelerator_is_named_as_the_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert provenance.hardware().endswith(", mps")

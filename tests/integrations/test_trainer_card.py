@@ -94,6 +94,18 @@ def test_what_is_saved_has_card_and_settings_beside_it(tmp_path):
     assert (record.layers, record.dataset) == ([STEM], "a data set that its author did not name")
 
 
+def test_a_card_that_cannot_be_written_ends_no_training(tmp_path, caplog):
+    """The weights may not be saved yet. Windows' shells write UTF-16, and others lock files."""
+    (tmp_path / "README.md").write_text("my notes", encoding="utf-16")
+    run = trainer(tmp_path, callbacks=[TrActCallback()], save_strategy="epoch")
+    run.train()
+    assert (tmp_path / "README.md").read_text(encoding="utf-16") == "my notes"
+    (tmp_path / RECORD_FILE).unlink()
+    (tmp_path / RECORD_FILE).mkdir()
+    run.train()
+    assert "the model card could not be written: " in caplog.text
+
+
 def test_of_the_best_weights_the_card_has_their_scores(tmp_path):
     class Scores:
         calls = iter([0.9, 0.1, 0.2])

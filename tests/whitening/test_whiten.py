@@ -22,6 +22,7 @@ from helpers.strategies import cases
 from hf_tract import TrActError, first_layer_spectrum, whiten_first_layer
 from hf_tract.core.sharding import gathered_weights, read_weight
 from hf_tract.discovery.wrappers import unwrap
+from hf_tract.whitening import fresh, whiten
 from hf_tract.whitening.batches import move_batch
 
 
@@ -350,3 +351,27 @@ def test_keys_that_the_forward_does_not_take_are_named():
         TrActError, match=says("has a mapping of 'image', 'label', of which the forward of Conv2d takes none")
     ):
         whiten_first_layer(model, [batch])
+
+
+def test_a_device_without_float64_is_whitened_on_the_host():
+    """As on MPS, which can neither hold it nor cast to it on the way."""
+
+    class OnMps(torch.Tensor):
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def to(self, other, *args, **kwargs):
+            if other.dtype == torch.float64:
+                self.double()
+            return super().to(other, *args, **kwargs)
+
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 64, 4, 4)
+    weight = layer.weight.detach().as_subclass(OnMps)
+    assert fresh._trained(layer, weight) == ""
+    c = torch.cov(torch.randn(48, 200, dtype=torch.float64))[None]
+    whitened = whiten._whitened(weight, c, 0.1, match_scale=True)
+    assert_close(whitened.cpu(), whiten._whitened(layer.weight.detach(), c, 0.1, match_scale=True), 1e-6)

@@ -87,7 +87,8 @@ def windows(x: Tensor, spec: PatchSpec, first: int) -> Tensor:
 
 def factor_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the precision in which to multiply parts of `x` for a product of precision `dtype`."""
-    if not x.is_cuda or dtype != torch.float32:
+    # Older versions for AMD's GPUs have no product of 16-bit numbers in float32.
+    if not x.is_cuda or torch.version.hip or dtype != torch.float32:
         return dtype
     # Tensor cores multiply 16-bit numbers exactly and sum in float32, unless they are told to sum in float16.
     sums_in_half = torch.backends.cuda.matmul.allow_fp16_accumulation

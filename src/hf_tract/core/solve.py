@@ -12,6 +12,8 @@ from torch import Tensor
 MAX_ROUNDING = 1e-2
 CONDITION_STEPS = 24
 CONDITION_VECTORS = 4
+# Devices on which older versions of torch lack `cholesky_solve`, `qr` and `eigvalsh`.
+WITH_LITTLE_ALGEBRA = ("mps",)
 
 
 class DampedInverse:
@@ -69,7 +71,7 @@ class DampedInverse:
         rows = grad.reshape(groups, -1, n)
         # With columns for right-hand sides, the result lies in memory as the gradient does.
         rows = rows.to(self._factor.dtype)
-        out = torch.cholesky_solve(rows.mT, self._factor).mT
+        out = _solve(self._factor, rows.mT).mT
         if not on_host(out):
             # An accelerator makes this choice itself, so that the host does not wait for the values.
             out = torch.where(self.failed, rows, out)
@@ -93,6 +95,8 @@ class DampedInverse:
         if self.failed or not self.finite:
             return float("inf")
         factor = self._factor
+        if factor.device.type in WITH_LITTLE_ALGEBRA:
+            factor = factor.cpu()
         groups, n, _ = factor.shape
         generator = torch.Generator("cpu").manual_seed(0)
         shape = (groups, n, min(CONDITION_VECTORS, n))
@@ -106,6 +110,15 @@ class DampedInverse:
         largest = torch.linalg.eigvalsh(damped)[..., -1]
         smallest = 1 / torch.linalg.eigvalsh(inverse)[..., -1]
         return float((largest / smallest).max())
+
+
+def _solve(factor: Tensor, columns: Tensor) -> Tensor:
+    """Return inv(L L^T) times columns (g, n, m), for a lower factor L."""
+    if factor.device.type not in WITH_LITTLE_ALGEBRA:
+        return torch.cholesky_solve(columns, factor)
+    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solved
 
 
 def max_trace(lam: float) -> float:

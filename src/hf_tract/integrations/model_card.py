@@ -33,7 +33,7 @@ def is_replaceable(card: Path) -> bool:
     """Return whether nobody but hf-tract and Trainer has written `card`, or nobody at all."""
     if not card.exists():
         return True
-    text = card.read_text(encoding="utf-8")
+    text = card.read_text(encoding="utf-8", errors="replace")
     return MARK in text or TRAINERS_MARK in text
 
 

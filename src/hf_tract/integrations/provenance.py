@@ -63,6 +63,8 @@ def hardware() -> str:
     """Return the name of the device that torch computes on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    if torch.accelerator.is_available():
+        return f"{_cpu()}, {torch.accelerator.current_accelerator()}"
     threads = torch.get_num_threads()
     unit = "thread" if threads == 1 else "threads"
     return f"{_cpu()}, {os.cpu_count()} cores, {threads} {unit}"

@@ -219,7 +219,11 @@ class TrActCallback(TrainerCallback):
         if model is None or handle is None or not state.is_world_process_zero:
             return
         record = record_of_run(args, state, model, handle, self.hyperparameters, is_trained)
-        record.save(args.output_dir or ".", args.hub_model_id)
+        try:
+            record.save(args.output_dir or ".", args.hub_model_id)
+        # A card is not worth a training whose weights are not saved yet.
+        except (OSError, ValueError) as error:
+            logger.warning("TrAct: the model card could not be written: %s", error)
 
     def _remove_tract(self, model: nn.Module) -> None:
         handle = self.handle_of(model)

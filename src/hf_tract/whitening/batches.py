@@ -20,6 +20,8 @@ from hf_tract.discovery.calling import filter_forward_kwargs, map_tensors, prese
 
 logger = logging.getLogger(__name__)
 
+# For one batch, read by another process.
+MAX_SECONDS = 300
 READS_ONCE = "and training would miss what is read of it here: call `whiten_first_layer` with a few batches before."
 
 
@@ -155,6 +157,8 @@ def _new_loader(loader: DataLoader[Any], dataset: Dataset[Any], num_workers: int
     }
     if num_workers > 0:
         settings["multiprocessing_context"] = loader.multiprocessing_context
+        # A forked process hangs where another thread held a lock that its data need.
+        settings["timeout"] = MAX_SECONDS
     if isinstance(dataset, IterableDataset):
         return DataLoader(dataset, loader.batch_size, drop_last=loader.drop_last, **settings)
     if loader.batch_sampler is None:

@@ -114,7 +114,8 @@ def _trained(layer: nn.Module, weight: Tensor) -> str:
     groups = groups_of(layer)
     m = out_features(layer) // groups
     n = patch_size(layer)
-    rows = weight.double().reshape(groups, m, n)
+    # MPS has no float64.
+    rows = weight.cpu().double().reshape(groups, m, n)
     if not rows.any():
         return "is all zeros"
     gram = rows.mT @ rows

@@ -96,6 +96,7 @@ def _whitened(weight: Tensor, moment: Tensor, lam: float, match_scale: bool) -> 
         identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
         root = torch.where(mean_square > 0, root / mean_square.sqrt(), identity)
     groups, n, _ = root.shape
-    rows = weight.to(root).reshape(groups, -1, n)
+    # MPS has no float64, and cannot cast on the way.
+    rows = weight.cpu().to(root).reshape(groups, -1, n)
     whitened: Tensor = rows @ root
     return whitened.reshape(weight.shape).to(weight)
