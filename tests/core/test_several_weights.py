@@ -1,5 +1,8 @@
 """One layer that runs with several weights, or with parts of one: each has the rule by itself."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,3 +160,14 @@ def test_a_loop_may_replace_the_gradients_between_micro_steps(set_to_none):
         assert_close(made.weight.grad, rule(made.weight, *inputs), 1e-12)
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_a_weight_that_nobody_uses_any_more_is_not_kept():
+    """As the fast weights of meta-learning, which an optimizer of their own has moved."""
+    made, (weight,), (x,) = layer(), weights(1), batches(1)
+    run(made, weight, x).backward()
+    torch.optim.SGD([weight], lr=0.1).step()
+    gone = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert gone() is None

@@ -52,7 +52,7 @@ def cases(draw, dtype: torch.dtype, min_images: int = 1, min_lam: float = 0.02) 
     # Large enough for the kernel's span, and for reflect and circular, which need more input than padding.
     size = tuple(max(5, d * (k - 1) + 1) + draw(st.integers(0, 3)) for k, d in zip(kernel, dilation, strict=True))
     x = torch.randn(images, layer.in_channels, *size, dtype=dtype)
-    # torch 2.15's own convolution on the CPU reads beyond a channels-last image of one channel, with or without us.
-    if dims in (2, 3) and layer.in_channels > 1 and draw(st.booleans()):
+    # torch's own convolution on the CPU reads beyond a channels-last image of one channel a group, with or without us.
+    if dims in (2, 3) and layer.in_channels > groups and draw(st.booleans()):
         x = x.to(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
     return Case(layer, x, lam)

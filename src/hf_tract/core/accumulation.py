@@ -37,12 +37,12 @@ class SeenGrads:
     """Remembers which tensors `.grad` of some parameters held, to tell when it holds others."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        # A weak reference would keep `model.to` from swapping tensors.
-        self._grads = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        # A reference to a parameter would keep it alive, and a weak one would keep `model.to` from swapping tensors.
+        self._grads = {id(parameter): parameter.grad for parameter in parameters if parameter.grad is not None}
 
-    def were_replaced(self) -> bool:
-        """Return whether one of the parameters has another gradient by now, or none."""
-        return any(parameter.grad is not seen for parameter, seen in self._grads)
+    def were_replaced(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether one of these parameters has another gradient by now, or none."""
+        return any(parameter.grad is not self._grads.get(id(parameter), parameter.grad) for parameter in parameters)
 
 
 def was_emptied(parameters: Sequence[Tensor]) -> bool:

@@ -134,7 +134,7 @@ class StepSequence:
             return False
         if not backward.lives_in_grad:
             return step.closed
-        if step.seen_grads is not None and step.seen_grads.were_replaced():
+        if step.seen_grads is not None and step.seen_grads.were_replaced(backward.parameters):
             return True
         if not accumulation.was_emptied(backward.parameters):
             return False
