@@ -38,11 +38,18 @@ class SeenGrads:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         # A reference to a parameter would keep it alive, and a weak one would keep `model.to` from swapping tensors.
-        self._grads = {id(parameter): parameter.grad for parameter in parameters if parameter.grad is not None}
+        self._grads = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._grads[id(parameter)] = parameter.grad
 
     def were_replaced(self, parameters: Sequence[Tensor]) -> bool:
         """Return whether one of these parameters has another gradient by now, or none."""
-        return any(parameter.grad is not self._grads.get(id(parameter), parameter.grad) for parameter in parameters)
+        for parameter in parameters:
+            seen = self._grads.get(id(parameter))
+            if seen is not None and parameter.grad is not seen:
+                return True
+        return False
 
 
 def was_emptied(parameters: Sequence[Tensor]) -> bool:

@@ -53,7 +53,8 @@ def run_preconditioned(
     # A compiled graph has no second derivatives, and shares no objects with Python.
     call = None
     if not torch.compiler.is_compiling():
-        call = ForwardCall(weight, preconditioner, preconditioner.steps.has_as_parameter(weight))
+        is_given = preconditioner.steps.has_as_parameter(weight)
+        call = ForwardCall(weight, preconditioner, is_given)
     if _is_16_bit(x) and (call is None or not read.requires_grad):
         out = run_with(weight.detach())
         return PreconditionFromOutput.apply(out, weight, x, key, call, spec)

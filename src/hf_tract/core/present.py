@@ -26,6 +26,7 @@ class PresentSteps:
         self._others: Any = WeakIdKeyDictionary()
         # Of what gets its gradient in one backward pass alone, by its id.
         self._passing: dict[tuple[int, torch.Size], Step] = {}
+        self._pass = -1
 
     def find(self, leaf: Tensor | None, shape: torch.Size) -> Step | None:
         """Return the step of a leaf; None stands for the layer's own weight."""
@@ -48,8 +49,9 @@ class PresentSteps:
 
     def in_pass(self, backward_pass: int, tensor: Tensor | None, shape: torch.Size, is_new: bool) -> Step:
         """Return the step of a tensor in one backward pass, behind which it is forgotten."""
-        if any(step.backward_pass != backward_pass for step in self._passing.values()):
+        if backward_pass != self._pass:
             self._passing.clear()
+            self._pass = backward_pass
         key = (id(tensor), shape)
         if is_new or key not in self._passing:
             self._passing[key] = Step(backward_pass)

@@ -68,7 +68,11 @@ class StepSequence:
         for leaf, steps in self._present.by_leaf():
             if not steps:
                 continue
-            held: Sequence[Tensor] = weight_parameters(self._layer()) if leaf is None else [leaf]
+            held: list[Tensor] = []
+            if leaf is None:
+                held += weight_parameters(self._layer())
+            else:
+                held.append(leaf)
             parameters = updated_by(optimizer, held)
             if not accumulation.lives_in_grad(parameters):
                 continue
@@ -117,15 +121,20 @@ class StepSequence:
 
     def step_of(self, backward: Backward, is_local: bool) -> Step:
         """Return the step that a backward belongs to, a new one if it begins one or if each does (`is_local`)."""
-        leaf, shape = backward.other_leaf, backward.shape
-        # `torch.autograd.grad` returns gradients and adds nothing to `.grad`, and a computed weight has no `.grad`.
-        given = backward.call.computed if backward.call else None
-        if given is not None or (backward.lives_in_grad and not accumulation.adds_to_grad(backward.parameters)):
-            return self._present.in_pass(backward.number, leaf if given is None else given, shape, is_local)
+        leaf = backward.other_leaf
+        shape = backward.shape
+        number = backward.number
+        if backward.call is not None and backward.call.computed is not None:
+            # A weight that other parameters computed has no `.grad`.
+            given = backward.call.computed
+            return self._present.in_pass(number, given, shape, is_local)
+        if _is_returned(backward):
+            return self._present.in_pass(number, leaf, shape, is_local)
         step = self._present.find(leaf, shape)
         if step is None or is_local or self._is_over(step, backward):
             step = _new_step(backward)
-            self._present.begin(leaf, shape, step, accumulation.was_emptied(backward.parameters))
+            was_emptied = accumulation.was_emptied(backward.parameters)
+            self._present.begin(leaf, shape, step, was_emptied)
             self.count += 1
         return step
 
@@ -171,6 +180,13 @@ def _backward_pass_of(call: ForwardCall | None) -> int:
     if call is not None and call.backward_pass >= 0:
         return call.backward_pass
     return torch._C._current_graph_task_id()
+
+
+def _is_returned(backward: Backward) -> bool:
+    """Return whether this is `torch.autograd.grad`, which returns gradients and adds nothing to `.grad`."""
+    if not backward.lives_in_grad:
+        return False
+    return not accumulation.adds_to_grad(backward.parameters)
 
 
 def _after_step(optimizer: Optimizer) -> None:

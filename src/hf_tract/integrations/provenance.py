@@ -64,7 +64,8 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     if torch.accelerator.is_available():
-        return f"{_cpu()}, {torch.accelerator.current_accelerator()}"
+        accelerator = torch.accelerator.current_accelerator()
+        return f"{_cpu()}, {accelerator}"
     threads = torch.get_num_threads()
     unit = "thread" if threads == 1 else "threads"
     return f"{_cpu()}, {os.cpu_count()} cores, {threads} {unit}"

@@ -221,8 +221,7 @@ class TrActCallback(TrainerCallback):
         record = record_of_run(args, state, model, handle, self.hyperparameters, is_trained)
         try:
             record.save(args.output_dir or ".", args.hub_model_id)
-        # A card is not worth a training whose weights are not saved yet.
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # Weights that are not saved yet are worth more.
             logger.warning("TrAct: the model card could not be written: %s", error)
 
     def _remove_tract(self, model: nn.Module) -> None:

@@ -116,8 +116,10 @@ def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
         # guards it. With processes of its own the loader needs that guard anyway.
         if loader.num_workers == 0 and not _forks():
             copied = pickle.loads(pickle.dumps(loader.dataset))
-            return _first_of(_new_loader(loader, copied, num_workers=0), count)
-        return _first_of(_new_loader(loader, loader.dataset, num_workers=1), count)
+            apart = _new_loader(loader, copied, num_workers=0)
+        else:
+            apart = _new_loader(loader, loader.dataset, num_workers=1)
+        return _first_of(apart, count)
     # Data may be tied to its process in many ways.
     except Exception as error:
         if isinstance(loader.dataset, IterableDataset):
@@ -132,8 +134,11 @@ def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
 
 def _forks() -> bool:
     """Return whether processes are forked, without settling that for the user's later choice."""
-    default, *_ = multiprocessing.get_all_start_methods()
-    return (multiprocessing.get_start_method(allow_none=True) or default) == "fork"
+    method = multiprocessing.get_start_method(allow_none=True)
+    if method is None:
+        # The first is the default.
+        method = multiprocessing.get_all_start_methods()[0]
+    return method == "fork"
 
 
 def _first_of(loader: DataLoader[Any], count: int) -> list[Any]:
