@@ -124,10 +124,11 @@ class StepSequence:
         leaf = backward.other_leaf
         shape = backward.shape
         number = backward.number
-        if backward.call is not None and backward.call.computed is not None:
-            # A weight that other parameters computed has no `.grad`.
+        if backward.call is not None and backward.lives_in_grad and not self._has_engine:
+            # A weight that other parameters computed has no `.grad`. FSDP1 puts such a one there too.
             given = backward.call.computed
-            return self._present.in_pass(number, given, shape, is_local)
+            if given is not None:
+                return self._present.in_pass(number, given, shape, is_local)
         if _is_returned(backward):
             return self._present.in_pass(number, leaf, shape, is_local)
         step = self._present.find(leaf, shape)
