@@ -990,6 +990,8 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
         stop(f"--dataset {name} is a file: name its folder.")
     if folder.is_dir():
         name = str(folder.absolute())  # A folder named csv or text would mean a reader of `datasets`.
+    # Otherwise the drawn rows would be noted in the data set's folder, which may be read-only.
+    datasets.disable_caching()
     try:
         if (folder / "dataset_dict.json").exists():
             return datasets.DatasetDict.load_from_disk(name)

@@ -75,10 +75,13 @@ def test_parquet_files_of_images_and_of_arrays_are_read(tmp_path):
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path):
-    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(ramp(255, np.uint8))] * 2})
+    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(ramp(255, np.uint8))] * 9})
     rows.save_to_disk(tmp_path / "rows")
     datasets.DatasetDict({"validation": rows}).save_to_disk(tmp_path / "splits")
-    assert len(read(tmp_path / "rows")) == len(read(tmp_path / "splits", split="validation")) == 2
+    files = sorted(tmp_path.rglob("*"))
+    assert len(read(tmp_path / "rows")) == len(read(tmp_path / "splits", split="validation")) == 9
+    # A folder of data may be read-only.
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_samples_are_drawn_from_all_over_the_set(tmp_path):

@@ -104,6 +104,14 @@ def test_what_save_to_disk_wrote_is_read(pets, tmp_path):
     assert len(load(tmp_path / "all").test) == len(load(tmp_path / "train").test) == 4
 
 
+def test_nothing_is_written_into_the_folder_of_a_stored_data_set(pets, tmp_path):
+    folder = tmp_path / "stored"
+    datasets.load_dataset(str(pets))["train"].save_to_disk(folder)
+    files = sorted(folder.iterdir())
+    assert len(load(folder, train_samples=3).train) == 3
+    assert sorted(folder.iterdir()) == files
+
+
 def test_a_split_without_labels_is_not_chosen_to_test_on(tmp_path):
     names = datasets.ClassLabel(names=["a", "b"])
     folder = write_parquet(tmp_path / "data", feature=names, train=[0, 1], test=[-1, -1], validation=[1])

@@ -66,7 +66,8 @@ def _draw_rows(name: str, split: str, samples: int) -> list[Row]:
         if not path.exists():  # a stream from the Hub
             stream = rows.shuffle(seed=0, buffer_size=BUFFER_SIZE)
             return list(stream.take(samples))
-        drawn = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
+        # Otherwise the order would be noted in the data set's folder, which may be read-only.
+        drawn = rows.shuffle(seed=0, keep_in_memory=True).select(range(min(samples, len(rows))))
         return [_decoded(drawn, index) for index in range(len(drawn))]
     except Exception as error:  # what a data set's files and the Hub raise has no common class
         raise TrActError(f"`dataset` (={name!r}) cannot be read: {one_line(error)}") from error
