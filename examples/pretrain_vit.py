@@ -220,9 +220,8 @@ def main() -> None:
     print(f"The model is in {folder}, with its card.")
     if run.push_to_hub:
         with uploading(folder, hub_id):
-            repo = HfApi().create_repo(hub_id, exist_ok=True)
-            HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Add model")
-            print(f"It is published: {repo}")
+            commit = HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Add model")
+            print(f"It is published: {commit.repo_url}")
     else:
         print(f"To publish it: python push_to_hub.py {run.output_dir} --repo_id OWNER/NAME")
     print(f"To fine-tune it: python transfer.py --checkpoint {folder}")

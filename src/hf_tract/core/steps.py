@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 from weakref import WeakSet, ref
 
 import torch
@@ -20,7 +21,8 @@ from hf_tract.core.weights import weight_parameters
 _sequences: WeakSet[StepSequence] = WeakSet()
 
 
-class Backward(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Backward:
     """Describes a running backward of a layer."""
 
     # Autograd's number of the pass.
@@ -34,6 +36,11 @@ class Backward(NamedTuple):
     shape: torch.Size
     # What the layer ran with where that is a leaf other than its own weight, as by `functional_call`.
     other_leaf: Tensor | None
+
+    @functools.cached_property
+    def was_emptied(self) -> bool:
+        """Return whether `.grad` of the parameters is empty, as far as the host can see."""
+        return accumulation.was_emptied(self.parameters)
 
 
 class StepSequence:
@@ -134,8 +141,7 @@ class StepSequence:
         step = self._present.find(leaf, shape)
         if step is None or is_local or self._is_over(step, backward):
             step = _new_step(backward)
-            was_emptied = accumulation.was_emptied(backward.parameters)
-            self._present.begin(leaf, shape, step, was_emptied)
+            self._present.begin(leaf, shape, step, backward.was_emptied)
             self.count += 1
         return step
 
@@ -146,7 +152,7 @@ class StepSequence:
             return step.closed
         if step.seen_grads is not None and step.seen_grads.were_replaced(backward.parameters):
             return True
-        if not accumulation.was_emptied(backward.parameters):
+        if not backward.was_emptied:
             return False
         if self._has_engine and not step.closed:
             return False
@@ -197,7 +203,7 @@ def _after_step(optimizer: Optimizer) -> None:
 
 def _new_step(backward: Backward) -> Step:
     step = Step(backward.number, began_empty=not accumulation.has_grad(backward.parameters))
-    if backward.lives_in_grad and not accumulation.was_emptied(backward.parameters):
+    if backward.lives_in_grad and not backward.was_emptied:
         # A penalty has filled `.grad`, and will fill it with another tensor in the next step.
         step.seen_grads = accumulation.SeenGrads(backward.parameters)
     return step
