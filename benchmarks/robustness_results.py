@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
-from benchmarks.common.statistics import interval
+from benchmarks.common.statistics import interval, p_text
 from benchmarks.paper.summary import corrected
 from benchmarks.robustness import ARMS, CLEAN, CORRUPTIONS, SEEDS
 
@@ -86,7 +86,7 @@ def _from_vanilla(values: dict[str, np.ndarray]) -> dict[str, list[str]]:
     differences = [interval(values[name] - values[BASE]) for name in others]
     cells = {BASE: ["", ""]}
     for name, found, p in zip(others, differences, corrected(differences), strict=True):
-        cells[name] = [found.text("+"), f"{p:.3f}"]
+        cells[name] = [found.text("+"), p_text(p)]
     return cells
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
-from benchmarks.common.statistics import Interval, interval
+from benchmarks.common.statistics import Interval, interval, p_text
 from benchmarks.paper.summary import corrected
 from benchmarks.spectra import ARMS, PLS, VANILLA
 
@@ -36,7 +36,7 @@ def rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     changes = {arm: interval(errors(runs[arm]) - base) for arm in ARMS if arm != VANILLA}
     cells = {VANILLA: ["", ""]}
     for (arm, change), p in zip(changes.items(), corrected(changes.values()), strict=True):
-        cells[arm] = [text(change, "+"), f"{p:.3f}"]
+        cells[arm] = [text(change, "+"), p_text(p)]
     made = []
     for arm in ARMS:
         seconds = f"{np.mean([record.seconds[-1] for record in runs[arm]]):.0f}"

@@ -6,6 +6,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+# Smaller probabilities are printed as below it.
+SMALLEST_P = 0.001
 
 
 class Interval(NamedTuple):
@@ -23,6 +25,13 @@ class Interval(NamedTuple):
         if self.half_width is None:
             return mean
         return f"{mean} ± {self.half_width:.1f}"
+
+
+def p_text(p: float) -> str:
+    """Return a probability with three digits, or that it is below the smallest of these."""
+    if p < SMALLEST_P:
+        return f"< {SMALLEST_P}"
+    return f"{p:.3f}"
 
 
 def interval(values: np.ndarray) -> Interval:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord
-from benchmarks.common.statistics import Interval
+from benchmarks.common.statistics import Interval, p_text
 from benchmarks.paper import evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.choices import split_name
@@ -117,7 +117,7 @@ def with_optimizers(found: Mapping[str, Arms]) -> Iterator[str]:
     yield from _head("arm", "under", "points above vanilla", "p, over the optimizers")
     for arm in ("TrAct", "matched start, TrAct"):
         for each in optimizer_gains(found, arm):
-            yield _row(arm, each.optimizer, each.gain.text("+"), f"{each.p:.3f}")
+            yield _row(arm, each.optimizer, each.gain.text("+"), p_text(each.p))
             if (arm, each.optimizer) == ("TrAct", PRIMARY_OPTIMIZER):
                 primary = ADDS if each.adds else NOT_SHOWN
     yield from ("", f"**Primary.** {primary}", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
-from benchmarks.common.statistics import interval
+from benchmarks.common.statistics import interval, p_text
 from benchmarks.paper import conclusions, plots
 from benchmarks.paper.catalogue import ALL, OF_WHOLE_RUNS, PLANNED, UNTIMED, edges
 from benchmarks.paper.choices import Choice, choose, planned, split_name
@@ -16,7 +16,6 @@ from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, s
 from benchmarks.paper.verdicts import challengers, step_size
 
 MAX_SEEDS = 100
-SMALLEST_P = 0.001
 # Fewer seeds have too few different samples.
 SEEDS_TO_RESAMPLE = 5
 # Columns that tell of time.
@@ -201,9 +200,7 @@ def _gains(arms: Arms, base: Arm) -> dict[str, list[str]]:
 def _probability(p: float | None) -> str:
     if p is None:
         return ""
-    if p < SMALLEST_P:
-        return f"< {SMALLEST_P}"
-    return f"{p:.3f}"
+    return p_text(p)
 
 
 def _times(arm: Arm, base: Arm, columns: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common.bootstrap import Estimate, estimate
-from benchmarks.common.statistics import Interval, interval
+from benchmarks.common.statistics import Interval, interval, p_text
 from benchmarks.paper.summary import Arm, Arms, corrected, gain
 
 PRIMARY_P = 0.01
@@ -71,7 +71,7 @@ def challengers(arms: Arms) -> list[str]:
     for incumbent in INCUMBENTS:
         gains = [gain(arms[name], arms[incumbent]) for name in CHALLENGERS]
         for name, found, p in zip(CHALLENGERS, gains, corrected(gains), strict=True):
-            cells[name] += [found.text("+"), f"{p:.3f}"]
+            cells[name] += [found.text("+"), p_text(p)]
             ahead[name] += found.mean > 0 and p < LEVEL
     for name, row in cells.items():
         lines.append(f"| {name} | {' | '.join(row)} |")

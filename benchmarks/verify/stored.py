@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import ROOT, overhead_results
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord, read_records
-from benchmarks.common.statistics import Interval, epochs_to_reach, interval
+from benchmarks.common.statistics import Interval, epochs_to_reach, interval, p_text
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result, Results
 from benchmarks.paper.catalogue import ALL, PLANNED
 from benchmarks.paper.report import MAX_SEEDS
@@ -55,7 +55,9 @@ class Pair:
     @property
     def p(self) -> str:
         """Return the p of the paired t-test, uncorrected."""
-        return f"{gain(self.arm, self.base).p:.3f}"
+        p = gain(self.arm, self.base).p
+        assert p is not None
+        return p_text(p)
 
     @property
     def speed_up(self) -> str:

@@ -141,7 +141,7 @@ def test_an_arm_that_is_better_on_both_loses_no_less(tmp_path):
     assert share == interval(100 * lost / (43 + 100 * noise * 1.3)).text()
     assert more_share == interval(100 * (lost / (43 + 100 * noise * 1.3) - vanilla_share)).text("+")
     assert found["matched start"][3].startswith("+4.")
-    assert float(found["matched start"][4]) < 0.001
+    assert found["matched start"][4] == "< 0.001"
     assert found["vanilla"][3:5] == ["", ""]
     assert robustness_results.error_rows(arms)[0] == ["vanilla", "2.0 ± 0.0", "5.0 ± 0.0"]
     assert {len(row) for row in robustness_results.rows(arms)} == {len(robustness_results.HEAD)}

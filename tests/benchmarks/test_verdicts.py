@@ -74,7 +74,7 @@ def test_a_share_of_no_room_is_not_told():
 def test_an_option_must_be_above_tract_with_and_without_the_start():
     none = "\n".join(challengers(made_up(**{"TrAct, grafted": 0.53, "matched start, TrAct": 0.53})))
     assert "None of them becomes an option." in none
-    assert "| TrAct, grafted | +2.9 ± 0.3 | 0.000 | " in none
+    assert "| TrAct, grafted | +2.9 ± 0.3 | < 0.001 | " in none
     won = challengers(made_up(**{"TrAct, grafted": 0.53, "eigenvectors, lam 0.01": 0.45, "TrAct": 0.51}))
     assert won[-2] == "To be run on the flowers too: TrAct, grafted."
     assert len(won) == 2 + 4 + 3
