@@ -3,10 +3,10 @@
 # dependencies = [
 #     "hf-tract",
 #     "accelerate>=1.10",
-#     "datasets>=4.0",
+#     "datasets>=4.8",
 #     "matplotlib>=3.9",
 #     "numpy",
-#     "pillow>=10",
+#     "pillow>=11",
 #     "pycocotools>=2.0.8",
 #     "rich>=13",
 #     "scikit-learn>=1.5",

@@ -3,11 +3,11 @@
 # dependencies = [
 #     "hf-tract",
 #     "accelerate>=1.10",
-#     "datasets>=4.0",
+#     "datasets>=4.8",
 #     "huggingface_hub>=1.0",
 #     "matplotlib>=3.9",
 #     "numpy",
-#     "pillow>=10",
+#     "pillow>=11",
 #     "pytorch-optimizer>=4.0",
 #     "pyyaml>=6",
 #     "scikit-image>=0.24",

@@ -2,8 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf-tract",
-#     "datasets>=4.0",
-#     "pillow>=10",
+#     "datasets>=4.8",
+#     "pillow>=11",
 #     "torch>=2.8",
 #     "torchvision>=0.23",
 #     "transformers[torch]>=5.0",

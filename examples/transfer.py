@@ -3,11 +3,11 @@
 # dependencies = [
 #     "hf-tract",
 #     "accelerate>=1.10",
-#     "datasets>=4.0",
+#     "datasets>=4.8",
 #     "huggingface_hub>=1.0",
 #     "matplotlib>=3.9",
 #     "numpy",
-#     "pillow>=10",
+#     "pillow>=11",
 #     "scikit-learn>=1.5",
 #     "scipy>=1.11",
 #     "timm>=1.0.20",

@@ -56,9 +56,8 @@ class Tied(nn.Module):
 
 
 def lora() -> nn.Module:
-    return peft.get_peft_model(
-        vit(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["projection"], r=2)
-    )
+    attention = ["q_proj", "query"]  # by the version of transformers
+    return peft.get_peft_model(vit(), peft.LoraConfig(target_modules=attention, modules_to_save=["projection"], r=2))
 
 
 def lora_on_the_stem() -> nn.Module:

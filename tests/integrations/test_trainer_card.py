@@ -154,8 +154,9 @@ def test_the_task_is_the_models():
 
 
 def test_an_adapters_card_is_left_to_peft(tmp_path):
+    attention = ["q_proj", "query"]  # by the version of transformers
     model = get_peft_model(
-        small_vit(), LoraConfig(target_modules=["q_proj"], modules_to_save=["projection", "classifier"])
+        small_vit(), LoraConfig(target_modules=attention, modules_to_save=["projection", "classifier"])
     )
     run = trainer(tmp_path, model, [TrActCallback()], save_strategy="epoch", label_names=["labels"])
     use_model_card(run, dataset="noise")
