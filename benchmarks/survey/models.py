@@ -116,8 +116,7 @@ def subjects() -> list[Subject]:
 def _by_task() -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
     for task in TASKS:
-        # An older transformers does not have every task.
-        for family, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).items():
+        for family, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
             for name in (names,) if isinstance(names, str) else names:
                 if name not in seen and (family not in seen or task == TASKS[0]):
                     yield family, name

@@ -46,8 +46,10 @@ def test_the_gradient_is_the_formulas_in_float64(case, scope):
 @settings(max_examples=200)
 @given(cases(torch.float32, min_lam=0.1), st.sampled_from(["global", "local"]))
 def test_the_gradient_is_the_formulas_in_float32(case, scope):
-    # Rounding is enlarged by the condition number, which is in the thousands for a single long patch.
-    check(case, 2e-4, scope)
+    # Rounding is enlarged by the condition number, which is in the hundreds for a single long patch.
+    largest = torch.linalg.eigvalsh(oracle.moment(case.x, case.layer)).max().item()
+    condition = 1 + largest / case.lam
+    check(case, max(1e-5, 4 * torch.finfo(torch.float32).eps * condition), scope)
 
 
 @given(cases(torch.float32, min_lam=0.1), st.sampled_from([torch.bfloat16, torch.float16]))

@@ -56,7 +56,7 @@ class Tied(nn.Module):
 
 
 def lora() -> nn.Module:
-    attention = ["q_proj", "query"]  # by the version of transformers
+    attention = ["q_proj", "v_proj", "query", "value"]  # by the version of transformers
     return peft.get_peft_model(vit(), peft.LoraConfig(target_modules=attention, modules_to_save=["projection"], r=2))
 
 

@@ -70,7 +70,7 @@ def assert_alike(one: tuple[torch.Tensor, int], two: tuple[torch.Tensor, int], t
     assert steps == got_steps == 10
     assert_close(got, wanted, tolerance)
     start = weights(small_vit())
-    assert (wanted - start).norm() > 5 * tolerance * start.norm()
+    assert (wanted - start).norm() > 10 * tolerance * start.norm()
 
 
 @pytest.mark.parametrize("mode", MODES)
