@@ -6,15 +6,17 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
 from rich.progress import track
 
 from benchmarks import ROOT
+from benchmarks.common.forks import can_fork, start
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ def run_all(
     at_once: int,
     done: Callable[[Work], None] = lambda work: None,
     devices: Sequence[str] = (),
+    imported: Sequence[str] = (),
 ) -> list[str]:
     """Run everything, and go on where one fails.
 
@@ -41,11 +44,12 @@ def run_all(
         at_once: how many run at the same time.
         done: called in this thread with each that ended well.
         devices: CUDA_VISIBLE_DEVICES of the processes in turn; empty to leave it.
+        imported: modules that are imported once for all commands `python -m MODULE`.
 
     Returns:
         What failed, in words.
     """
-    runner = _Runner(at_once, devices)
+    runner = _Runner(at_once, devices, imported)
     # Otherwise the processes would outlive this one.
     before = signal.signal(signal.SIGTERM, _exit)
     failed = []
@@ -72,12 +76,14 @@ def _exit(number: int, frame: FrameType | None) -> None:
 class _Runner:
     """Starts processes and ends those that are alive when it is stopped."""
 
-    def __init__(self, at_once: int, devices: Sequence[str]) -> None:
-        self.threads = max(1, (os.cpu_count() or 1) // at_once)
+    def __init__(self, at_once: int, devices: Sequence[str], imported: Sequence[str]) -> None:
+        self.imported = imported
+        # The process that is copied takes it over too.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
         self.devices: queue.SimpleQueue[str] = queue.SimpleQueue()
         for index in range(at_once):
             self.devices.put(devices[index % len(devices)] if devices else "")
-        self.alive: set[subprocess.Popen[bytes]] = set()
+        self.alive: set[subprocess.Popen[bytes] | ForkServerProcess] = set()
         self.stopped = False
 
     def run(self, work: Work) -> str | None:
@@ -85,29 +91,40 @@ class _Runner:
         device = self.devices.get()
         work.log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with work.log.open("w") as log:
-                for command in work.commands:
-                    if self.stopped:
-                        return None
-                    code = self._wait_for(command, log.fileno(), device)
-                    if code:
-                        return f"{shlex.join(command)} failed with {code}; what it printed is in {work.log}."
+            work.log.write_bytes(b"")
+            for command in work.commands:
+                if self.stopped:
+                    return None
+                code = self._wait_for(command, work.log, device)
+                if code:
+                    return f"{shlex.join(command)} failed with {code}; what it printed is in {work.log}."
         finally:
             self.devices.put(device)
         return None
 
-    def _wait_for(self, command: Sequence[str], output: int, device: str) -> int:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+    def _wait_for(self, command: Sequence[str], log: Path, device: str) -> int:
         # The commands may be `python -m benchmarks...`, wherever this process was started.
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         if device:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            variables["CUDA_VISIBLE_DEVICES"] = device
+        if can_fork(command, self.imported):
+            return self._wait_for_fork(command, log, variables)
+        with log.open("a") as output:
+            environment = {**os.environ, **variables}
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         self.alive.add(process)
         code = process.wait()
         self.alive.discard(process)
         return code
+
+    def _wait_for_fork(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> int:
+        process = start(command, self.imported, log, variables)
+        self.alive.add(process)
+        process.join()
+        self.alive.discard(process)
+        assert process.exitcode is not None
+        return process.exitcode
 
     def stop(self, futures: Sequence[Future[str | None]]) -> None:
         """End the processes that are alive, and start no other."""

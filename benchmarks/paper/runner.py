@@ -18,6 +18,8 @@ from benchmarks.paper.train import RUN_FILE
 from hf_tract.integrations.training_record import without_local_path
 
 TRAIN = ("-m", "benchmarks.paper.train")
+# What takes long to import, once for all runs.
+IMPORTED = ("benchmarks.paper.train", "transformers.models.vit.modeling_vit")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def run(jobs: Iterable[Job], file: Path, launch: Launch) -> list[str]:
         if not launch.keep:
             shutil.rmtree(launch.folder / work.name)
 
-    failed = run_all("runs", works, launch.at_once, done, launch.devices)
+    failed = run_all("runs", works, launch.at_once, done, launch.devices, IMPORTED)
     if not failed and not launch.keep:
         shutil.rmtree(launch.folder / "donors", ignore_errors=True)
     return failed
@@ -87,7 +89,7 @@ def _train_donors(jobs: Iterable[Job], launch: Launch) -> list[str]:
     if not works:
         return []
     name = "first layers to start from"
-    return run_all(name, list(works.values()), launch.at_once, lambda work: None, launch.devices)
+    return run_all(name, list(works.values()), launch.at_once, lambda work: None, launch.devices, IMPORTED)
 
 
 def _donor_model(donor: Donor, launch: Launch) -> Path:

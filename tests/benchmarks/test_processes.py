@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.common.processes import Work, run_all
 
 ROOT = Path(__file__).parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux alone")
 
 
 def python(code):
@@ -41,15 +44,53 @@ def test_the_runs_take_the_devices_and_share_the_cores(tmp_path):
     assert {threads for _, threads in printed} == {str(max(1, os.cpu_count() // 2))}
 
 
-def test_a_killed_runner_leaves_no_process_behind(tmp_path):
+def environment(folder):
+    """Variables by which modules of a folder and of this project are found."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+@linux
+def test_modules_are_imported_once_for_all_runs(tmp_path):
+    (tmp_path / "slow.py").write_text(f"open({str(tmp_path / 'imports')!r}, 'a').write('once ')")
+    (tmp_path / "job.py").write_text(
+        "import os, sys, slow\n"
+        "if __name__ == '__main__':\n"
+        "    print(sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+        "    raise SystemExit(int(sys.argv[1]))\n"
+    )
     code = f"""
-import sys; sys.path.append({str(ROOT)!r})
+import sys
 from pathlib import Path
 from benchmarks.common.processes import Work, run_all
-sleep = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-run_all("runs", [Work([[sys.executable, "-c", sleep]] * 2, Path({str(tmp_path)!r}) / "log")], 1)
+works = []
+for number in range(3):
+    command = [sys.executable, "-m", "job", str(number)]
+    works.append(Work([command], Path({str(tmp_path)!r}) / str(number), str(number)))
+print(run_all("runs", works, 2, devices=["5"], imported=["job"]))
 """
-    runner = subprocess.Popen(python(code), stdout=subprocess.DEVNULL)
+    printed = subprocess.run(
+        python(code), env=environment(tmp_path), capture_output=True, text=True, check=True
+    ).stdout
+    assert (tmp_path / "imports").read_text() == "once "
+    share = max(1, os.cpu_count() // 2)
+    for number in range(3):
+        assert (tmp_path / str(number)).read_text() == f"['{number}'] {share} 5\n"
+        assert (f"job {number} failed with {number};" in printed) == (number > 0)
+
+
+@pytest.mark.parametrize("imported", [False, pytest.param(True, marks=linux)])
+def test_a_killed_runner_leaves_no_process_behind(tmp_path, imported):
+    (tmp_path / "sleeper.py").write_text(
+        "import os, time\nif __name__ == '__main__':\n    print(os.getpid(), flush=True)\n    time.sleep(60)\n"
+    )
+    code = f"""
+import sys
+from pathlib import Path
+from benchmarks.common.processes import Work, run_all
+works = [Work([[sys.executable, "-m", "sleeper"]] * 2, Path({str(tmp_path)!r}) / "log")]
+run_all("runs", works, 1, imported={["sleeper"] if imported else []})
+"""
+    runner = subprocess.Popen(python(code), stdout=subprocess.DEVNULL, env=environment(tmp_path))
     log = tmp_path / "log"
     until = time.monotonic() + 30
     while not (log.exists() and log.read_text()) and time.monotonic() < until:
