@@ -97,11 +97,10 @@ def train(
     training.make_loss(len(splits.names))
     training.history.seconds_before = whitening_seconds
     training.run(options.output_dir / "checkpoints")
-    trained = accelerator.unwrap_model(model)
     if recipe.channels_last:
         # safetensors saves this format.
-        trained = trained.to(memory_format=torch.contiguous_format)
-    return Trained(trained, look, training.history.figures, fingerprint(splits))
+        model = model.to(memory_format=torch.contiguous_format)
+    return Trained(model, look, training.history.figures, fingerprint(splits))
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
