@@ -48,7 +48,7 @@ def cells(optimizer: str) -> dict[str, Changes]:
 def tuning(optimizer: str) -> Experiment:
     """Return the choice of a rate for each arm under an optimizer."""
     return Experiment(
-        f"E3: four rates of each arm, {optimizer}, on the validation split",
+        f"E3: rates of each arm, {optimizer}, on the validation split",
         "cifar10_vit.yaml",
         {"": {}},
         cells(optimizer),

@@ -195,6 +195,7 @@ def of_optimizers() -> dict[str, str]:
         "muon_vanilla": final_interval(muon, "vanilla"),
         "muon_tract": pair(muon, "TrAct").gain,
         "muon_start": pair(muon, PLANNED_START).gain,
+        "muon_start_from_tract": pair(muon, PLANNED_START, "TrAct").gain,
     }
 
 
