@@ -14,9 +14,10 @@ from benchmarks.paper.choices import split_name
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arms, collect, corrected, gain
-from benchmarks.paper.time_to_accuracy import horizons_of, sentence, speed_up
+from benchmarks.paper.time_to_accuracy import horizons_of, in_words, sentence, speed_up
 
 VANILLA = "vanilla"
+PRIMARY_ARM = "TrAct"
 FIRST = "first layer"
 # The choice of layers by which E4 decides.
 DEEPER = "all layers"
@@ -75,7 +76,7 @@ def _arm_names(arms: Arms) -> list[str]:
 def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
     """Yield what E1 decides."""
     yield from ("## E1: what may be said", "")
-    yield "Vanilla's seconds to the accuracy of its longest run over those of the arm."
+    yield "Vanilla's seconds to the accuracy of its longest run over those of the arm; 95 % by the jackknife."
     yield from ("Where the arm's shortest run is above that already, the factor is a lower bound.", "")
     yield from _head("arm", *found, "so")
     for arm in _arm_names(next(iter(found.values()))):
@@ -84,9 +85,10 @@ def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
         estimates, cells = {}, []
         for data, arms in found.items():
             estimates[data] = faster_than(VANILLA, arms, arm, shares)
-            cells.append(estimates[data].text(digits=2))
-        yield _row(arm, *cells, sentence(arm, estimates))
-    yield ""
+            cells.append(in_words(estimates[data]))
+        name = f"{arm} (primary)" if arm == PRIMARY_ARM else arm
+        yield _row(name, *cells, sentence(arm, estimates))
+    yield from ("", *_commits(found))
 
 
 class OptimizerGain(NamedTuple):
@@ -135,13 +137,26 @@ def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]
                 continue
             over_vanilla = faster_than(VANILLA, arms, arm, shares)
             over_first = faster_than(FIRST, arms, arm, shares)
-            yield _row(model, arm, over_vanilla.text(digits=2), over_first.text(digits=2))
+            yield _row(model, arm, in_words(over_vanilla), in_words(over_first))
             if arm == DEEPER:
                 gained[model] = over_first.low > 1
     verdict = "That all layers save time over the first alone is not shown: there is no such option."
     if all(gained.values()):
         verdict = "All layers save time over the first alone on both models."
-    yield from ("", f"**Primary.** {verdict}", "")
+    yield from ("", f"**Primary.** {verdict}", "", *_commits(found))
+
+
+def _commits(found: Mapping[str, Arms]) -> Iterator[str]:
+    """Warn where runs whose times are compared are of several commits."""
+    commits: set[str] = set()
+    for arms in found.values():
+        for arm in arms.values():
+            commits.update(run.commit for run in arm.runs.values())
+    if len(commits) > 1:
+        yield from (
+            f"The runs are of several commits, so their times are less sure: {', '.join(sorted(commits))}.",
+            "",
+        )
 
 
 def _head(*names: str) -> tuple[str, str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.choices import FINALISTS, final_runs, known
+import dataclasses
+import math
+
+from benchmarks.paper.choices import FINALISTS, final_runs, known, name_at, read
 from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TUNING_EPOCHS, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, NORMS, VIT_SMALL, VIT_SMOKE
@@ -10,6 +13,10 @@ from benchmarks.paper.experiments import NO_TRACT, NORMS, VIT_SMALL, VIT_SMOKE
 # The rates of vanilla, in half octaves above .001; TrAct has every second one. An edge extends its own data set's
 # by a factor of two, such as range(12) or range(-2, 10).
 STEPS = {"CIFAR-10": range(10), "flowers": range(10)}
+LOWEST = 1e-3
+# The same around vanilla's chosen rate, for its longest runs.
+GOAL_STEPS = {"CIFAR-10": range(-2, 3), "flowers": range(-2, 3)}
+VANILLA = "vanilla"
 FLOWERS_SMALL = VIT_SMALL | {
     "train_samples": 3800,
     "epochs": 60,
@@ -22,9 +29,14 @@ SHARES = (33, 47, 67, 100)
 SEEDS = range(200, 208)
 
 
+def rate_at(step: int) -> float:
+    """Return a rate of the grid."""
+    return LOWEST * 2 ** (step / 2)
+
+
 def tuning_arms(epochs: int, steps: range) -> dict[str, Changes]:
     """Return ten cells of each arm: ten rates, or five rates and two dampings."""
-    rates = [1e-3 * 2 ** (step / 2) for step in steps]
+    rates = list(map(rate_at, steps))
     found: dict[str, Changes] = {}
     for rate in rates:
         cell = NO_TRACT | {"epochs": epochs, "learning_rate": rate}
@@ -58,22 +70,53 @@ TUNINGS = {
     "evidence_tuning_flowers": tuning("flowers", "flowers_vit.yaml", 267, FLOWERS_SMALL | FLOWERS_VALIDATION),
 }
 
-FINAL = {
-    "evidence_cifar10": final_runs(
-        "E1: in time, CIFAR-10",
-        "evidence_tuning_cifar10",
-        TUNINGS["evidence_tuning_cifar10"],
-        VIT_SMALL,
-        SEEDS,
-        SHARES,
-    ),
-    "evidence_flowers": final_runs(
-        "E1: in time, flowers",
-        "evidence_tuning_flowers",
-        TUNINGS["evidence_tuning_flowers"],
-        FLOWERS_SMALL,
-        SEEDS,
-        SHARES,
-    ),
+
+def goal(data: str, name: str, small: Changes) -> Experiment | None:
+    """Return the choice of vanilla's rate for its longest runs, which set the goal; None before E1's choice."""
+    tuning = TUNINGS[name]
+    chosen = tuning.arms.get(read().get(name, {}).get(VANILLA, ""))
+    if not chosen:
+        return None
+    middle = round(2 * math.log2(chosen["learning_rate"] / LOWEST))
+    arms = {}
+    for step in GOAL_STEPS[data]:
+        rate = rate_at(middle + step)
+        arms[f"vanilla, lr {rate:.3g}"] = NO_TRACT | {"learning_rate": rate}
+    return Experiment(
+        f"E1: vanilla's rate for the longest runs, {data}, on the validation split",
+        tuning.recipe,
+        {"": {}},
+        arms,
+        small,
+        tuning.smoke,
+        small_seeds=2,
+        first_seed=TUNING_SEED,
+        # Both seeds try all of them.
+        finalists=len(arms),
+    )
+
+
+GOALS = {
+    "evidence_goal_cifar10": goal("CIFAR-10", "evidence_tuning_cifar10", VIT_SMALL | VALIDATION),
+    "evidence_goal_flowers": goal("flowers", "evidence_tuning_flowers", FLOWERS_SMALL | FLOWERS_VALIDATION),
 }
-TIME_EVIDENCE = TUNINGS | known(FINAL)
+
+
+def final(data: str, name: str, goal_name: str, small: Changes) -> Experiment | None:
+    """Return E1's final runs; None before both choices are made."""
+    asked = GOALS[goal_name]
+    cell = read().get(goal_name, {}).get(VANILLA, "")
+    if not asked or cell not in asked.arms:
+        return None
+    made = final_runs(f"E1: in time, {data}", name, TUNINGS[name], small, SEEDS, SHARES)
+    if made is None:
+        return None
+    longest = name_at(VANILLA, SHARES[-1])
+    return dataclasses.replace(made, arms=made.arms | {longest: made.arms[longest] | asked.arms[cell]})
+
+
+FINAL = {
+    "evidence_cifar10": final("CIFAR-10", "evidence_tuning_cifar10", "evidence_goal_cifar10", VIT_SMALL),
+    "evidence_flowers": final("flowers", "evidence_tuning_flowers", "evidence_goal_flowers", FLOWERS_SMALL),
+}
+TIME_EVIDENCE = TUNINGS | known(GOALS) | known(FINAL)

@@ -16,14 +16,13 @@ def first_layer(model: nn.Module) -> str:
     return layer.name
 
 
-class Around(nn.Module):
-    """Runs a layer with something before and after it; it has the layer's weight, whose dtype models ask for."""
+class Behind(nn.Module):
+    """Runs a layer behind something else; it has the layer's weight, whose dtype models ask for."""
 
-    def __init__(self, before: nn.Module, layer: nn.Module, after: nn.Module | None = None) -> None:
+    def __init__(self, before: nn.Module, layer: nn.Module) -> None:
         super().__init__()
         self.before = before
         self.layer = layer
-        self.after = after or nn.Identity()
 
     @property
     def weight(self) -> Tensor:
@@ -34,7 +33,7 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to features (B, C, H / patch, W / patch)."""
-        result: Tensor = self.after(self.layer(self.before(x)))
+        result: Tensor = self.layer(self.before(x))
         return result
 
 
@@ -52,12 +51,30 @@ class OnPatches(nn.Module):
         return F.pixel_shuffle(self.inner(patches).movedim(-1, 1), self.patch)
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Normalises over the channels of (B, C, H, W)."""
+class BetweenNorms(nn.Module):
+    """Runs a layer of patches between two norms with parameters, as a linear layer of the patches' numbers."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.patch = layer.kernel_size[0]
+        rows = layer.weight.detach().flatten(1)
+        self.before = nn.LayerNorm(rows.shape[1])
+        self.layer = nn.Linear(rows.shape[1], rows.shape[0], bias=layer.bias is not None)
+        self.layer.weight.data.copy_(rows)
+        if layer.bias is not None:
+            self.layer.bias.data.copy_(layer.bias.detach())
+        self.after = nn.LayerNorm(layer.out_channels)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the layer's weight, whose dtype models ask for."""
+        return self.layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map features to features of that shape."""
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        """Map images (B, 3, H, W) to features (B, C, H / patch, W / patch)."""
+        patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)
+        normed: Tensor = self.after(self.layer(self.before(patches)))
+        return normed.movedim(-1, 1)
 
 
 class Whitening(nn.Module):
@@ -80,13 +97,12 @@ class Whitening(nn.Module):
 def patch_norm(layer: nn.Conv2d) -> nn.Module:
     """Return the layer behind a norm of each patch, without parameters."""
     norm = nn.LayerNorm(layer.weight[0].numel(), elementwise_affine=False)
-    return Around(OnPatches(layer.kernel_size[0], norm), layer)
+    return Behind(OnPatches(layer.kernel_size[0], norm), layer)
 
 
 def dual_patch_norm(layer: nn.Conv2d) -> nn.Module:
     """Return the layer between two norms with parameters."""
-    norm = nn.LayerNorm(layer.weight[0].numel())
-    return Around(OnPatches(layer.kernel_size[0], norm), layer, ChannelNorm(layer.out_channels))
+    return BetweenNorms(layer)
 
 
 def whitened_coordinates(layer: nn.Conv2d, patches: Tensor, eps: float) -> nn.Module:
@@ -100,9 +116,9 @@ def whitened_coordinates(layer: nn.Conv2d, patches: Tensor, eps: float) -> nn.Mo
     with torch.no_grad():
         rows = layer.weight.flatten(1).double() @ back.T
         layer.weight.copy_(rows.view_as(layer.weight))
-    return Around(OnPatches(layer.kernel_size[0], whitening), layer)
+    return Behind(OnPatches(layer.kernel_size[0], whitening), layer)
 
 
 def whitening_stem(layer: nn.Conv2d, patches: Tensor, eps: float) -> nn.Module:
     """Return the layer behind a frozen map that whitens these patches (b, n), damped by `eps`."""
-    return Around(OnPatches(layer.kernel_size[0], Whitening(patches, eps)), layer)
+    return Behind(OnPatches(layer.kernel_size[0], Whitening(patches, eps)), layer)

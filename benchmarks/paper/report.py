@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.paper import conclusions, plots
-from benchmarks.paper.catalogue import ALL, OF_WHOLE_RUNS, PLANNED, UNTIMED, edges
+from benchmarks.paper.catalogue import ALL, OF_DIFFERENCES, OF_WHOLE_RUNS, PLANNED, UNTIMED, edges
 from benchmarks.paper.choices import Choice, choose, planned, split_name
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
@@ -136,11 +136,12 @@ def _head(name: str, experiment: Experiment) -> list[str]:
 def _tables(name: str, arms: Arms, reference: str) -> list[str]:
     """Return the table of an experiment's arms, one for each length of whole runs."""
     if name not in OF_WHOLE_RUNS:
-        return [*_table(arms, reference, ALONG_A_RUN), ""]
-    times = () if name in UNTIMED else OF_WHOLE_RUN
+        times = () if name in OF_DIFFERENCES else ALONG_A_RUN
+        return [*_table(arms, reference, times), ""]
+    of_whole_runs = () if name in UNTIMED else OF_WHOLE_RUN
     lines = []
     for part in _by_length(arms).values():
-        lines += [*_table(part, reference, times), ""]
+        lines += [*_table(part, reference, of_whole_runs), ""]
     return lines
 
 

@@ -5,6 +5,7 @@ Each arm has whole runs of several lengths, its horizons, each with a learning r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ NO_SPEED_UP = "No speed-up in time was shown at this scale."
 class Horizons(NamedTuple):
     """Holds an arm's runs, shortest first, of the same seeds for all arms."""
 
-    # In training, of whole runs, (seeds, horizons).
+    # In training, of whole runs, (seeds, horizons); an epoch has the mean of all lengths of its seed.
     seconds: np.ndarray
     # After the last epoch, (seeds, horizons).
     accuracy: np.ndarray
@@ -32,7 +33,12 @@ class Horizons(NamedTuple):
 def horizons_of(arms: Arms, arm: str, shares: Sequence[int]) -> Horizons:
     """Return the runs of an arm, by their lengths in per cent of the longest, shortest first."""
     found = [arms[name_at(arm, each)] for each in shares]
-    seconds = np.stack([each.seconds[:, -1] for each in found], axis=1)
+    first = np.stack([each.seconds[:, 0] for each in found], axis=1)
+    rest = np.stack([each.seconds[:, -1] for each in found], axis=1) - first
+    epochs = np.array([each.seconds.shape[1] - 1 for each in found])
+    # An epoch costs the same in each of them, but for the first, before which a start may stand.
+    an_epoch = rest.sum(1, keepdims=True) / epochs.sum()
+    seconds = first + epochs * an_epoch
     accuracy = np.stack([each.final for each in found], axis=1)
     return Horizons(seconds, accuracy)
 
@@ -42,7 +48,7 @@ def speed_up(arm: Horizons, base: Horizons) -> Estimate:
 
     The accuracy of both is the line through the means over seeds at the horizons, so a base whose accuracy has stopped
     rising is as fast as itself. Where the arm never gets there, it is 0. The interval is Student's over seeds, of the
-    logarithm by the jackknife; where one left-out seed decides whether the arm gets there, it begins at 0.
+    logarithm by the jackknife; where one left-out seed decides whether the arm gets there, it is all that is possible.
     """
     seeds = np.arange(len(base.accuracy))
     value = _ratio(arm, base, seeds)
@@ -50,7 +56,7 @@ def speed_up(arm: Horizons, base: Horizons) -> Estimate:
     for seed in seeds:
         left_out.append(_ratio(arm, base, seeds[seeds != seed]))
     if not value or not min(left_out):
-        return Estimate(value, 0.0, max(value, *left_out))
+        return Estimate(value, 0.0, float("inf"))
     pseudo = len(seeds) * np.log(value) - (len(seeds) - 1) * np.log(left_out)
     width = float(half_widths(pseudo))
     return Estimate(value, float(value * np.exp(-width)), float(value * np.exp(width)))
@@ -85,4 +91,14 @@ def sentence(arm: str, speed_ups: Mapping[str, Estimate]) -> str:
     least = min(found.low for found in speed_ups.values())
     if least <= LEAST:
         return NO_SPEED_UP
-    return f"{arm}: at least {least:.2f} times as fast in time, on {' and '.join(speed_ups)}."
+    # Not rounded up.
+    return f"{arm}: at least {math.floor(100 * least) / 100:.2f} times as fast in time, on {' and '.join(speed_ups)}."
+
+
+def in_words(found: Estimate) -> str:
+    """Return a speed-up and its interval in words."""
+    if not found.value:
+        return "not reached"
+    if not found.low:
+        return f"{found.value:.2f}, and not reached without one of the seeds"
+    return found.text(digits=2)

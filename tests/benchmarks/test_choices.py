@@ -182,6 +182,37 @@ def test_final_runs_are_refused_where_the_tuning_chooses_otherwise_by_now(monkey
         refuse_stale_choice("evidence_cifar10", "small", {})
 
 
+def test_vanillas_longest_runs_set_the_goal_with_a_rate_of_their_own(monkeypatch):
+    """It is chosen among the neighbours of the rate that is the best for shorter runs; all else stays as it is."""
+    monkeypatch.setattr(evidence_time, "read", lambda: {NAME: BEST})
+    asked = evidence_time.goal("CIFAR-10", NAME, VIT_SMALL)
+    rate = TUNING.arms[BEST["vanilla"]]["learning_rate"]
+    tried = [arm["learning_rate"] for arm in asked.arms.values()]
+    assert tried == pytest.approx([rate * 2 ** (step / 2) for step in range(-2, 3)])
+    assert {job.config["epochs"] for job in asked.jobs("small")} == {15}
+    monkeypatch.setattr(evidence_time, "read", lambda: {})
+    assert evidence_time.goal("CIFAR-10", NAME, VIT_SMALL) is None
+    assert evidence_time.final("CIFAR-10", NAME, "evidence_goal_cifar10", VIT_SMALL) is None
+    lowest = next(iter(asked.arms))
+    chosen = {NAME: BEST, "evidence_goal_cifar10": {"vanilla": lowest}}
+    for module in (choices, evidence_time, catalogue):
+        monkeypatch.setattr(module, "read", lambda: chosen)
+    monkeypatch.setitem(evidence_time.GOALS, "evidence_goal_cifar10", asked)
+    made = evidence_time.final("CIFAR-10", NAME, "evidence_goal_cifar10", VIT_SMALL)
+    plain = final_runs("title", NAME, TUNING, VIT_SMALL, evidence_time.SEEDS, evidence_time.SHARES)
+    longest = name_at("vanilla", 100)
+    assert made.arms[longest] == plain.arms[longest] | {"learning_rate": tried[0]}
+    assert made.arms | {longest: None} == plain.arms | {longest: None}
+    monkeypatch.setitem(catalogue.ALL, "evidence_goal_cifar10", asked)
+    have = runs()
+    for job in asked.jobs("small"):
+        have[job.key] = RunRecord(job.key, job.arm, {}, job.seed, {"top1": [job.arm == lowest]}, [1.0])
+    refuse_stale_choice("evidence_cifar10", "small", have)
+    chosen["evidence_goal_cifar10"] = {"vanilla": "another"}
+    with pytest.raises(SystemExit, match="evidence_goal_cifar10 chooses other cells by now"):
+        refuse_stale_choice("evidence_cifar10", "small", have)
+
+
 def test_a_choice_that_names_a_cell_of_before_makes_no_final_runs(monkeypatch):
     monkeypatch.setattr(choices, "read", lambda: {NAME: {**BEST, "vanilla": "vanilla, lr 7"}})
     assert final_runs("title", NAME, TUNING, VIT_SMALL, range(200, 208)) is None
@@ -235,8 +266,9 @@ def test_runs_that_shared_devices_tell_no_times(tmp_path, monkeypatch):
     assert "Times are not compared" in text
     assert "by epochs, on the right the final accuracy](page.png)" in text
     assert drawn == [False]
-    report._section("evidence_long", PLANNED["evidence_long"], {"": arms}, tmp_path / "page")
+    long = "\n".join(report._section("evidence_long", PLANNED["evidence_long"], {"": arms}, tmp_path / "page"))
     assert drawn == [False, False, True]
+    assert "| arm | epochs | seeds | top-1 | gain | p |\n" in long
 
 
 def test_runs_that_measure_time_are_shared_with_no_other_experiment(monkeypatch):

@@ -19,11 +19,13 @@ SHARES = (33, 47, 67, 100)
 NOISE = np.random.default_rng(0).normal(0, 0.002, len(SEEDS))
 
 
-def arm_of_runs(top1, seconds, shares_of_noise=1.0):
+def arm_of_runs(top1, epochs=2, shares_of_noise=1.0, commit="abc"):
+    """Runs whose epochs take a second each."""
     arm = Arm()
+    seconds = list(map(float, range(1, epochs + 1)))
     for seed, draw in zip(SEEDS, NOISE, strict=True):
-        curve = {"top1": [0.1, top1 + shares_of_noise * draw]}
-        arm.runs[seed] = RunRecord("key", "arm", {}, seed, curve, [seconds / 2, seconds], command="x")
+        curve = {"top1": [0.1] * (epochs - 1) + [top1 + shares_of_noise * draw]}
+        arm.runs[seed] = RunRecord("key", "arm", {}, seed, curve, seconds, commit=commit)
     return arm
 
 
@@ -33,7 +35,7 @@ def timed(**gains):
     for share in reversed(SHARES):
         for name, points in gains.items():
             top1 = 0.5 + 0.01 * SHARES.index(share) + points / 100
-            arms[name_at(name.replace("_", " "), share)] = arm_of_runs(top1, float(share))
+            arms[name_at(name.replace("_", " "), share)] = arm_of_runs(top1, share)
     return arms
 
 
@@ -43,16 +45,21 @@ def test_a_speed_up_is_said_for_both_data_sets_or_not_at_all():
         "flowers": timed(vanilla=0, TrAct=0, matched_start=1),
     }
     said = "\n".join(in_time(both, SHARES))
-    assert f"| TrAct | 1.49 (1.49-1.49) | 1.00 (1.00-1.00) | {NO_SPEED_UP} |" in said
+    assert f"| TrAct (primary) | 1.49 (1.49-1.49) | 1.00 (1.00-1.00) | {NO_SPEED_UP} |" in said
     assert "| matched start | 2.13 (2.13-2.13) | 1.49 (1.49-1.49) | matched start: at least 1.49 times as fast" in said
     assert "| vanilla |" not in said
+    assert "several commits" not in said
+    both["flowers"][name_at("TrAct", 33)] = arm_of_runs(0.5, 33, commit="def")
+    assert "The runs are of several commits, so their times are less sure: abc, def." in "\n".join(
+        in_time(both, SHARES)
+    )
 
 
 def optimizers(**points):
     found = {}
     for number, name in enumerate(OPTIMIZERS):
-        base = arm_of_runs(0.5, 10.0)
-        gained = arm_of_runs(0.5 + points.get(name, 0) / 100, 10.0, 1.5 + number / 10)
+        base = arm_of_runs(0.5)
+        gained = arm_of_runs(0.5 + points.get(name, 0) / 100, shares_of_noise=1.5 + number / 10)
         found[name] = {"vanilla": base, "TrAct": gained, "matched start, TrAct": base}
     return found
 

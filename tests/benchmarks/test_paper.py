@@ -131,10 +131,11 @@ SWEPT = [small_enough(experiment) for experiment in [*EXPERIMENTS.values(), BEYO
 SWEPT += PLANNED.values()
 
 
-def run_here(what, todo, at_once, done, devices):
+def run_here(what, todo, at_once, done, devices, imported):
     """Does what `processes.run_all` does, without an interpreter for each run."""
     for work in todo:
         for _, _, module, *options in work.commands:
+            assert module in imported
             assert module == "benchmarks.paper.train"
             with pytest.MonkeyPatch.context() as monkeypatch:
                 monkeypatch.setattr(sys, "argv", [module, *options])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.paper.arms import maker
-from benchmarks.paper.layers import Around, ChannelNorm, OnPatches, Whitening, first_layer
+from benchmarks.paper.layers import Behind, OnPatches, Whitening, dual_patch_norm, first_layer
 from benchmarks.paper.named_optimizers import named_optimizer
 from benchmarks.paper.optimizers import Both, Grafted, optimizer_maker
 from benchmarks.paper.relative_damping import relative_damping
@@ -46,7 +46,7 @@ def as_map(rows):
 
 def test_patch_norm_gives_each_patch_mean_0_and_std_1(pixels, layer):
     n = layer.weight[0].numel()
-    model = Around(OnPatches(PATCH, nn.LayerNorm(n, elementwise_affine=False)), layer)
+    model = Behind(OnPatches(PATCH, nn.LayerNorm(n, elementwise_affine=False)), layer)
     rows = patches_of(pixels).double()
     rows = (rows - rows.mean(-1, keepdim=True)) / rows.std(-1, correction=0, keepdim=True)
     wanted = as_map(rows @ layer.weight.flatten(1).double().T + layer.bias)
@@ -56,12 +56,14 @@ def test_patch_norm_gives_each_patch_mean_0_and_std_1(pixels, layer):
 
 def test_dual_patch_norm_has_a_layer_norm_on_both_sides(pixels, layer):
     n = layer.weight[0].numel()
-    before, after = nn.LayerNorm(n), ChannelNorm(CHANNELS)
-    nn.init.normal_(before.weight)
-    nn.init.normal_(after.weight)
-    rows = F.layer_norm(patches_of(pixels), (n,), before.weight) @ layer.weight.flatten(1).T + layer.bias
-    wanted = as_map(F.layer_norm(rows, (CHANNELS,), after.weight))
-    torch.testing.assert_close(Around(OnPatches(PATCH, before), layer, after)(pixels), wanted, rtol=1e-4, atol=1e-4)
+    model = dual_patch_norm(layer)
+    before, after = (norm for norm in model.modules() if isinstance(norm, nn.LayerNorm))
+    for parameter in (*before.parameters(), *after.parameters()):
+        nn.init.normal_(parameter)
+    rows = F.layer_norm(patches_of(pixels), (n,), before.weight, before.bias) @ layer.weight.flatten(1).T + layer.bias
+    wanted = as_map(F.layer_norm(rows, (CHANNELS,), after.weight, after.bias))
+    torch.testing.assert_close(model(pixels), wanted, rtol=1e-4, atol=1e-4)
+    assert first_layer(nn.Sequential(model)) == "0.layer"
 
 
 def test_whitened_patches_have_the_identity_as_second_moment(pixels):

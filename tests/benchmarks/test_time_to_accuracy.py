@@ -14,6 +14,7 @@ from benchmarks.paper.time_to_accuracy import (
     NO_SPEED_UP,
     Horizons,
     horizons_of,
+    in_words,
     seconds_to_reach,
     sentence,
     speed_up,
@@ -64,12 +65,15 @@ def test_a_speed_up_that_one_seed_decides_begins_at_nothing():
     accuracy[0] += 9
     found = speed_up(Horizons(base.seconds, accuracy), base)
     assert found.value >= 1
-    assert found.low == 0
+    assert found[1:] == (0, np.inf)
+    assert in_words(found) == f"{found.value:.2f}, and not reached without one of the seeds"
 
 
 def test_what_is_never_reached_counts_as_nothing():
     base = runs([50, 52, 54, 56], 1.0)
-    assert speed_up(runs([40, 42, 44, 46], 1.0), base) == (0, 0, 0)
+    found = speed_up(runs([40, 42, 44, 46], 1.0), base)
+    assert found == (0, 0, np.inf)
+    assert in_words(found) == "not reached"
 
 
 def test_between_two_horizons_the_line_is_taken_and_before_the_first_nothing_is_guessed():
@@ -105,7 +109,27 @@ def test_horizons_are_read_from_the_arms_by_their_names():
     assert found.seconds == pytest.approx(np.tile(EPOCHS, (len(SEEDS), 1)))
 
 
+@given(st.integers(0, 1000))
+def test_an_epoch_has_the_mean_seconds_of_all_lengths_and_a_start_stays_with_its_run(draw):
+    """Of a seed and an arm; so noise of single runs is averaged, and nothing is lost."""
+    noise = np.random.default_rng(draw)
+    arms, spent, starts = {}, 0.0, []
+    for epochs in EPOCHS:
+        seconds = np.cumsum(noise.uniform(1, 2, epochs))
+        seconds += noise.uniform(0, 9)
+        starts.append(seconds[0])
+        spent += seconds[-1]
+        curve = {"top1": [0.1] * epochs}
+        record = RunRecord("key", "TrAct", {}, 1, curve, list(seconds), command="x")
+        arms[name_at("TrAct", epochs)] = Arm({1: record})
+    (found,) = horizons_of(arms, "TrAct", EPOCHS).seconds
+    an_epoch = (found - starts) / (np.array(EPOCHS) - 1)
+    assert an_epoch == pytest.approx(an_epoch[0])
+    assert found.sum() == pytest.approx(spent)
+
+
 def test_a_speed_up_is_claimed_by_the_smaller_lower_end_and_only_if_both_are_above():
     both = {"CIFAR-10": Estimate(1.4, 1.3, 1.5), "flowers": Estimate(1.5, 1.2, 1.7)}
     assert sentence("TrAct", both) == "TrAct: at least 1.20 times as fast in time, on CIFAR-10 and flowers."
+    assert "at least 1.15 times" in sentence("TrAct", both | {"flowers": Estimate(1.5, 1.1599, 1.7)})
     assert sentence("TrAct", both | {"flowers": Estimate(1.5, 1.1, 1.7)}) == NO_SPEED_UP
