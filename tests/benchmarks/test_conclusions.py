@@ -93,6 +93,24 @@ def test_all_layers_must_be_faster_than_the_first_alone_on_both_models(stage, ev
     assert "| ViT | all layers | 2.13 (2.13-2.13) |" in text
 
 
+@pytest.mark.parametrize(
+    ("everything", "resnet_done", "is_said"), [(0, False, True), (2, False, False), (2, True, True)]
+)
+def test_the_resnet_is_asked_only_where_all_layers_of_the_vit_save_time(monkeypatch, everything, resnet_done, is_said):
+    whole = {"ViT": timed(vanilla=0, first_layer=1, all_layers=everything)}
+    if resnet_done:
+        whole["ResNet-18"] = whole["ViT"]
+    monkeypatch.setattr(conclusions.evidence_layers, "SHARES", SHARES)
+
+    def done(names, scale, have):
+        return {name: whole[name] for name in names} if names.keys() <= whole.keys() else {}
+
+    monkeypatch.setattr(conclusions, "_whole", done)
+    said = list(lines("small", {}))
+    assert bool(said) == is_said
+    assert any("| ResNet-18 |" in line for line in said) == resnet_done
+
+
 def test_nothing_is_said_before_the_last_run(monkeypatch):
     assert list(lines("small", {})) == []
     names = {f"evidence_{name}": name for name in OPTIMIZERS}
