@@ -633,7 +633,7 @@ def test_an_unsolvable_moment_is_told_once(layers, caplog, monkeypatch):
             loss(layer(images(2))).backward()
     assert [record.message for record in caplog.records] == [
         "TrAct: C + lam I (lam=-1e+06) could not be factorised, in float64 neither: the first layer keeps its "
-        "ordinary gradient in such steps. Normalise the pixels or raise lam. This is shown once."
+        "ordinary gradient in such steps. Standardise the pixels or raise lam. This is shown once."
     ]
     assert handle.stats()[""]["condition"] == float("inf")
 

@@ -55,7 +55,7 @@ def warn_if_unsolved(warned: set[str], inverse: DampedInverse, lam: float) -> No
         warn_once(
             warned,
             "TrAct: C + lam I (lam=%g) could not be factorised, in float64 neither: the first layer keeps its "
-            "ordinary gradient in such steps. Normalise the pixels or raise lam.",
+            "ordinary gradient in such steps. Standardise the pixels or raise lam.",
             lam,
         )
 
@@ -66,7 +66,7 @@ def warn_of_failure(warned: set[str], lam: float, tried: torch.dtype, widest: to
         warn_once(
             warned,
             "TrAct: C + lam I (lam=%g) could not be factorised in %s, the widest precision of this device: the first "
-            "layer keeps its ordinary gradient in such steps. Normalise the pixels or raise lam.",
+            "layer keeps its ordinary gradient in such steps. Standardise the pixels or raise lam.",
             lam,
             widest,
         )
@@ -74,7 +74,7 @@ def warn_of_failure(warned: set[str], lam: float, tried: torch.dtype, widest: to
     warn_once(
         warned,
         "TrAct: C + lam I (lam=%g) could not be factorised in %s: the first layer kept its ordinary gradient in a "
-        "step or two. From now on it is factorised in %s, which is slower. Normalise the pixels or raise lam.",
+        "step or two. From now on it is factorised in %s, which is slower. Standardise the pixels or raise lam.",
         lam,
         tried,
         widest,
