@@ -12,7 +12,7 @@ from benchmarks.paper.experiments import NO_TRACT, NORMS, VIT_SMALL, VIT_SMOKE
 
 # The rates of vanilla, in half octaves above .001; TrAct has every second one. An edge extends its own data set's
 # by a factor of two, such as range(12) or range(-2, 10).
-STEPS = {"CIFAR-10": range(10), "flowers": range(10)}
+STEPS = {"CIFAR-10": range(10), "flowers": range(12)}
 LOWEST = 1e-3
 # The same around vanilla's chosen rate, for its longest runs.
 GOAL_STEPS = {"CIFAR-10": range(-2, 3), "flowers": range(-2, 3)}
@@ -53,7 +53,7 @@ def tuning_arms(epochs: int, steps: range) -> dict[str, Changes]:
 def tuning(data: str, recipe: str, epochs: int, small: Changes) -> Experiment:
     """Return E1's choice of a cell for each arm."""
     return Experiment(
-        f"E1: ten cells of each arm, {data}, on the validation split",
+        f"E1: {len(STEPS[data])} cells of each arm, {data}, on the validation split",
         recipe,
         {"": {}},
         tuning_arms(epochs, STEPS[data]),
