@@ -35,7 +35,7 @@ def rate_at(step: int) -> float:
 
 
 def tuning_arms(epochs: int, steps: range) -> dict[str, Changes]:
-    """Return ten cells of each arm: ten rates, or five rates and two dampings."""
+    """Return as many cells of each arm: rates, or half as many rates and two dampings."""
     rates = list(map(rate_at, steps))
     found: dict[str, Changes] = {}
     for rate in rates:
