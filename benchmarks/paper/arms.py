@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch_tract
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -18,6 +17,7 @@ from benchmarks.paper.layers import (
     dual_patch_norm,
     first_layer,
     patch_norm,
+    patches_of,
     whitened_coordinates,
     whitening_stem,
 )
@@ -116,4 +116,4 @@ def _some_patches(splits: Splits, look: Normalization, patch: int) -> Tensor:
     transform = v2.Compose([*to_tensor(look.size), to_float, v2.Normalize(look.mean, look.std)])
     rows = splits.train.select(range(min(WHITENED_IMAGES, len(splits.train))))
     pixels = torch.stack([transform(row[splits.image]) for row in rows])
-    return F.pixel_unshuffle(pixels, patch).movedim(1, -1).flatten(0, 2)
+    return patches_of(pixels, patch).flatten(0, 2)

@@ -38,8 +38,10 @@ def refuse_stale_choice(name: str, scale: str, have: Mapping[str, RunRecord]) ->
     Raises:
         SystemExit: so, or where the tuning is not whole.
     """
+    if scale != "small":
+        return
     for tuned in (tuning_of(name), goal_of(name)):
-        if scale != "small" or tuned not in read():
+        if tuned not in read():
             continue
         now = {choice.arm: choice.cell for choice in choose(ALL[tuned], scale, have)}
         if now != read()[tuned]:

@@ -12,11 +12,11 @@ from benchmarks.paper import evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.choices import split_name
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS
+from benchmarks.paper.evidence_time import VANILLA
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arms, collect, corrected, gain
 from benchmarks.paper.time_to_accuracy import horizons_of, in_words, sentence, speed_up
 
-VANILLA = "vanilla"
 PRIMARY_ARM = "TrAct"
 FIRST = "first layer"
 # The choice of layers by which E4 decides.

@@ -16,6 +16,11 @@ def first_layer(model: nn.Module) -> str:
     return layer.name
 
 
+def patches_of(x: Tensor, patch: int) -> Tensor:
+    """Return the patches of images (B, C, H, W), side by side, as (B, H / patch, W / patch, n)."""
+    return F.pixel_unshuffle(x, patch).movedim(1, -1)
+
+
 class Behind(nn.Module):
     """Runs a layer behind something else; it has the layer's weight, whose dtype models ask for."""
 
@@ -47,8 +52,7 @@ class OnPatches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to images of that shape."""
-        patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)
-        return F.pixel_shuffle(self.inner(patches).movedim(-1, 1), self.patch)
+        return F.pixel_shuffle(self.inner(patches_of(x, self.patch)).movedim(-1, 1), self.patch)
 
 
 class BetweenNorms(nn.Module):
@@ -57,13 +61,14 @@ class BetweenNorms(nn.Module):
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
         self.patch = layer.kernel_size[0]
-        rows = layer.weight.detach().flatten(1)
-        self.before = nn.LayerNorm(rows.shape[1])
-        self.layer = nn.Linear(rows.shape[1], rows.shape[0], bias=layer.bias is not None)
-        self.layer.weight.data.copy_(rows)
-        if layer.bias is not None:
-            self.layer.bias.data.copy_(layer.bias.detach())
+        n = layer.weight[0].numel()
+        self.before = nn.LayerNorm(n)
+        self.layer = nn.Linear(n, layer.out_channels, bias=layer.bias is not None)
         self.after = nn.LayerNorm(layer.out_channels)
+        with torch.no_grad():
+            self.layer.weight.copy_(layer.weight.flatten(1))
+            if layer.bias is not None:
+                self.layer.bias.copy_(layer.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -72,8 +77,7 @@ class BetweenNorms(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to features (B, C, H / patch, W / patch)."""
-        patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)
-        normed: Tensor = self.after(self.layer(self.before(patches)))
+        normed: Tensor = self.after(self.layer(self.before(patches_of(x, self.patch))))
         return normed.movedim(-1, 1)
 
 
