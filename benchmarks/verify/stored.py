@@ -220,9 +220,9 @@ def colour_statistics(dataset: str) -> str:
 class Quickstart:
     """Compares an arm of examples/quickstart.py with another: test loss, less is better."""
 
-    def __init__(self, arm: str, base: str = "vanilla") -> None:
-        self.loss, self.seconds = quickstart_runs(arm)
-        self.base, self.base_seconds = quickstart_runs(base)
+    def __init__(self, arm: str, base: str = "vanilla", folder: str = "quickstart") -> None:
+        self.loss, self.seconds = quickstart_runs(arm, folder)
+        self.base, self.base_seconds = quickstart_runs(base, folder)
 
     @property
     def end(self) -> str:
@@ -246,9 +246,9 @@ class Quickstart:
         return "never" if found is None else found.text(digits=2)
 
 
-def quickstart_runs(arm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the stored losses and the seconds of an arm, each (seeds, epochs)."""
-    lines = (RESULTS / "quickstart" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+def quickstart_runs(arm: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the losses and the seconds of an arm that a folder of docs/results stores, each (seeds, epochs)."""
+    lines = (RESULTS / folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
     runs = [row for row in map(json.loads, lines) if row["arm"] == arm]
     runs.sort(key=lambda row: row["seed"])
     return np.array([run["loss"] for run in runs]), np.array([run["seconds"] for run in runs])
