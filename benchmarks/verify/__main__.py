@@ -3,8 +3,8 @@
     uv run --group bench python -m benchmarks.verify            # check
     uv run --group bench python -m benchmarks.verify --write    # write the tables between their marks again
 
-What each document says is listed in benchmarks/verify/claims.py. A figure fails that the stored runs do not give, and
-so does one that no sentence there covers.
+What each document says is listed in benchmarks/verify/sentences.yaml, and its tables in tables.py. A figure fails that
+the stored runs do not give, and so does one that no sentence covers.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from rich.console import Console
 from benchmarks import ROOT
 from benchmarks.common.options import new_parser
 from benchmarks.verify import figures
-from benchmarks.verify.claims import NOT_MEASURED, TABLES, WHOLE, claims
+from benchmarks.verify.claims import NOT_MEASURED, WHOLE, claims
+from benchmarks.verify.tables import TABLES
 
 
 def main() -> None:
@@ -77,9 +78,9 @@ def problems_of(name: str, markdown: str) -> Iterator[str]:
     known = list(NOT_MEASURED.get(name, {}))
     for sentence in [*said, *known]:
         if not figures.contains(markdown, sentence):
-            yield f"{name}: benchmarks/verify/claims.py gives {sentence!r}, which is not there."
+            yield f"{name}: benchmarks/verify/sentences.yaml gives {sentence!r}, which is not there."
     for figure in figures.uncovered(markdown, [*said, *known]):
-        yield f"{name}:{figure.line}: {figure.text!r} is in no sentence of benchmarks/verify/claims.py."
+        yield f"{name}:{figure.line}: {figure.text!r} is in no sentence of benchmarks/verify/sentences.yaml."
 
 
 def write_tables() -> None:

@@ -1,62 +1,33 @@
-"""Lists what each document says, with the figures recomputed from stored runs as it is read."""
+"""Lists the sentences that each document says, with the figures recomputed from stored runs as it is read."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks import spectra_results
 from benchmarks.paper.summary import gain
 from benchmarks.paper.verdicts import step_size
 from benchmarks.verify.stored import (
-    RESULTS,
-    Pair,
+    CROPS_ADAMW,
+    CROPS_SGD,
+    PLANNED_START,
+    RELATIVE,
+    START,
+    STEM,
+    STEP_SIZE,
+    TRACT,
     Quickstart,
-    arm_table,
     arms,
     colour_statistics,
     cost,
-    final,
     final_interval,
-    layer_table,
-    markdown,
     pair,
-    step_table,
     times,
 )
 
-TRACT = "TrAct 0.1"
-START = "matched start, TrAct 0.1"
-STEM = "whitening stem"
-RELATIVE = "lam 0.1 tr(C) / n"
-CROPS_ADAMW = "AdamW, lr 0.001"
-CROPS_SGD = "SGD, lr 0.12"
-STEP_SIZE = "evidence_step_size"
-PLANNED_START = "matched start, TrAct"
-
-# Tables that stand between marks.
-TABLES: dict[str, Callable[[], str]] = {
-    "cost_step_cpu": lambda: step_table("cost-cpu.jsonl"),
-    "cost_layer_cpu": lambda: layer_table("cost-cpu.jsonl"),
-    "cost_step_gpu": lambda: step_table("cost-gpu.jsonl"),
-    "cost_layer_gpu": lambda: layer_table("cost-gpu.jsonl"),
-    "bf16": lambda: arm_table("bf16"),
-    "beyond_crops_adamw": lambda: arm_table("beyond_crops", CROPS_ADAMW, TRACT),
-    "beyond_crops_sgd": lambda: arm_table("beyond_crops", CROPS_SGD, TRACT),
-    "beyond_vit": lambda: arm_table("beyond_vit", reference=TRACT),
-    "beyond_rates": lambda: rate_table(),
-    "beyond_range": lambda: range_table(),
-    "lam_units_half": lambda: arm_table("lam_units", "mean 0.5, std 0.5", TRACT),
-    "lam_units_reflectance": lambda: arm_table("lam_units", "reflectance (0 to 0.3)", TRACT),
-    "lam": lambda: lam_table(),
-    "whitened_start": lambda: start_table(),
-    "spectra_rates": lambda: spectra_table("validation"),
-    "spectra": lambda: spectra_table("test"),
-}
 # Documents whose figures are not looked for, and why.
 WHOLE = {
     "docs/results/small.md": "written by benchmarks.paper report; a test compares it with the stored runs",
@@ -241,69 +212,3 @@ def torch_tract_difference() -> str:
     """Return the largest difference between the paper's package and hf-tract in points, over epochs, from one seed."""
     both = pair("baselines", "torch_tract 0.1", TRACT)
     return f"{abs(both.arm.curves - both.base.curves).max():.2f}"
-
-
-def spectra_table(part: str) -> str:
-    """Return vanilla's error at each rate on the validation blocks, or every arm's on the test blocks."""
-    runs = spectra_results.read(RESULTS / "spectra.jsonl", part)
-    if part == "test":
-        return markdown(spectra_results.HEAD, spectra_results.rows(runs))
-    rates = [f"{rate:g}" for rate in spectra_results.rates_of(runs)]
-    return markdown(["learning rate", *rates], spectra_results.rate_rows(runs))
-
-
-def lam_table() -> str:
-    """Return the gain of each lam on the small CIFAR-10 run, by rising lam."""
-    experiments = {"0.00625": "lambda_sweep", "0.05": "lambda_sweep", "0.1": "lambda_sweep", "0.2": "lambda_sweep"}
-    experiments |= {"0.8": "beyond_vit", "1.6": "lambda_sweep"}
-    gains = []
-    for lam, experiment in experiments.items():
-        gains.append(pair(experiment, f"TrAct {lam}").gain)
-    return markdown(["lam", *experiments], [["above vanilla", *gains]])
-
-
-def rate_table() -> str:
-    """Return the final accuracy of each arm at each rate, with the number of seeds."""
-    optimizers = {"AdamW": ("0.0005", "0.001", "0.002"), "SGD": ("0.03", "0.06", "0.12")}
-    settings = [f"{name}, lr {rate}" for name, rates in optimizers.items() for rate in rates]
-    rows = []
-    for arm in ("vanilla", TRACT, START):
-        cells = [arm]
-        for setting in settings:
-            seeds = len(arms("beyond_rates", setting)[arm].runs)
-            cells.append(f"{final_interval('beyond_rates', arm, setting)} ({seeds})")
-        rows.append(cells)
-    return markdown(["top-1, %", *settings], rows)
-
-
-def range_table() -> str:
-    """Return the accuracy of each arm on pixels that are not standardised."""
-    settings = ("[0, 1]", "[0, 255]")
-    rows = []
-    for arm in arms("beyond_range", settings[0]):
-        rows.append([arm, *(final("beyond_range", arm, setting) for setting in settings)])
-    return markdown(["top-1, %", *settings], rows)
-
-
-def start_table() -> str:
-    """Return what the whitened start with TrAct gains over vanilla and over TrAct, in each setting that was run."""
-    settings = []
-    for rate in ("0.0005", "0.001", "0.002"):
-        settings.append((f"photo crops, AdamW {rate}", "beyond_rates", f"AdamW, lr {rate}"))
-    for rate in ("0.002", "0.004"):
-        settings.append((f"CIFAR-10, ViT, Adam {rate}", "beyond_vit_rates", f"Adam, lr {rate}"))
-    for rate in ("0.03", "0.06", "0.12"):
-        settings.append((f"photo crops, SGD {rate}", "beyond_rates", f"SGD, lr {rate}"))
-    settings.append(("CIFAR-10, ResNet-18, SGD 0.08", "beyond_resnet", ""))
-    rows = []
-    for title, experiment, setting in settings:
-        above = pair(experiment, START, "vanilla", setting)
-        rows.append(_start_row(title, above, pair(experiment, START, TRACT, setting)))
-    above = pair(STEP_SIZE, PLANNED_START)
-    rows.append(_start_row("CIFAR-10, ViT, Adam 0.002, by a plan", above, pair(STEP_SIZE, PLANNED_START, "TrAct")))
-    head = ["a whitened start with TrAct", "above vanilla", "seeds", "above TrAct alone", "seeds"]
-    return markdown(head, rows)
-
-
-def _start_row(title: str, above: Pair, alone: Pair) -> list[str]:
-    return [title, above.gain, str(len(above.arm.runs)), alone.gain, str(len(alone.arm.runs))]

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks import ROOT, overhead_results
-from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval, p_text
-from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result, Results
+from benchmarks.overhead_results import OURS, Result, Results
 from benchmarks.paper.catalogue import ALL, PLANNED
 from benchmarks.paper.report import MAX_SEEDS
 from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time, time_ratio
@@ -21,6 +20,16 @@ from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_u
 RESULTS = ROOT / "docs" / "results"
 RUNS = RESULTS / "small.jsonl"
 PLANNED_RUNS = RESULTS / "evidence.jsonl"
+
+# Arms and settings, as the stored runs name them.
+TRACT = "TrAct 0.1"
+START = "matched start, TrAct 0.1"
+STEM = "whitening stem"
+RELATIVE = "lam 0.1 tr(C) / n"
+CROPS_ADAMW = "AdamW, lr 0.001"
+CROPS_SGD = "SGD, lr 0.12"
+STEP_SIZE = "evidence_step_size"
+PLANNED_START = "matched start, TrAct"
 
 
 @functools.cache
@@ -122,92 +131,6 @@ def times(result: Result, arm: str = OURS) -> str:
     """Return the time of an arm over vanilla's, with its bootstrap interval."""
     found = overhead_results.ratio(result, arm)
     return "fails" if found is None else f"x {found.text()}"
-
-
-def milliseconds(estimate: Estimate | None) -> str:
-    """Return seconds as milliseconds, with the interval."""
-    return "" if estimate is None else f"{estimate.text(1000, 2)} ms"
-
-
-def step_table(file: str) -> str:
-    """Return a table of whole training steps, and of what the first layer alone tells of them."""
-    head = ["a whole training step", "batch", "vanilla", "vanilla again", "hf-tract", "by its layer", "torch_tract"]
-    rows = []
-    for key, result in costs(file).items():
-        settings = result[VANILLA].settings
-        if settings["scope"] != "step":
-            continue
-        told = overhead_results.by_layer(key, costs(file))
-        rows.append(
-            [
-                _name(result),
-                str(settings["batch"]),
-                f"{1000 * np.median(result[VANILLA].seconds):.1f} ms",
-                times(result, AGAIN),
-                times(result),
-                "" if told is None else f"x {told.text()}",
-                times(result, THEIRS),
-            ]
-        )
-    return markdown(head, rows)
-
-
-def layer_table(file: str) -> str:
-    """Return a table of what is added to the first layer alone."""
-    head = ["the first layer alone", "batch", "vanilla", "hf-tract adds", "torch_tract adds", "ratio of both"]
-    head += ["hf-tract's peak memory", "torch_tract's"]
-    rows = []
-    for result in costs(file).values():
-        settings = result[VANILLA].settings
-        if settings["scope"] != "layer":
-            continue
-        both = overhead_results.added_over_theirs(result)
-        rows.append(
-            [
-                _name(result),
-                str(settings["batch"]),
-                f"{1000 * np.median(result[VANILLA].seconds):.1f} ms",
-                milliseconds(overhead_results.added(result, OURS)),
-                milliseconds(overhead_results.added(result, THEIRS)) or "fails",
-                "" if both is None else both.text(digits=2),
-                _peak(result, OURS),
-                _peak(result, THEIRS),
-            ]
-        )
-    return markdown(head, rows)
-
-
-def arm_table(experiment: str, setting: str = "", reference: str = "") -> str:
-    """Return a table of an experiment's arms: final accuracy, and the gain from the first arm and from another."""
-    found = arms(experiment, setting)
-    first = next(iter(found))
-    bases = [first]
-    if reference:
-        bases.append(reference)
-    rows = []
-    for name, arm in found.items():
-        gains = []
-        for base in bases:
-            gains.append("" if name in (first, base) else pair(experiment, name, base, setting).gain)
-        rows.append([name, str(len(arm.runs)), interval(arm.final).text(), *gains])
-    return markdown(["arm", "seeds", "top-1, %", *(f"from {base}, points" for base in bases)], rows)
-
-
-def _name(result: Result) -> str:
-    settings = result[VANILLA].settings
-    form = "" if settings["form"] == "eager" else f", {settings['form']}"
-    return f"{settings['model']}, {settings['precision']}{form}"
-
-
-def _peak(result: Result, arm: str) -> str:
-    added = overhead_results.bytes_added(result, arm)
-    return "" if added is None else f"{added / 2**20:+z.1f} MiB"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Return the lines of a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def colour_statistics(dataset: str) -> str:

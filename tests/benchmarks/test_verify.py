@@ -8,9 +8,10 @@ import pytest
 from benchmarks import ROOT
 from benchmarks.common.records import read_records
 from benchmarks.verify import __main__ as command
-from benchmarks.verify.claims import SENTENCES, TABLES, WHOLE, claims
+from benchmarks.verify.claims import SENTENCES, WHOLE, claims
 from benchmarks.verify.figures import contains, tables, uncovered, with_tables
 from benchmarks.verify.stored import RESULTS
+from benchmarks.verify.tables import TABLES
 
 SUMMARY = "docs/results/index.md"
 COST = "docs/performance.md"

@@ -1,0 +1,199 @@
+"""Writes the tables of stored runs that stand between marks in the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks import overhead_results, spectra_results
+from benchmarks.common.bootstrap import Estimate
+from benchmarks.common.statistics import interval
+from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
+from benchmarks.verify.stored import (
+    CROPS_ADAMW,
+    CROPS_SGD,
+    PLANNED_START,
+    RESULTS,
+    START,
+    STEP_SIZE,
+    TRACT,
+    Pair,
+    arms,
+    costs,
+    final,
+    final_interval,
+    pair,
+    times,
+)
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cost_step_cpu": lambda: step_table("cost-cpu.jsonl"),
+    "cost_layer_cpu": lambda: layer_table("cost-cpu.jsonl"),
+    "cost_step_gpu": lambda: step_table("cost-gpu.jsonl"),
+    "cost_layer_gpu": lambda: layer_table("cost-gpu.jsonl"),
+    "bf16": lambda: arm_table("bf16"),
+    "beyond_crops_adamw": lambda: arm_table("beyond_crops", CROPS_ADAMW, TRACT),
+    "beyond_crops_sgd": lambda: arm_table("beyond_crops", CROPS_SGD, TRACT),
+    "beyond_vit": lambda: arm_table("beyond_vit", reference=TRACT),
+    "beyond_rates": lambda: rate_table(),
+    "beyond_range": lambda: range_table(),
+    "lam_units_half": lambda: arm_table("lam_units", "mean 0.5, std 0.5", TRACT),
+    "lam_units_reflectance": lambda: arm_table("lam_units", "reflectance (0 to 0.3)", TRACT),
+    "lam": lambda: lam_table(),
+    "whitened_start": lambda: start_table(),
+    "spectra_rates": lambda: spectra_table("validation"),
+    "spectra": lambda: spectra_table("test"),
+}
+
+
+def step_table(file: str) -> str:
+    """Return a table of whole training steps, and of what the first layer alone tells of them."""
+    head = ["a whole training step", "batch", "vanilla", "vanilla again", "hf-tract", "by its layer", "torch_tract"]
+    rows = []
+    for key, result in costs(file).items():
+        settings = result[VANILLA].settings
+        if settings["scope"] != "step":
+            continue
+        told = overhead_results.by_layer(key, costs(file))
+        rows.append(
+            [
+                _name(result),
+                str(settings["batch"]),
+                f"{1000 * np.median(result[VANILLA].seconds):.1f} ms",
+                times(result, AGAIN),
+                times(result),
+                "" if told is None else f"x {told.text()}",
+                times(result, THEIRS),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def layer_table(file: str) -> str:
+    """Return a table of what is added to the first layer alone."""
+    head = ["the first layer alone", "batch", "vanilla", "hf-tract adds", "torch_tract adds", "ratio of both"]
+    head += ["hf-tract's peak memory", "torch_tract's"]
+    rows = []
+    for result in costs(file).values():
+        settings = result[VANILLA].settings
+        if settings["scope"] != "layer":
+            continue
+        both = overhead_results.added_over_theirs(result)
+        rows.append(
+            [
+                _name(result),
+                str(settings["batch"]),
+                f"{1000 * np.median(result[VANILLA].seconds):.1f} ms",
+                milliseconds(overhead_results.added(result, OURS)),
+                milliseconds(overhead_results.added(result, THEIRS)) or "fails",
+                "" if both is None else both.text(digits=2),
+                _peak(result, OURS),
+                _peak(result, THEIRS),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def arm_table(experiment: str, setting: str = "", reference: str = "") -> str:
+    """Return a table of an experiment's arms: final accuracy, and the gain from the first arm and from another."""
+    found = arms(experiment, setting)
+    first = next(iter(found))
+    bases = [first]
+    if reference:
+        bases.append(reference)
+    rows = []
+    for name, arm in found.items():
+        gains = []
+        for base in bases:
+            gains.append("" if name in (first, base) else pair(experiment, name, base, setting).gain)
+        rows.append([name, str(len(arm.runs)), interval(arm.final).text(), *gains])
+    return markdown(["arm", "seeds", "top-1, %", *(f"from {base}, points" for base in bases)], rows)
+
+
+def milliseconds(estimate: Estimate | None) -> str:
+    """Return seconds as milliseconds, with the interval."""
+    return "" if estimate is None else f"{estimate.text(1000, 2)} ms"
+
+
+def _name(result: Result) -> str:
+    settings = result[VANILLA].settings
+    form = "" if settings["form"] == "eager" else f", {settings['form']}"
+    return f"{settings['model']}, {settings['precision']}{form}"
+
+
+def _peak(result: Result, arm: str) -> str:
+    added = overhead_results.bytes_added(result, arm)
+    return "" if added is None else f"{added / 2**20:+z.1f} MiB"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return the lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def spectra_table(part: str) -> str:
+    """Return vanilla's error at each rate on the validation blocks, or every arm's on the test blocks."""
+    runs = spectra_results.read(RESULTS / "spectra.jsonl", part)
+    if part == "test":
+        return markdown(spectra_results.HEAD, spectra_results.rows(runs))
+    rates = [f"{rate:g}" for rate in spectra_results.rates_of(runs)]
+    return markdown(["learning rate", *rates], spectra_results.rate_rows(runs))
+
+
+def lam_table() -> str:
+    """Return the gain of each lam on the small CIFAR-10 run, by rising lam."""
+    experiments = {"0.00625": "lambda_sweep", "0.05": "lambda_sweep", "0.1": "lambda_sweep", "0.2": "lambda_sweep"}
+    experiments |= {"0.8": "beyond_vit", "1.6": "lambda_sweep"}
+    gains = []
+    for lam, experiment in experiments.items():
+        gains.append(pair(experiment, f"TrAct {lam}").gain)
+    return markdown(["lam", *experiments], [["above vanilla", *gains]])
+
+
+def rate_table() -> str:
+    """Return the final accuracy of each arm at each rate, with the number of seeds."""
+    optimizers = {"AdamW": ("0.0005", "0.001", "0.002"), "SGD": ("0.03", "0.06", "0.12")}
+    settings = [f"{name}, lr {rate}" for name, rates in optimizers.items() for rate in rates]
+    rows = []
+    for arm in ("vanilla", TRACT, START):
+        cells = [arm]
+        for setting in settings:
+            seeds = len(arms("beyond_rates", setting)[arm].runs)
+            cells.append(f"{final_interval('beyond_rates', arm, setting)} ({seeds})")
+        rows.append(cells)
+    return markdown(["top-1, %", *settings], rows)
+
+
+def range_table() -> str:
+    """Return the accuracy of each arm on pixels that are not standardised."""
+    settings = ("[0, 1]", "[0, 255]")
+    rows = []
+    for arm in arms("beyond_range", settings[0]):
+        rows.append([arm, *(final("beyond_range", arm, setting) for setting in settings)])
+    return markdown(["top-1, %", *settings], rows)
+
+
+def start_table() -> str:
+    """Return what the whitened start with TrAct gains over vanilla and over TrAct, in each setting that was run."""
+    settings = []
+    for rate in ("0.0005", "0.001", "0.002"):
+        settings.append((f"photo crops, AdamW {rate}", "beyond_rates", f"AdamW, lr {rate}"))
+    for rate in ("0.002", "0.004"):
+        settings.append((f"CIFAR-10, ViT, Adam {rate}", "beyond_vit_rates", f"Adam, lr {rate}"))
+    for rate in ("0.03", "0.06", "0.12"):
+        settings.append((f"photo crops, SGD {rate}", "beyond_rates", f"SGD, lr {rate}"))
+    settings.append(("CIFAR-10, ResNet-18, SGD 0.08", "beyond_resnet", ""))
+    rows = []
+    for title, experiment, setting in settings:
+        above = pair(experiment, START, "vanilla", setting)
+        rows.append(_start_row(title, above, pair(experiment, START, TRACT, setting)))
+    above = pair(STEP_SIZE, PLANNED_START)
+    rows.append(_start_row("CIFAR-10, ViT, Adam 0.002, by a plan", above, pair(STEP_SIZE, PLANNED_START, "TrAct")))
+    head = ["a whitened start with TrAct", "above vanilla", "seeds", "above TrAct alone", "seeds"]
+    return markdown(head, rows)
+
+
+def _start_row(title: str, above: Pair, alone: Pair) -> list[str]:
+    return [title, above.gain, str(len(above.arm.runs)), alone.gain, str(len(alone.arm.runs))]
