@@ -1,8 +1,10 @@
 """Never silently off: what a user is told when a layer does not hand on a preconditioned gradient."""
 
+import copy
 import gc
 import inspect
 import logging
+import types
 import weakref
 
 import pytest
@@ -10,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.checkpoint import checkpoint
 
 from helpers.models import Airbench, Gated, small_vit, trainer
 from helpers.oracle import assert_close, expected
 from hf_tract import TrActCallback, apply_tract, remove_tract
-from hf_tract.core import first_step
+from hf_tract.core import first_step, forward
 
 
 class Net(nn.Module):
@@ -274,4 +277,96 @@ def test_a_layer_that_is_exchanged_after_tract_was_removed_is_not_told(told):
     remove_tract(model)
     model.stem = nn.Conv2d(3, 4, 4, 4)
     step(model)
+    assert told() == []
+
+
+@pytest.mark.parametrize("mark", ["the weight", "a hook of the layer"])
+def test_where_opacus_clips_single_examples_the_gradient_is_ordinary_and_told(told, mark, monkeypatch):
+    monkeypatch.setattr(forward, "_warned", set())
+    # Opacus' ghost clipping ends with an ordinary backward. Under FSDP2 its mark is not on the weights that run.
+    model, plain = Net(), Net()
+    apply_tract(model)
+    if mark == "the weight":
+        model.stem.weight.grad_sample = None
+    else:
+        capture = types.FunctionType((lambda *_: None).__code__, {"__name__": "opacus.grad_sample"})
+        model.stem.register_forward_hook(capture)
+    x = torch.randn(4, 3, 8, 8)
+    for net in (model, plain):
+        net(x).backward()
+    assert torch.equal(model.stem.weight.grad, plain.stem.weight.grad)
+    (message,) = told()
+    assert "example by example" in message
+
+
+def test_expanded_weights_give_ordinary_gradients_of_each_example(told, monkeypatch):
+    monkeypatch.setattr(forward, "_warned", set())
+    model, plain = Net(), Net()
+    apply_tract(model)
+    x = torch.randn(4, 3, 8, 8)
+    for net in (model, plain):
+        stem = call_for_per_sample_grads(net.stem, batch_size=4, loss_reduction="sum")
+        stem(x).square().sum().backward()
+    assert torch.equal(model.stem.weight.grad_sample, plain.stem.weight.grad_sample)
+    (message,) = told()
+    assert "example by example" in message
+
+
+class TrainsACopy(nn.Module):
+    """Freezes a module and trains its copy, as peft's `modules_to_save` does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module, self.copy = module, copy.deepcopy(module)
+        module.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.copy(x)
+
+
+def test_a_trained_copy_in_the_place_of_a_frozen_layer_is_checked_and_not_the_layer(told):
+    model = Net()
+    handle = apply_tract(model)
+    model.stem = TrainsACopy(model.stem)
+    step(model)
+    assert told() == []
+    assert list(handle.stats()) == ["stem.copy"]
+    model = Net()
+    apply_tract(model)
+    model.stem = TrainsACopy(model.stem)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(100 * torch.randn(4, 3, 8, 8)).backward()
+    optimizer.step()
+    (message,) = told()
+    assert "stem.copy" in message
+    assert "standardise" in message
+
+
+def test_a_hundred_steps_of_another_model_are_told_once(told, monkeypatch):
+    # Those of other tests.
+    monkeypatch.setattr(first_step, "_watches", [])
+    monkeypatch.setattr(first_step, "PRECONDITIONERS", {})
+    model, other = Net(), Net()
+    apply_tract(model)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.0)
+    for _ in range(99):
+        optimizer.step()
+    assert told() == []
+    for _ in range(200):
+        optimizer.step()
+    (message,) = told()
+    assert "100 steps" in message
+    step(model, without=True)
+    assert "no preconditioned gradient" in told()[1]
+
+
+def test_an_optimizer_with_other_copies_of_the_weights_is_no_reason_to_warn(told):
+    model = Net()
+    apply_tract(model)
+    masters = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(masters, lr=0.1)
+    for _ in range(101):
+        model(torch.randn(4, 3, 8, 8)).backward()
+        optimizer.step()
+        model.zero_grad()
     assert told() == []

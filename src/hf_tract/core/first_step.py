@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 from hf_tract.core.attach import preconditioner_of
 from hf_tract.core.notices import advice_on_lam
 from hf_tract.core.optimizer_hook import call_after_steps, updated_by
-from hf_tract.core.weights import weight_parameters
+from hf_tract.core.preconditioner import PRECONDITIONERS
+from hf_tract.core.weights import is_frozen, weight_parameters
 
 logger = logging.getLogger(__name__)
 
 _watches: list[FirstStepWatch] = []
+# After so many steps of other optimizers, something is said.
+STEPS_ELSEWHERE = 100
 
 
 class FirstStepWatch:
@@ -32,6 +35,7 @@ class FirstStepWatch:
         """
         self._model = ref(model)
         self._layers = [(name, ref(layer), preconditioner_of(layer)) for name, layer in layers]
+        self._steps_elsewhere = 0
         for watch in list(_watches):
             if watch._model() is model:
                 watch.stop()
@@ -52,7 +56,11 @@ class FirstStepWatch:
         if self not in _watches:
             return
         self.stop()
+        copies = self._trained_copies()
         for name, layer in self._layers_now():
+            if layer is not None and copies and is_frozen(layer):
+                # peft's `modules_to_save` trains a copy, and freezes the layer itself.
+                continue
             if layer is not None:
                 _check(name, layer)
                 continue
@@ -61,6 +69,8 @@ class FirstStepWatch:
                 "ordinary gradient. Call `apply_tract` again after the model is changed. This is shown once.",
                 name,
             )
+        for name, layer in copies:
+            _check(name, layer)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Check the layers if `optimizer` holds the weight of one."""
@@ -77,6 +87,46 @@ class FirstStepWatch:
             weights = list(model.parameters())
         if updated_by(optimizer, weights):
             self.look()
+            return
+        self._steps_elsewhere += 1
+        if self._steps_elsewhere == STEPS_ELSEWHERE:
+            self._look_elsewhere()
+
+    def _look_elsewhere(self) -> None:
+        """Check layers whose weights an optimizer holds in another form, and warn if TrAct has acted on no model."""
+        names = []
+        for name, _, preconditioner in self._layers:
+            names.append(name)
+            if preconditioner and preconditioner.last_step:
+                self.look()
+                return
+        for preconditioner in PRECONDITIONERS.values():
+            if preconditioner.last_step:
+                return
+        logger.warning(
+            "TrAct: optimizers have taken %d steps, and none of them holds "
+            "%s of the model that TrAct was applied to. Some libraries "
+            "train a copy, or a model that they build themselves "
+            "(skorch, ultralytics): apply TrAct to that one, behind its "
+            "construction. This is shown once.",
+            STEPS_ELSEWHERE,
+            " or ".join(names),
+        )
+
+    def _trained_copies(self) -> list[tuple[str, nn.Module]]:
+        """Return names and modules of copies of the layers in the model that TrAct has acted on."""
+        model = self._model()
+        if model is None:
+            return []
+        known = [preconditioner for _, _, preconditioner in self._layers]
+        copies = []
+        for name, module in model.named_modules():
+            preconditioner = preconditioner_of(module)
+            if preconditioner is None or preconditioner in known:
+                continue
+            if preconditioner.last_step is not None:
+                copies.append((name, module))
+        return copies
 
     def _layers_now(self) -> list[tuple[str, nn.Module | None]]:
         """Return pairs of a name and its layer, or None in place of a layer that is no longer in the model.

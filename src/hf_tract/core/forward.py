@@ -8,17 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
 from hf_tract.core.autograd import KeepOutputGrad, PreconditionFromOutput, PreconditionWeightGrad
 from hf_tract.core.notices import warn_once
 from hf_tract.core.ops import has_autocast
 from hf_tract.core.patches import PATCH_OPS
+from hf_tract.core.per_example import is_per_example
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.step import ForwardCall
 
 _warned: set[str] = set()
 NESTED = (
     "TrAct: for nested tensors the first layer has its ordinary gradient. Give it their values, or a padded tensor."
+)
+TRANSFORMED = (
+    "TrAct: inside of torch.func's transforms (grad, vmap, vjp, ...) and of forward-mode differentiation the first "
+    "layer has its ordinary gradient. Use a backward of torch.autograd for a preconditioned one."
+)
+PER_EXAMPLE = (
+    "TrAct: where gradients are taken example by example, as Opacus does "
+    "for differential privacy, the first layer has its ordinary gradient, "
+    "since C would tell of pixels without noise."
 )
 
 
@@ -40,7 +51,7 @@ def run_preconditioned(
         args: further arguments of `op`.
         kwargs: further arguments of `op`.
     """
-    if preconditioner is None or not _acts(weight, input):
+    if preconditioner is None or not _acts(preconditioner, weight, input):
         return op(input, weight, *args, **kwargs)
     spec = PATCH_OPS[op](input, weight, *args, **kwargs)
     read = _as_autocast_reads(input)
@@ -71,30 +82,34 @@ def is_preconditioned(weight: Any) -> bool:
     return isinstance(getattr(weight, "grad_fn", None), PreconditionWeightGrad._backward_cls)
 
 
-def _acts(weight: Any, input: Any) -> bool:
+def _acts(preconditioner: LayerPreconditioner, weight: Any, input: Any) -> bool:
     """Return whether this forward call is to give the weight a gradient; not in an export, a trace or a transform."""
-    if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
-        return False
-    if isinstance(input, Tensor) and input.is_nested:
-        if not torch.compiler.is_compiling():
-            warn_once(_warned, NESTED)
+    if not torch.is_grad_enabled() or not isinstance(weight, Tensor):
         return False
     if torch.compiler.is_compiling():
         # `is_exporting()` of older torch is true in every compiled graph.
-        return not getattr(torch.compiler, "_is_exporting_flag", False)
-    if torch._C._get_tracing_state() is not None:
+        is_exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+        return weight.requires_grad and not input.is_nested and not is_exporting
+    if torch._C._get_tracing_state() is not None or not isinstance(input, Tensor):  # a proxy of torch.fx
         return False
-    if not isinstance(input, Tensor):  # a proxy of torch.fx
+    # Expanded weights cannot be asked, and are made of weights that require it.
+    if not isinstance(weight, ExpandedWeight) and not weight.requires_grad:
         return False
+    reason = _why_ordinary(preconditioner, weight, input)
+    if reason:
+        warn_once(_warned, reason)
+    return not reason
+
+
+def _why_ordinary(preconditioner: LayerPreconditioner, weight: Tensor, input: Tensor) -> str:
+    """Return why this call gives the layer its ordinary gradient, in words; "" if it does not."""
+    if is_per_example(preconditioner.layer, weight):
+        return PER_EXAMPLE
+    if input.is_nested:
+        return NESTED
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        warn_once(
-            _warned,
-            "TrAct: inside of torch.func's transforms (grad, vmap, vjp, ...) and of forward-mode differentiation "
-            "the first layer has its ordinary gradient. "
-            "Use a backward of torch.autograd for a preconditioned one.",
-        )
-        return False
-    return True
+        return TRANSFORMED
+    return ""
 
 
 def _as_autocast_reads(input: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class LayerPreconditioner:
         self.config = config
         self.process_group = process_group
         self.active = True
+        self._layer = ref(layer)
         self.steps = StepSequence(layer)
         self.warned: set[str] = set()
         self.last_step: Step | None = None
@@ -61,6 +62,11 @@ class LayerPreconditioner:
         # DataParallel's replicas share this object.
         self._lock = threading.RLock()
         PRECONDITIONERS[self.key] = self
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """Return the layer, while something else keeps it."""
+        return self._layer()
 
     def precondition(self, grad: Tensor, x: Tensor, spec: PatchSpec, call: ForwardCall | None = None) -> Tensor:
         """Add one backward to the step, and return what the weight still lacks of the step's preconditioned gradient.
