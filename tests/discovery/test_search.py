@@ -692,3 +692,17 @@ def test_a_model_whose_own_train_returns_nothing_is_tried():
             return self.decoder(self.stem(pixel_values))
 
     assert names(Quiet()) == ["stem"]
+
+
+def test_words_in_a_second_argument_are_no_pixels(caplog):
+    class Captioner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.words = nn.Conv2d(3, 8, 8, 8), nn.Embedding(50, 8)
+
+        def forward(self, img, caption):
+            return self.stem(img).mean((2, 3))[:, None] + self.words(caption)
+
+    assert names(Captioner()) == ["stem"]
+    (record,) = caplog.records
+    assert "no guess of a batch fitted" in record.getMessage()

@@ -35,6 +35,9 @@ BY_TIMM = "timm's first_conv"
 REACHED = "reached first by the pixels"
 IN_PARENT = "reached first by the pixels, in its parent's forward"
 BY_ORDER = "first in module order"
+
+# The operation that reads words; a guessed batch has pixels in their place.
+LOOK_UP = "embedding"
 logger = logging.getLogger(__name__)
 
 
@@ -160,6 +163,8 @@ def _check_operations(model: str, modules: Mapping[str, nn.Module], probe: Probe
                 f"convolution or linear layer's own. TrAct cannot act on it. Make that weight an nn.Linear's or "
                 f"nn.Conv2d's, or name another layer with `layers=` if that is what you want."
             )
+        if meeting.operation == LOOK_UP:
+            continue
         logger.warning(
             "TrAct: pixels also meet a weight in %s, in an operation (`%s`) that is no convolution or linear layer's "
             "own. That weight has its ordinary gradient.",
