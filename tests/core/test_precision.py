@@ -55,6 +55,15 @@ def test_a_float32_model_is_right_on_pixels_of_any_unit(layer, pixels, caplog):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("n, count", [(768, 1), (1536, 4)])
+def test_a_step_of_a_few_large_patches_is_right(n, count):
+    torch.manual_seed(0)
+    plain, x, weights = nn.Linear(n, 24), torch.randn(count, n), torch.randn(count, 24)
+    wanted = expected(gradient(copy.deepcopy(plain).double(), x.double(), weights), x, plain, 0.1)
+    with apply_tract(plain, lam=0.1, layers=plain):
+        assert_close(gradient(plain, x, weights), wanted, 5e-4)
+
+
 @pytest.mark.parametrize("pixels, dtype", [("normalised", torch.float32), ("0 to 255", torch.float64)])
 def test_sums_are_float64_only_where_float32_would_lose_lam(pixels, dtype):
     x = PIXELS[pixels](photos(4))

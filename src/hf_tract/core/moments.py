@@ -34,6 +34,8 @@ CPU_MEMORY_LIMIT = 8 * 2**20
 # Up to this many numbers in all patches, an accelerator computes their products faster than the host could launch the
 # steps by which overlapping patches share work.
 FEW_NUMBERS = 2**25
+# Of the largest trace, for each patch.
+SHARE_OF_FEW = 0.03
 # Columns of the triangle that one product fills on a CPU.
 PANEL = 128
 
@@ -122,7 +124,11 @@ def _needs_float64(x: Tensor, lam: float, new: PatchSums) -> bool:
     trace = float(squares.sum(1).max()) / max(1, int(new.patch_count))
     if not math.isfinite(trace):
         return bool(x.isfinite().all())
-    return trace > max_trace(lam)
+    if trace > max_trace(lam):
+        return True
+    # The gradient lies in the span of the patches. Of few patches, C's eigenvalues there are about trace / b: so many
+    # times smaller is the solution than the rounding outside of it, which lam alone divides.
+    return trace > SHARE_OF_FEW * max_trace(lam) * int(new.patch_count)
 
 
 def _linear_sums(x: Tensor, out: Tensor, max_numbers: int) -> int:
