@@ -10,7 +10,7 @@ from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.paper import conclusions, plots
 from benchmarks.paper.catalogue import ALL, OF_DIFFERENCES, OF_WHOLE_RUNS, PLANNED, UNTIMED, edges
-from benchmarks.paper.choices import Choice, choose, planned, split_name
+from benchmarks.paper.choices import Choice, arm_of, choose, planned, split_name
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
 from benchmarks.paper.verdicts import challengers, step_size
@@ -25,6 +25,10 @@ HEAD = Path(__file__).with_name("head.md").read_text(encoding="utf-8")
 COMMAND = "python -m benchmarks.paper"
 # By the name of the file of results.
 TITLES = {"evidence": "The runs of the plan, E0 to E4"}
+GRID_GREW = (
+    "The second seed tries the best two cells of each arm by the first. A third with two seeds was one of them before "
+    "the grid grew, and decides nothing."
+)
 LINES_ONLY = "test accuracy against epochs and against time"
 UNTIMED_LINES = "on the left the test accuracy by epochs, on the right the final accuracy"
 WITH_ENDS = (
@@ -122,9 +126,13 @@ def _choice(name: str, experiment: Experiment, choices: list[Choice], settings: 
         if choice.at_edge:
             chosen[choice.cell] += ", at the edge of the grid"
     lines += ["| cell | seeds | top-1 on the validation rows | chosen |", "|---|---|---|---|"]
+    tried_twice: Counter[str] = Counter()
     for arms in settings.values():
         for cell, arm in arms.items():
             lines.append(f"| {cell} | {len(arm.runs)} | {arm.final.mean():.1f} | {chosen.get(cell, '')} |")
+            tried_twice[arm_of(cell)] += len(arm.runs) > 1
+    if max(tried_twice.values()) > experiment.finalists:
+        lines += ["", GRID_GREW]
     return [*lines, ""]
 
 

@@ -19,6 +19,7 @@ from benchmarks.verify.stored import (
     STEP_SIZE,
     TRACT,
     Pair,
+    Quickstart,
     arms,
     costs,
     final,
@@ -44,6 +45,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "whitened_start": lambda: start_table(),
     "spectra_rates": lambda: spectra_table("validation"),
     "spectra": lambda: spectra_table("test"),
+    "few_patches": lambda: arm_table("evidence_few_patches"),
+    "long": lambda: arm_table("evidence_long"),
+    "generative": lambda: masked_table("generative"),
 }
 
 
@@ -140,6 +144,16 @@ def spectra_table(part: str) -> str:
         return markdown(spectra_results.HEAD, spectra_results.rows(runs))
     rates = [f"{rate:g}" for rate in spectra_results.rates_of(runs)]
     return markdown(["learning rate", *rates], spectra_results.rate_rows(runs))
+
+
+def masked_table(folder: str) -> str:
+    """Return the test loss of each arm of examples/quickstart.py, whose runs a folder of docs/results stores."""
+    rows = []
+    for arm in ("vanilla", "TrAct", "TrAct, whitened start"):
+        found = Quickstart(arm, folder=folder)
+        change = "" if arm == "vanilla" else found.change
+        rows.append([arm, str(len(found.loss)), found.end, change])
+    return markdown(["arm", "seeds", "test loss", "from vanilla"], rows)
 
 
 def lam_table() -> str:
