@@ -62,6 +62,7 @@ def figures() -> dict[str, str]:
         **of_the_start(),
         **of_the_step_size(),
         **of_optimizers(),
+        "few_patches": pair("evidence_few_patches", TRACT).gain,
         **of_colour_statistics(),
         **of_costs(),
         **of_the_quickstart(),
@@ -186,6 +187,10 @@ def of_the_quickstart() -> dict[str, str]:
         found[f"masked_{name}"] = runs.change
         found[f"masked_{name}_epoch"] = runs.epoch
         found[f"masked_{name}_in_time"] = runs.in_time
+    longer = Quickstart("TrAct", folder="generative")
+    found["longer_tract"] = longer.change
+    found["longer_ahead_until"] = longer.ahead_until
+    found["longer_seeds_above"] = longer.seeds_above
     found["masked_start_from_tract"] = Quickstart("TrAct, whitened start", "TrAct").change
     return found
 

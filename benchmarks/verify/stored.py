@@ -163,6 +163,17 @@ class Quickstart:
         return str(epochs_to_reach(-self.loss.mean(0), -float(self.base[:, -1].mean())) or "never")
 
     @property
+    def ahead_until(self) -> str:
+        """Return the last epoch of all before which, and in which, the mean loss is below the base's."""
+        ahead = self.loss.mean(0) < self.base.mean(0)
+        return str(int(ahead.cumprod().sum()))
+
+    @property
+    def seeds_above(self) -> str:
+        """Count the seeds whose arm ends above the base."""
+        return str(int((self.loss[:, -1] > self.base[:, -1]).sum()))
+
+    @property
     def in_time(self) -> str:
         """Return the base's seconds over those until then, with their bootstrap interval."""
         found = time_ratio(-self.loss, self.seconds, -self.base, self.base_seconds)
