@@ -360,6 +360,17 @@ def test_a_hundred_steps_of_another_model_are_told_once(told, monkeypatch):
     assert "no preconditioned gradient" in told()[1]
 
 
+def test_steps_of_another_model_after_tract_was_removed_say_nothing(told, monkeypatch):
+    monkeypatch.setattr(first_step, "_watches", [])
+    monkeypatch.setattr(first_step, "PRECONDITIONERS", {})
+    model, other = Net(), Net()
+    apply_tract(model).remove()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.0)
+    for _ in range(101):
+        optimizer.step()
+    assert told() == []
+
+
 def test_an_optimizer_with_other_copies_of_the_weights_is_no_reason_to_warn(told):
     model = Net()
     apply_tract(model)

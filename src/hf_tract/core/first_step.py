@@ -58,17 +58,15 @@ class FirstStepWatch:
         self.stop()
         copies = self._trained_copies()
         for name, layer in self._layers_now():
-            if layer is not None and copies and is_frozen(layer):
-                # peft's `modules_to_save` trains a copy, and freezes the layer itself.
-                continue
-            if layer is not None:
+            if layer is None:
+                logger.warning(
+                    "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has "
+                    "its ordinary gradient. Call `apply_tract` again after the model is changed. This is shown once.",
+                    name,
+                )
+            # peft's `modules_to_save` trains a copy, and freezes the layer itself.
+            elif not copies or not is_frozen(layer):
                 _check(name, layer)
-                continue
-            logger.warning(
-                "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has its "
-                "ordinary gradient. Call `apply_tract` again after the model is changed. This is shown once.",
-                name,
-            )
         for name, layer in copies:
             _check(name, layer)
 
@@ -94,14 +92,15 @@ class FirstStepWatch:
 
     def _look_elsewhere(self) -> None:
         """Check layers whose weights an optimizer holds in another form, and warn if TrAct has acted on no model."""
-        names = []
-        for name, _, preconditioner in self._layers:
-            names.append(name)
-            if preconditioner and preconditioner.last_step:
+        names = [name for name, _ in self._layers_now()]
+        if not names:
+            return
+        for _, _, preconditioner in self._layers:
+            if preconditioner is not None and preconditioner.last_step is not None:
                 self.look()
                 return
         for preconditioner in PRECONDITIONERS.values():
-            if preconditioner.last_step:
+            if preconditioner.last_step is not None:
                 return
         logger.warning(
             "TrAct: optimizers have taken %d steps, and none of them holds "
