@@ -62,7 +62,7 @@ def figures() -> dict[str, str]:
         **of_the_start(),
         **of_the_step_size(),
         **of_optimizers(),
-        "few_patches": pair("evidence_few_patches", TRACT).gain,
+        **of_what_may_hurt(),
         **of_colour_statistics(),
         **of_costs(),
         **of_the_quickstart(),
@@ -171,6 +171,17 @@ def of_optimizers() -> dict[str, str]:
     }
 
 
+def of_what_may_hurt() -> dict[str, str]:
+    """Return those of E2: few patches, and masked image modelling for four times as long."""
+    longer = Quickstart("TrAct", folder="generative")
+    return {
+        "few_patches": pair("evidence_few_patches", TRACT).gain,
+        "longer_tract": longer.change,
+        "longer_ahead_until": longer.ahead_until,
+        "longer_seeds_above": longer.seeds_above,
+    }
+
+
 def of_colour_statistics() -> dict[str, str]:
     """Return what a random forest on colours and gradients reaches."""
     return {
@@ -187,10 +198,6 @@ def of_the_quickstart() -> dict[str, str]:
         found[f"masked_{name}"] = runs.change
         found[f"masked_{name}_epoch"] = runs.epoch
         found[f"masked_{name}_in_time"] = runs.in_time
-    longer = Quickstart("TrAct", folder="generative")
-    found["longer_tract"] = longer.change
-    found["longer_ahead_until"] = longer.ahead_until
-    found["longer_seeds_above"] = longer.seeds_above
     found["masked_start_from_tract"] = Quickstart("TrAct, whitened start", "TrAct").change
     return found
 

@@ -34,8 +34,8 @@ CPU_MEMORY_LIMIT = 8 * 2**20
 # Up to this many numbers in all patches, an accelerator computes their products faster than the host could launch the
 # steps by which overlapping patches share work.
 FEW_NUMBERS = 2**25
-# Of the largest trace, for each patch.
-SHARE_OF_FEW = 0.03
+# Of `max_trace`, what C's trace may be for each patch of the sums in float32.
+SHARE_PER_PATCH = 0.03
 # Columns of the triangle that one product fills on a CPU.
 PANEL = 128
 
@@ -126,9 +126,9 @@ def _needs_float64(x: Tensor, lam: float, new: PatchSums) -> bool:
         return bool(x.isfinite().all())
     if trace > max_trace(lam):
         return True
-    # The gradient lies in the span of the patches. Of few patches, C's eigenvalues there are about trace / b: so many
-    # times smaller is the solution than the rounding outside of it, which lam alone divides.
-    return trace > SHARE_OF_FEW * max_trace(lam) * int(new.patch_count)
+    # The gradient lies in the span of the b patches, where C's eigenvalues are about trace / b. Where b is small, the
+    # solution is so small that rounding errors outside of the span, which lam alone divides, are large beside it.
+    return trace > SHARE_PER_PATCH * max_trace(lam) * int(new.patch_count)
 
 
 def _linear_sums(x: Tensor, out: Tensor, max_numbers: int) -> int:

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,6 @@ class LayerPreconditioner:
         self.config = config
         self.process_group = process_group
         self.active = True
-        self._layer = ref(layer)
         self.steps = StepSequence(layer)
         self.warned: set[str] = set()
         self.last_step: Step | None = None
@@ -66,7 +65,7 @@ class LayerPreconditioner:
     @property
     def layer(self) -> nn.Module | None:
         """Return the layer, while something else keeps it."""
-        return self._layer()
+        return self.steps.layer
 
     def precondition(self, grad: Tensor, x: Tensor, spec: PatchSpec, call: ForwardCall | None = None) -> Tensor:
         """Add one backward to the step, and return what the weight still lacks of the step's preconditioned gradient.

@@ -77,7 +77,7 @@ class StepSequence:
                 continue
             held: list[Tensor] = []
             if leaf is None:
-                held += weight_parameters(self._layer())
+                held += weight_parameters(self.layer)
             else:
                 held.append(leaf)
             parameters = updated_by(optimizer, held)
@@ -102,12 +102,17 @@ class StepSequence:
             other_leaf = call.leaf
         return Backward(_backward_pass_of(call), parameters, lives_in_grad, call, shape, other_leaf)
 
+    @property
+    def layer(self) -> nn.Module | None:
+        """Return the layer, while something else keeps it."""
+        return self._layer()
+
     def has_as_parameter(self, weight: Tensor) -> bool:
         """Return whether a tensor is registered as the layer's weight, and not computed by the layer."""
         return weight is self._own_weight()
 
     def _own_weight(self) -> Tensor | None:
-        layer = self._layer()
+        layer = self.layer
         return layer._parameters.get("weight") if layer else None
 
     def _parameters_of(self, call: ForwardCall | None) -> Sequence[Tensor]:
@@ -119,7 +124,7 @@ class StepSequence:
         weight = self._own_weight()
         if call is not None and weight is not None and call.leaf is weight:
             return [weight]
-        parameters = weight_parameters(self._layer())
+        parameters = weight_parameters(self.layer)
         if call is None or call.leaf is None:
             return parameters
         if parameters and not accumulation.lives_in_grad(parameters):
@@ -179,7 +184,7 @@ class StepSequence:
 
     def _look_for_engine(self) -> None:
         """Look whether an engine keeps the gradients; in its forward and backward the parameters do not show it."""
-        self._has_engine = self._has_engine or accumulation.has_engine(weight_parameters(self._layer()))
+        self._has_engine = self._has_engine or accumulation.has_engine(weight_parameters(self.layer))
 
 
 def _backward_pass_of(call: ForwardCall | None) -> int:
