@@ -1,21 +1,24 @@
-"""Tells what stored robustness runs say: benchmarks/robustness.py makes them."""
+"""Tells what stored robustness runs say, by E5 of docs/results/plan.md: benchmarks/robustness.py makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
-from benchmarks.common.statistics import interval, p_text
+from benchmarks.common.statistics import Interval, interval, p_text
 from benchmarks.paper.summary import corrected
 from benchmarks.robustness import ARMS, CLEAN, CORRUPTIONS, SEEDS
 
 BASE = ARMS[0]
 # Per cent that a guess gets right, of ten classes.
 CHANCE = 10
-HEAD = ["arm", "clean", "corrupted", "points lost", "from vanilla", "p", "share lost, %", "from vanilla", "p"]
+FROM_BASE = ["from vanilla", "p"]
+HEAD = ["arm", "clean", "corrupted", *FROM_BASE, "points lost", *FROM_BASE, "share lost, %", *FROM_BASE]
+LEVEL = 0.05
 ERROR_HEAD = ["arm", "ECE of clean images, %", "of corrupted ones, %"]
 
 
@@ -57,8 +60,10 @@ def _of(records: Sequence[RunRecord], name: str) -> np.ndarray:
 def read(path: Path) -> dict[str, Arm]:
     """Return the arms of a file, in the plan's order; empty before the last run is stored."""
     records: dict[str, list[RunRecord]] = {name: [] for name in ARMS}
+    strengths = {name: list(of_name) for name, of_name in CORRUPTIONS.items()}
     for record in read_records(path).values():
-        records[record.arm].append(record)
+        if record.seed in SEEDS and record.settings["corruptions"] == strengths:
+            records[record.arm].append(record)
     if min(map(len, records.values())) < len(SEEDS):
         return {}
     return {name: Arm(found) for name, found in records.items()}
@@ -66,28 +71,52 @@ def read(path: Path) -> dict[str, Arm]:
 
 def rows(arms: dict[str, Arm]) -> list[list[str]]:
     """Return the rows under HEAD: means over all corruptions, and what is lost to them."""
-    lost, shares = {}, {}
-    for name, arm in arms.items():
-        lost[name] = arm.lost
-        shares[name] = arm.share_lost
-    by_points, by_share = _from_vanilla(lost), _from_vanilla(shares)
     made = []
     for name, arm in arms.items():
-        row = [name, interval(arm.clean).text(), interval(arm.corrupted).text()]
-        row += [interval(lost[name]).text(), *by_points[name]]
-        row += [interval(shares[name]).text(), *by_share[name]]
+        row = [name, interval(arm.clean).text()]
+        for values in ("corrupted", "lost", "share_lost"):
+            row.append(interval(getattr(arm, values)).text())
+            row += _in_words(from_vanilla(arms, values).get(name))
         made.append(row)
     return made
 
 
-def _from_vanilla(values: dict[str, np.ndarray]) -> dict[str, list[str]]:
-    """Return the difference from vanilla and its p by Holm, by arm."""
-    others = [name for name in values if name != BASE]
-    differences = [interval(values[name] - values[BASE]) for name in others]
-    cells = {BASE: ["", ""]}
-    for name, found, p in zip(others, differences, corrected(differences), strict=True):
-        cells[name] = [found.text("+"), p_text(p)]
-    return cells
+class Difference(NamedTuple):
+    """Holds how far an arm is from vanilla."""
+
+    found: Interval
+    # By Holm over the arms.
+    p: float
+
+
+def from_vanilla(arms: dict[str, Arm], values: str) -> dict[str, Difference]:
+    """Return the differences of a figure from vanilla's, by arm.
+
+    Args:
+        arms: all of them.
+        values: the name of a property of Arm.
+    """
+    base = getattr(arms[BASE], values)
+    found = {name: interval(getattr(arm, values) - base) for name, arm in arms.items() if name != BASE}
+    probabilities = corrected(found.values())
+    return {name: Difference(found[name], p) for name, p in zip(found, probabilities, strict=True)}
+
+
+def _in_words(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ["", ""]
+    return [difference.found.text("+"), p_text(difference.p)]
+
+
+def sentence(arms: dict[str, Arm], name: str) -> str:
+    """Return what may be said of an arm's robustness: it needs both losses, in points and as a share."""
+    losses = [from_vanilla(arms, values)[name] for values in ("lost", "share_lost")]
+    if max(loss.p for loss in losses) < LEVEL:
+        if all(loss.found.mean < 0 for loss in losses):
+            return f"{name} loses less than vanilla to corruptions."
+        if all(loss.found.mean > 0 for loss in losses):
+            return f"{name} loses more than vanilla to corruptions."
+    return f"That {name} is more or less robust than vanilla is not shown."
 
 
 def error_rows(arms: dict[str, Arm]) -> list[list[str]]:

@@ -53,6 +53,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 CHOSEN_RATE: float | None = 4e-3
 TUNING_SEEDS = (50, 51, 52)
 FIRST_SEED = 100
+EPOCHS = 40
 BATCH = 32
 CLIP = 0.0
 MOST_COMPONENTS = 30
@@ -254,7 +255,7 @@ def parse() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--tune", action="store_true", help="run vanilla at each rate, tested on the validation blocks")
-    add("--epochs", type=int, default=40, help="of each run")
+    add("--epochs", type=int, default=EPOCHS, help="of each run")
     add("--seeds", type=int, default=8, help=f"seeds {FIRST_SEED} and up")
     add("--results", type=Path, default=RESULTS, help="JSON lines")
     return parser.parse_args()

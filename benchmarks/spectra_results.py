@@ -10,19 +10,28 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, interval, p_text
 from benchmarks.paper.summary import corrected
-from benchmarks.spectra import ARMS, PLS, VANILLA
+from benchmarks.spectra import ARMS, CHOSEN_RATE, EPOCHS, PLS, VANILLA, settings_of
 
 HEAD = ["arm", "seeds", "test error", "from vanilla", "p", "seconds of training"]
 
 
 def read(path: Path, part: str) -> dict[str, list[RunRecord]]:
-    """Return the runs that were tested on a part of the spectra, by arm and in the order of seeds."""
+    """Return the planned runs that were tested on a part of the spectra, by arm and in the order of seeds."""
     found: dict[str, list[RunRecord]] = {}
     records = sorted(read_records(path).values(), key=lambda record: record.seed)
     for record in records:
-        if record.settings["part"] == part:
+        if record.settings["part"] == part and _is_planned(record):
             found.setdefault(record.arm, []).append(record)
     return found
+
+
+def _is_planned(record: RunRecord) -> bool:
+    """Return whether a run has the plan's settings; final runs have the chosen rate."""
+    settings = record.settings
+    if record.arm == PLS:
+        return True
+    rate = settings["rate"] if settings["part"] == "validation" else CHOSEN_RATE
+    return rate is not None and settings == settings_of(rate, EPOCHS, settings["part"])
 
 
 def errors(records: Iterable[RunRecord]) -> np.ndarray:

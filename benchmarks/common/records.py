@@ -73,11 +73,17 @@ def _git(*arguments: str) -> str:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """Return the rows of a file by their keys; what is in it is not computed again."""
+    """Return the rows of a file by their keys; what is in it is not computed again.
+
+    Raises:
+        ValueError: where two rows have one key, as after two commands at the same time.
+    """
     rows: dict[str, Row] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
+            if row["key"] in rows:
+                raise ValueError(f"{path.name} has two rows of the key {row['key']}: delete one of them.")
             rows[row["key"]] = row
     return rows
 

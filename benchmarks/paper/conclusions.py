@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,12 +11,12 @@ from benchmarks.common.records import RunRecord
 from benchmarks.common.statistics import Interval, p_text
 from benchmarks.paper import evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL
-from benchmarks.paper.choices import split_name
+from benchmarks.paper.choices import name_at, split_name
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS
-from benchmarks.paper.evidence_time import VANILLA
+from benchmarks.paper.evidence_time import AT_GOALS_RATE, VANILLA
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arms, collect, corrected, gain
-from benchmarks.paper.time_to_accuracy import horizons_of, in_words, sentence, speed_up
+from benchmarks.paper.time_to_accuracy import Horizons, horizons_of, in_words, is_above_at_once, sentence, speed_up
 
 PRIMARY_ARM = "TrAct"
 FIRST = "first layer"
@@ -23,6 +24,11 @@ FIRST = "first layer"
 DEEPER = "all layers"
 PRIMARY_OPTIMIZER = "muon_split"
 LEVEL = 0.05
+ABOUT_TIME = """\
+Vanilla's seconds to the accuracy of its longest run over those of the arm. Each end of the 95 % interval is the wider
+of the jackknife's and that of resampled seeds. Vanilla's longest run has a rate of its own, and where its shorter ones
+are there first at that rate, these count. *At least*: the arm's shortest run is above the goal already."""
+UNDECIDED = "Nothing is decided, since times of different origins are compared."
 ADDS = "TrAct adds to Muon as it is usually used, at this size and length."
 NOT_SHOWN = "No gain under Muon as it is usually used was shown at this scale."
 
@@ -39,12 +45,18 @@ def lines(scale: str, have: Mapping[str, RunRecord]) -> Iterator[str]:
     found = _whole(optimizers, scale, have)
     if found:
         yield from with_optimizers(found)
+    found = _deeper_layers(scale, have)
+    if found:
+        yield from in_layers(found, evidence_layers.SHARES)
+
+
+def _deeper_layers(scale: str, have: Mapping[str, RunRecord]) -> dict[str, Arms]:
+    """Return E4's arms by model: the ResNet's too where the ViT's runs do not decide alone."""
     models = {"ViT": "evidence_vit_layers"}
     found = _whole(models, scale, have)
     if found and _all_save_time(found["ViT"], evidence_layers.SHARES):
-        found = _whole(models | {"ResNet-18": "evidence_resnet_layers"}, scale, have)
-    if found:
-        yield from in_layers(found, evidence_layers.SHARES)
+        return _whole(models | {"ResNet-18": "evidence_resnet_layers"}, scale, have)
+    return found
 
 
 def _whole(names: Mapping[str, str], scale: str, have: Mapping[str, RunRecord]) -> dict[str, Arms]:
@@ -64,7 +76,21 @@ def _is_whole(experiment: Experiment, scale: str, have: Mapping[str, RunRecord])
 
 def faster_than(base: str, arms: Arms, arm: str, shares: Sequence[int]) -> Estimate:
     """Return how many times faster an arm is than a base."""
-    return speed_up(horizons_of(arms, arm, shares), horizons_of(arms, base, shares))
+    return speed_up(horizons_of(arms, arm, shares), *_lines_of(base, arms, shares))
+
+
+def _lines_of(base: str, arms: Arms, shares: Sequence[int]) -> list[Horizons]:
+    """Return a base's runs, and those at the rate of its longest where vanilla has them."""
+    lines = [horizons_of(arms, base, shares)]
+    if base == VANILLA and name_at(AT_GOALS_RATE, shares[0]) in arms:
+        longest = {name_at(AT_GOALS_RATE, shares[-1]): arms[name_at(VANILLA, shares[-1])]}
+        lines.append(horizons_of(arms | longest, AT_GOALS_RATE, shares))
+    return lines
+
+
+def _faster_in_words(base: str, arms: Arms, arm: str, shares: Sequence[int]) -> str:
+    above_at_once = is_above_at_once(horizons_of(arms, arm, shares), horizons_of(arms, base, shares))
+    return in_words(faster_than(base, arms, arm, shares), above_at_once)
 
 
 def _arm_names(arms: Arms) -> list[str]:
@@ -77,20 +103,21 @@ def _arm_names(arms: Arms) -> list[str]:
 
 def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
     """Yield what E1 decides."""
+    mixed = list(_mixed_runs(found))
     yield from ("## E1: what may be said", "")
-    yield "Vanilla's seconds to the accuracy of its longest run over those of the arm; 95 % by the jackknife."
-    yield from ("Where the arm's shortest run is above that already, the factor is a lower bound.", "")
+    yield from (ABOUT_TIME, "")
     yield from _head("arm", *found, "so")
     for arm in _arm_names(next(iter(found.values()))):
-        if arm == VANILLA:
+        if arm in (VANILLA, AT_GOALS_RATE):
             continue
         estimates, cells = {}, []
         for data, arms in found.items():
             estimates[data] = faster_than(VANILLA, arms, arm, shares)
-            cells.append(in_words(estimates[data]))
-        name = f"{arm} (primary)" if arm == PRIMARY_ARM else arm
-        yield _row(name, *cells, sentence(arm, estimates))
-    yield from ("", *_commits(found))
+            cells.append(_faster_in_words(VANILLA, arms, arm, shares))
+        said = UNDECIDED if mixed else sentence(arm, estimates)
+        rank = "primary" if arm == PRIMARY_ARM else "secondary"
+        yield _row(f"{arm} ({rank})", *cells, said)
+    yield from ("", *mixed)
 
 
 class OptimizerGain(NamedTuple):
@@ -111,7 +138,8 @@ class OptimizerGain(NamedTuple):
 def optimizer_gains(found: Mapping[str, Arms], arm: str) -> list[OptimizerGain]:
     """Return the gains of an arm under each optimizer."""
     gains = [gain(arms[arm], arms[VANILLA]) for arms in found.values()]
-    return list(map(OptimizerGain, [arm] * len(found), found, gains, corrected(gains)))
+    both = zip(found, gains, corrected(gains), strict=True)
+    return [OptimizerGain(arm, optimizer, gained, p) for optimizer, gained, p in both]
 
 
 def with_optimizers(found: Mapping[str, Arms]) -> Iterator[str]:
@@ -141,26 +169,30 @@ def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]
         for arm in _arm_names(arms):
             if arm in (VANILLA, FIRST):
                 continue
-            over_vanilla = faster_than(VANILLA, arms, arm, shares)
-            over_first = faster_than(FIRST, arms, arm, shares)
-            yield _row(model, arm, in_words(over_vanilla), in_words(over_first))
+            over_vanilla = _faster_in_words(VANILLA, arms, arm, shares)
+            yield _row(model, arm, over_vanilla, _faster_in_words(FIRST, arms, arm, shares))
+    mixed = list(_mixed_runs(found))
     verdict = "That all layers save time over the first alone is not shown: there is no such option."
-    if all(_all_save_time(arms, shares) for arms in found.values()):
+    if mixed:
+        verdict = UNDECIDED
+    elif all(_all_save_time(arms, shares) for arms in found.values()):
         verdict = "All layers save time over the first alone on both models."
-    yield from ("", f"**Primary.** {verdict}", "", *_commits(found))
+    yield from ("", f"**Primary.** {verdict}", "", *mixed)
 
 
-def _commits(found: Mapping[str, Arms]) -> Iterator[str]:
-    """Warn where runs whose times are compared are of several commits."""
-    commits: set[str] = set()
-    for arms in found.values():
-        for arm in arms.values():
-            commits.update(run.commit for run in arm.runs.values())
-    if len(commits) > 1:
-        yield from (
-            f"The runs are of several commits, so their times are less sure: {', '.join(sorted(commits))}.",
-            "",
-        )
+def _mixed_runs(found: Mapping[str, Arms]) -> Iterator[str]:
+    """Say where runs whose times are compared are not of one commit, machine and set of versions."""
+    for name, arms in found.items():
+        runs = [run for arm in arms.values() for run in arm.runs.values()]
+        of_runs = {
+            "commits": {run.commit for run in runs},
+            "machines": {run.hardware for run in runs},
+            "versions": {json.dumps(run.versions, sort_keys=True) for run in runs},
+            "copies of the data": {run.data for run in runs},
+        }
+        for what, values in of_runs.items():
+            if len(values) > 1:
+                yield from (f"The runs of {name} are of several {what}: {', '.join(sorted(values))}.", "")
 
 
 def _head(*names: str) -> tuple[str, str]:

@@ -17,6 +17,8 @@ LOWEST = 1e-3
 # The same around vanilla's chosen rate, for its longest runs.
 GOAL_STEPS = {"CIFAR-10": range(-2, 3), "flowers": range(-2, 3)}
 VANILLA = "vanilla"
+# Vanilla's shorter runs at the rate of its longest, where that is not its usual rate.
+AT_GOALS_RATE = "vanilla at its rate for the longest"
 FLOWERS_SMALL = VIT_SMALL | {
     "train_samples": 3800,
     "epochs": 60,
@@ -73,8 +75,8 @@ TUNINGS = {
 
 def goal(data: str, name: str, small: Changes) -> Experiment | None:
     """Return the choice of vanilla's rate for its longest runs, which set the goal; None before E1's choice."""
-    tuning = TUNINGS[name]
-    chosen = tuning.arms.get(read().get(name, {}).get(VANILLA, ""))
+    tuned = TUNINGS[name]
+    chosen = tuned.arms.get(read().get(name, {}).get(VANILLA, ""))
     if not chosen:
         return None
     middle = round(2 * math.log2(chosen["learning_rate"] / LOWEST))
@@ -84,11 +86,11 @@ def goal(data: str, name: str, small: Changes) -> Experiment | None:
         arms[f"vanilla, lr {rate:.3g}"] = NO_TRACT | {"learning_rate": rate}
     return Experiment(
         f"E1: vanilla's rate for the longest runs, {data}, on the validation split",
-        tuning.recipe,
+        tuned.recipe,
         {"": {}},
         arms,
         small,
-        tuning.smoke,
+        tuned.smoke,
         small_seeds=2,
         first_seed=TUNING_SEED,
         # Both seeds try all of them.
@@ -104,15 +106,21 @@ GOALS = {
 
 def final(data: str, name: str, goal_name: str, small: Changes) -> Experiment | None:
     """Return E1's final runs; None before both choices are made."""
-    asked = GOALS[goal_name]
+    goal_choice = GOALS[goal_name]
     cell = read().get(goal_name, {}).get(VANILLA, "")
-    if not asked or cell not in asked.arms:
+    if not goal_choice or cell not in goal_choice.arms:
         return None
     made = final_runs(f"E1: in time, {data}", name, TUNINGS[name], small, SEEDS, SHARES)
     if made is None:
         return None
+    arms = dict(made.arms)
+    changes = goal_choice.arms[cell]
     longest = name_at(VANILLA, SHARES[-1])
-    return dataclasses.replace(made, arms=made.arms | {longest: made.arms[longest] | asked.arms[cell]})
+    if arms[longest]["learning_rate"] != changes["learning_rate"]:
+        for share in reversed(SHARES[:-1]):
+            arms[name_at(AT_GOALS_RATE, share)] = arms[name_at(VANILLA, share)] | changes
+        arms[longest] = arms[longest] | changes
+    return dataclasses.replace(made, arms=arms)
 
 
 FINAL = {

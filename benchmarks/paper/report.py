@@ -12,7 +12,7 @@ from benchmarks.paper import conclusions, plots
 from benchmarks.paper.catalogue import ALL, OF_DIFFERENCES, OF_WHOLE_RUNS, PLANNED, UNTIMED, edges
 from benchmarks.paper.choices import Choice, arm_of, choose, planned, split_name
 from benchmarks.paper.experiment import Experiment
-from benchmarks.paper.summary import Arm, Arms, collect, gain, holm, speed_up, speed_up_in_time
+from benchmarks.paper.summary import Arm, Arms, collect, corrected, gain, speed_up, speed_up_in_time
 from benchmarks.paper.verdicts import challengers, step_size
 
 MAX_SEEDS = 100
@@ -50,7 +50,7 @@ def write(scale: str, file: Path, folder: Path) -> Path:
     lines = [HEAD.format(title=title, command=COMMAND, file=file.name)]
     used: dict[str, RunRecord] = {}
     for name, experiment in ALL.items():
-        settings = _compared(collect(experiment, scale, MAX_SEEDS, have))
+        settings = _compared(collect(experiment, scale, seeds_of(name), have))
         for arms in settings.values():
             for arm in arms.values():
                 for run in arm.runs.values():
@@ -69,6 +69,11 @@ def write(scale: str, file: Path, folder: Path) -> Path:
     path = folder / f"{file.stem}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def seeds_of(name: str) -> int | None:
+    """Return how many seeds of an experiment are reported; None for those of its plan."""
+    return None if name in PLANNED else MAX_SEEDS
 
 
 def _unfinished(name: str, experiment: Experiment, scale: str, have: Mapping[str, RunRecord]) -> str:
@@ -173,13 +178,12 @@ def _caption(experiment: Experiment, settings: dict[str, Arms], timed: bool) -> 
 
 def _table(arms: Arms, reference: str, times: Sequence[str]) -> list[str]:
     """Return a table of arms, which are compared with the first, with some of the columns that tell of time."""
-    first, base = next(iter(arms.items()))
+    base = next(iter(arms.values()))
     names = ["arm", "epochs", "seeds", "top-1", "gain", "p"]
     gains = [_gains(arms, base)]
     if reference in arms:
         names += [f"from {reference}", "p"]
-        others = {name: arm for name, arm in arms.items() if name != first}
-        gains.append(_gains(others, arms[reference]))
+        gains.append(_gains(arms, arms[reference]))
     names += times
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, arm in arms.items():
@@ -194,22 +198,17 @@ def _table(arms: Arms, reference: str, times: Sequence[str]) -> list[str]:
 def _gains(arms: Arms, base: Arm) -> dict[str, list[str]]:
     """Return the cells of each arm's gain and of its p, which is corrected for the number of arms."""
     found = {name: gain(arm, base) for name, arm in arms.items() if arm is not base}
-    tested = {name: difference.p for name, difference in found.items() if difference.p is not None}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    tested = {name: difference for name, difference in found.items() if difference.p is not None}
+    probabilities = dict(zip(tested, corrected(tested.values()), strict=True))
     cells = {}
     for name, difference in found.items():
         text = difference.text("+")
         shared = len(arms[name].with_seeds_of(base).runs)
         if shared < len(arms[name].runs):
             text += f" ({shared} {'seed' if shared == 1 else 'seeds'})"
-        cells[name] = [text, _probability(corrected.get(name))]
+        p = p_text(probabilities[name]) if name in probabilities else ""
+        cells[name] = [text, p]
     return cells
-
-
-def _probability(p: float | None) -> str:
-    if p is None:
-        return ""
-    return p_text(p)
 
 
 def _times(arm: Arm, base: Arm, columns: Sequence[str]) -> list[str]:

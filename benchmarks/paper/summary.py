@@ -59,8 +59,10 @@ class Arm:
 Arms = dict[str, Arm]
 
 
-def collect(experiment: Experiment, scale: str, seeds: int, results: Mapping[str, RunRecord]) -> dict[str, Arms]:
-    """Return the arms of each setting, as far as they have been run."""
+def collect(
+    experiment: Experiment, scale: str, seeds: int | None, results: Mapping[str, RunRecord]
+) -> dict[str, Arms]:
+    """Return the arms of each setting, as far as they have been run; the usual seeds where `seeds` is None."""
     found: dict[str, Arms] = {}
     for job in experiment.jobs(scale, seeds):
         if job.key in results:

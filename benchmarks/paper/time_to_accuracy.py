@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.common.bootstrap import Estimate
+from benchmarks.common.bootstrap import Estimate, estimate
 from benchmarks.common.statistics import half_widths
 from benchmarks.paper.choices import name_at
 from benchmarks.paper.summary import Arms
@@ -43,30 +43,47 @@ def horizons_of(arms: Arms, arm: str, shares: Sequence[int]) -> Horizons:
     return Horizons(seconds, accuracy)
 
 
-def speed_up(arm: Horizons, base: Horizons) -> Estimate:
+def speed_up(arm: Horizons, base: Horizons, *more: Horizons) -> Estimate:
     """Return in how many times fewer seconds the arm reaches the accuracy that the base has after its longest run.
 
-    The accuracy of both is the line through the means over seeds at the horizons, so a base whose accuracy has stopped
-    rising is as fast as itself. Where the arm never gets there, it is 0. The interval is Student's over seeds, of the
-    logarithm by the jackknife; where one left-out seed decides whether the arm gets there, it is all that is possible.
+    The accuracy of each is the line through the means over seeds at the horizons, so a base whose accuracy has stopped
+    rising is as fast as itself. Where the arm never gets there, it is 0. Each end of the interval is the wider of two:
+    Student's over seeds, of the logarithm by the jackknife, and the resampled seeds', which see where a line jumps.
+    Where one left-out seed decides whether the arm gets there, it is all that is possible.
+
+    Args:
+        arm: whose seconds are asked for.
+        base: sets the goal.
+        more: other runs of the base, such as those at another learning rate; the fastest count as the base's.
     """
+
+    def ratios(chosen: np.ndarray) -> np.ndarray:
+        """Take numbers of seeds, (samples, seeds)."""
+        goals = base.accuracy[chosen].mean(1)[:, -1]
+        of_base = [_seconds_to(goals, line, chosen) for line in (base, *more)]
+        # A goal that is never reached takes infinite seconds, so the ratio is 0.
+        result: np.ndarray = np.min(of_base, axis=0) / _seconds_to(goals, arm, chosen)
+        return result
+
     seeds = np.arange(len(base.accuracy))
-    value = _ratio(arm, base, seeds)
-    left_out = []
-    for seed in seeds:
-        left_out.append(_ratio(arm, base, seeds[seeds != seed]))
-    if not value or not min(left_out):
-        return Estimate(value, 0.0, float("inf"))
+    value, low, high = estimate(ratios, seeds)
+    left_out = ratios(np.array([seeds[seeds != seed] for seed in seeds]))
+    if 0 in (value, *left_out):
+        return Estimate(value, 0.0, math.inf)
     pseudo = len(seeds) * np.log(value) - (len(seeds) - 1) * np.log(left_out)
     width = float(half_widths(pseudo))
-    return Estimate(value, float(value * np.exp(-width)), float(value * np.exp(width)))
+    return Estimate(value, min(low, value * math.exp(-width)), max(high, value * math.exp(width)))
 
 
-def _ratio(arm: Horizons, base: Horizons, seeds: np.ndarray) -> float:
-    """Return the base's seconds to its last accuracy over the arm's, over these seeds."""
-    goal = base.accuracy[seeds].mean(0)[-1]
-    whole = seconds_to_reach(goal, base.seconds[seeds].mean(0), base.accuracy[seeds].mean(0))
-    return whole / seconds_to_reach(goal, arm.seconds[seeds].mean(0), arm.accuracy[seeds].mean(0))
+def _seconds_to(goals: np.ndarray, line: Horizons, chosen: np.ndarray) -> np.ndarray:
+    """Return the seconds to a goal in each sample of seeds, (samples,)."""
+    points = zip(goals, line.seconds[chosen].mean(1), line.accuracy[chosen].mean(1), strict=True)
+    return np.array([seconds_to_reach(goal, seconds, accuracy) for goal, seconds, accuracy in points])
+
+
+def is_above_at_once(arm: Horizons, base: Horizons) -> bool:
+    """Return whether the arm's shortest run is at the base's last accuracy already: it may get there before."""
+    return bool(arm.accuracy.mean(0)[0] >= base.accuracy.mean(0)[-1])
 
 
 def seconds_to_reach(goal: float, seconds: np.ndarray, accuracy: np.ndarray) -> float:
@@ -79,9 +96,9 @@ def seconds_to_reach(goal: float, seconds: np.ndarray, accuracy: np.ndarray) -> 
     """
     above = np.flatnonzero(accuracy >= goal)
     if not len(above):
-        return float("inf")
+        return math.inf
     first = int(above[0])
-    if not first:
+    if first == 0:
         return float(seconds[0])
     return float(np.interp(goal, accuracy[first - 1 : first + 1], seconds[first - 1 : first + 1]))
 
@@ -95,10 +112,16 @@ def sentence(arm: str, speed_ups: Mapping[str, Estimate]) -> str:
     return f"{arm}: at least {math.floor(100 * least) / 100:.2f} times as fast in time, on {' and '.join(speed_ups)}."
 
 
-def in_words(found: Estimate) -> str:
-    """Return a speed-up and its interval in words."""
-    if not found.value:
+def in_words(found: Estimate, above_at_once: bool = False) -> str:
+    """Return a speed-up and its interval in words.
+
+    Args:
+        found: the speed-up.
+        above_at_once: whether it is a lower bound.
+    """
+    if found.value == 0:
         return "not reached"
-    if not found.low:
-        return f"{found.value:.2f}, and not reached without one of the seeds"
-    return found.text(digits=2)
+    text = found.text(digits=2)
+    if found.low == 0:
+        text = f"{found.value:.2f}, and not reached without some of the seeds"
+    return f"at least {text}" if above_at_once else text

@@ -29,6 +29,8 @@ def main() -> None:
     """Train, and leave the figures."""
     args = parse()
     recipe = read_recipe(args.recipe)
+    # Before the training, during which somebody may commit.
+    about = environment()
     options = Options(args.output_dir, not args.no_tract, args.num_workers, args.layers or "auto")
     make_optimizer = optimizer_maker(args.variant, args.first_learning_rate, args.first_rate)
     with contextlib.ExitStack() as changes:
@@ -43,7 +45,7 @@ def main() -> None:
         save_model(trained.model, args.output_dir / "model", trained.look)
     figures = dict(trained.figures)
     seconds = figures.pop("seconds")
-    row = {"curve": figures, "seconds": seconds, "data": trained.data, **environment()}
+    row = {"curve": figures, "seconds": seconds, "data": trained.data, **about}
     (args.output_dir / RUN_FILE).write_text(json.dumps(row), encoding="utf-8")
 
 

@@ -15,13 +15,17 @@ MEASURED = re.compile(
     | [+-]?{NUMBER}\s(?:points|times)\b     # 2.7 points
     | \b{NUMBER}\s(?:{UNITS})(?![\w/])      # 0.28 ms
     | \bx\s{NUMBER}                         # x 1.003
+    | \bp\s[=<]\s{NUMBER}                   # p = 0.005
     """,
     re.VERBOSE,
 )
 DECIMAL = re.compile(r"(?<![\w.])[+-]?\d*\.\d+(?![\w.])")
+IN_A_ROW = re.compile(f"{MEASURED.pattern}|{DECIMAL.pattern}", re.VERBOSE)
+ROW = re.compile(r"^\|.*$", re.MULTILINE)
+NOT_A_ROW = re.compile(r"^[^|].*$", re.MULTILINE)
 # What is no text for readers, or is code; the confidence of intervals; versions.
 HIDDEN = re.compile(
-    r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)|\b95\s%|\b(?:torch|PyTorch)\s[\d.]+",
+    r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)|(?<![\d.])95\s%(?=\s(?:bootstrap\s)?(?:confidence|interval))|\b(?:torch|PyTorch)\s[\d.]+",
     re.DOTALL | re.MULTILINE,
 )
 TABLE = re.compile(r"^<!-- stored: (?P<name>\w+) -->\n(?P<rows>.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
@@ -54,13 +58,13 @@ def uncovered(markdown: str, covered: list[str]) -> list[Figure]:
     for sentence in covered:
         text = _blanked(_anywhere(sentence), text)
     text = _blanked(HIDDEN, text)
+    # A figure and its unit may stand on two lines, but not on two rows of a table.
+    prose = _blanked(ROW, text)
+    rows = _blanked(NOT_A_ROW, text)
+    matches = [*MEASURED.finditer(prose), *IN_A_ROW.finditer(rows)]
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        pattern = MEASURED
-        if line.startswith("|"):
-            pattern = re.compile(f"{MEASURED.pattern}|{DECIMAL.pattern}", re.VERBOSE)
-        for match in pattern.finditer(line):
-            found.append(Figure(match[0], number))
+    for match in sorted(matches, key=lambda match: match.start()):
+        found.append(Figure(" ".join(match[0].split()), text.count("\n", 0, match.start()) + 1))
     return found
 
 

@@ -14,7 +14,7 @@ from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval, p_text
 from benchmarks.overhead_results import OURS, Result, Results
 from benchmarks.paper.catalogue import ALL, PLANNED
-from benchmarks.paper.report import MAX_SEEDS
+from benchmarks.paper.report import seeds_of
 from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time, time_ratio
 
 RESULTS = ROOT / "docs" / "results"
@@ -30,6 +30,8 @@ CROPS_ADAMW = "AdamW, lr 0.001"
 CROPS_SGD = "SGD, lr 0.12"
 STEP_SIZE = "evidence_step_size"
 PLANNED_START = "matched start, TrAct"
+# Of the quickstart's stored runs.
+FIRST_SEED = 100
 
 
 @functools.cache
@@ -41,7 +43,7 @@ def runs(experiment: str) -> dict[str, RunRecord]:
 @functools.cache
 def arms(experiment: str, setting: str = "") -> Arms:
     """Return the stored arms of an experiment in one setting."""
-    return collect(ALL[experiment], "small", MAX_SEEDS, runs(experiment))[setting]
+    return collect(ALL[experiment], "small", seeds_of(experiment), runs(experiment))[setting]
 
 
 def some(arm: Arm, seeds: Iterable[int]) -> Arm:
@@ -153,9 +155,14 @@ class Quickstart:
         return _of_four_digits(interval(self.loss[:, -1]))
 
     @property
+    def difference(self) -> Interval:
+        """Return the difference of the last losses from the base's, by seed."""
+        return interval(self.loss[:, -1] - self.base[:, -1])
+
+    @property
     def change(self) -> str:
-        """Return the difference from the base's, by seed."""
-        return _of_four_digits(interval(self.loss[:, -1] - self.base[:, -1]), "+")
+        """Return the same in words."""
+        return _of_four_digits(self.difference, "+")
 
     @property
     def epoch(self) -> str:
@@ -185,6 +192,8 @@ def quickstart_runs(arm: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
     lines = (RESULTS / folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
     runs = [row for row in map(json.loads, lines) if row["arm"] == arm]
     runs.sort(key=lambda row: row["seed"])
+    seeds = [run["seed"] for run in runs]
+    assert seeds == list(range(FIRST_SEED, FIRST_SEED + len(runs))), f"{folder}: {arm} has the seeds {seeds}."
     return np.array([run["loss"] for run in runs]), np.array([run["seconds"] for run in runs])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scaling
-from benchmarks.common.records import read_records
+from benchmarks.common.records import add_row, read_records, read_rows
 from benchmarks.common.timing import interleaved, least_calls, peak_bytes
 from hf_tract.cli.cost import moment_cost
 from hf_tract.core.moments import patch_moments
@@ -71,6 +71,13 @@ def test_peak_memory_counts_what_is_alive_together():
         return torch.zeros(2000) + 1
 
     assert 16000 <= peak_bytes(run, CPU) < 17000  # with the scalar's
+
+
+def test_two_rows_of_one_run_are_refused(tmp_path):
+    for key in ("a", "b", "a"):
+        add_row(tmp_path / "x.jsonl", {"key": key})
+    with pytest.raises(ValueError, match=r"x\.jsonl has two rows of the key a: delete one of them"):
+        read_rows(tmp_path / "x.jsonl")
 
 
 def test_scaling_keeps_each_point_and_draws_all_of_them(tmp_path, monkeypatch):

@@ -202,7 +202,17 @@ def test_vanillas_longest_runs_set_the_goal_with_a_rate_of_their_own(monkeypatch
     plain = final_runs("title", NAME, TUNING, VIT_SMALL, evidence_time.SEEDS, evidence_time.SHARES)
     longest = name_at("vanilla", 100)
     assert made.arms[longest] == plain.arms[longest] | {"learning_rate": tried[0]}
-    assert made.arms | {longest: None} == plain.arms | {longest: None}
+    # Its shorter runs have that rate too, beside their own.
+    beside = {
+        name_at(evidence_time.AT_GOALS_RATE, share): name_at("vanilla", share) for share in evidence_time.SHARES[:-1]
+    }
+    for name, usual in beside.items():
+        assert made.arms[name] == plain.arms[usual] | {"learning_rate": tried[0]}
+    assert list(made.arms) == [*plain.arms, *reversed(beside)]
+    assert made.arms | plain.arms == made.arms | {longest: plain.arms[longest]}
+    chosen["evidence_goal_cifar10"] = {"vanilla": BEST["vanilla"]}
+    assert evidence_time.final("CIFAR-10", NAME, "evidence_goal_cifar10", VIT_SMALL).arms == plain.arms
+    chosen["evidence_goal_cifar10"] = {"vanilla": lowest}
     monkeypatch.setitem(catalogue.ALL, "evidence_goal_cifar10", asked)
     have = runs()
     for job in asked.jobs("small"):

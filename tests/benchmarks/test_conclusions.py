@@ -8,8 +8,19 @@ from benchmarks.common.records import RunRecord
 from benchmarks.paper import conclusions
 from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.choices import name_at
-from benchmarks.paper.conclusions import ADDS, NOT_SHOWN, in_layers, in_time, lines, optimizer_gains, with_optimizers
+from benchmarks.paper.conclusions import (
+    ADDS,
+    NOT_SHOWN,
+    UNDECIDED,
+    faster_than,
+    in_layers,
+    in_time,
+    lines,
+    optimizer_gains,
+    with_optimizers,
+)
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS
+from benchmarks.paper.evidence_time import AT_GOALS_RATE
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.summary import Arm, holm
 from benchmarks.paper.time_to_accuracy import NO_SPEED_UP
@@ -29,13 +40,13 @@ def arm_of_runs(top1, epochs=2, shares_of_noise=1.0, commit="abc"):
     return arm
 
 
-def timed(**gains):
+def timed(commit="abc", **gains):
     """Arms at four lengths, which gain a point with each length; `gains` are each arm's points above vanilla."""
     arms = {}
     for share in reversed(SHARES):
         for name, points in gains.items():
             top1 = 0.5 + 0.01 * SHARES.index(share) + points / 100
-            arms[name_at(name.replace("_", " "), share)] = arm_of_runs(top1, share)
+            arms[name_at(name.replace("_", " "), share)] = arm_of_runs(top1, share, commit=commit)
     return arms
 
 
@@ -46,13 +57,32 @@ def test_a_speed_up_is_said_for_both_data_sets_or_not_at_all():
     }
     said = "\n".join(in_time(both, SHARES))
     assert f"| TrAct (primary) | 1.49 (1.49-1.49) | 1.00 (1.00-1.00) | {NO_SPEED_UP} |" in said
-    assert "| matched start | 2.13 (2.13-2.13) | 1.49 (1.49-1.49) | matched start: at least 1.49 times as fast" in said
-    assert "| vanilla |" not in said
-    assert "several commits" not in said
-    both["flowers"][name_at("TrAct", 33)] = arm_of_runs(0.5, 33, commit="def")
-    assert "The runs are of several commits, so their times are less sure: abc, def." in "\n".join(
-        in_time(both, SHARES)
-    )
+    assert "| matched start (secondary) | 2.13 (2.13-2.13) | 1.49 (1.49-1.49) | matched start: at least 1.49 " in said
+    assert "| vanilla" not in said
+    assert "several" not in said
+
+
+def test_nothing_is_said_where_the_runs_of_a_data_set_are_of_several_commits():
+    """Those of two data sets may be, whose times are not compared."""
+    both = {"CIFAR-10": timed(vanilla=0, TrAct=1), "flowers": timed(commit="def", vanilla=0, TrAct=1)}
+    assert "at least 1.49 times as fast" in "\n".join(in_time(both, SHARES))
+    both["flowers"][name_at("TrAct", 33)] = arm_of_runs(0.5, 33, commit="abc")
+    said = "\n".join(in_time(both, SHARES))
+    assert "The runs of flowers are of several commits: abc, def." in said
+    assert said.count(UNDECIDED) == 1
+    assert "times as fast" not in said
+
+
+def test_vanillas_runs_at_the_rate_of_its_longest_count_where_they_are_there_first():
+    arms = timed(vanilla=0, TrAct=1)
+    for share in SHARES[:-1]:
+        # As accurate as the longest from the second length on.
+        top1 = 0.5 if share == SHARES[0] else 0.53
+        arms[name_at(AT_GOALS_RATE, share)] = arm_of_runs(top1, share)
+    assert faster_than("vanilla", arms, "TrAct", SHARES).value == pytest.approx(47 / 67)
+    said = "\n".join(in_time({"flowers": arms}, SHARES))
+    assert "| TrAct (primary) | 0.70 " in said
+    assert AT_GOALS_RATE not in said
 
 
 def optimizers(**points):

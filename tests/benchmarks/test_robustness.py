@@ -111,12 +111,16 @@ def test_weights_that_are_not_those_of_the_stored_run_are_refused(kept):
         robustness.main()
 
 
+OLD = {"corruptions": {"jpeg": [80]}}
+
+
 def record(arm, seed, clean, corrupted):
     curve = {"clean": [clean], "clean ECE": [0.02]}
     for name in CORRUPTIONS:
         curve[name] = [corrupted] * 5
         curve[f"{name} ECE"] = [0.05] * 5
-    return RunRecord(f"{arm}{seed}", arm, {}, seed, curve, [1.0], command="x")
+    settings = {"corruptions": CORRUPTIONS}
+    return RunRecord(f"{arm}{seed}", arm, settings, seed, curve, [1.0], command="x")
 
 
 def test_an_arm_that_is_better_on_both_loses_no_less(tmp_path):
@@ -129,20 +133,28 @@ def test_an_arm_that_is_better_on_both_loses_no_less(tmp_path):
     for each in records[1:]:
         add_record(tmp_path / "x.jsonl", each)
     assert robustness_results.read(tmp_path / "x.jsonl") == {}
-    add_record(tmp_path / "x.jsonl", dataclasses.replace(records[0]))
+    add_record(tmp_path / "x.jsonl", dataclasses.replace(records[0], key="a", seed=100))
+    add_record(tmp_path / "x.jsonl", dataclasses.replace(records[0], key="b", settings=OLD))
+    assert robustness_results.read(tmp_path / "x.jsonl") == {}
+    add_record(tmp_path / "x.jsonl", records[0])
     arms = robustness_results.read(tmp_path / "x.jsonl")
     assert arms["vanilla"].seeds == list(SEEDS)
     found = {row[0]: row[1:] for row in robustness_results.rows(arms)}
-    _, corrupted, points, more_points, _, share, more_share, _ = found["TrAct"]
+    _, corrupted, gained, _, points, more_points, _, share, more_share, _ = found["TrAct"]
+    assert gained == "+3.0 ± 0.0"
     lost = 10 + 100 * noise * 1.3
     assert (corrupted, points) == ("43.0 ± 0.0", interval(lost).text())
     assert more_points == interval(100 * noise * 0.3).text("+")
     vanilla_share = (10 + 100 * noise) / (40 + 100 * noise)
     assert share == interval(100 * lost / (43 + 100 * noise * 1.3)).text()
     assert more_share == interval(100 * (lost / (43 + 100 * noise * 1.3) - vanilla_share)).text("+")
-    assert found["matched start"][3].startswith("+4.")
-    assert found["matched start"][4] == "< 0.001"
-    assert found["vanilla"][3:5] == ["", ""]
+    assert found["matched start"][5].startswith("+4.")
+    assert found["matched start"][6] == "< 0.001"
+    assert found["vanilla"][2:4] == found["vanilla"][5:7] == ["", ""]
+    assert (
+        robustness_results.sentence(arms, "matched start") == "matched start loses more than vanilla to corruptions."
+    )
+    assert robustness_results.sentence(arms, "TrAct") == "That TrAct is more or less robust than vanilla is not shown."
     assert robustness_results.error_rows(arms)[0] == ["vanilla", "2.0 ± 0.0", "5.0 ± 0.0"]
     assert {len(row) for row in robustness_results.rows(arms)} == {len(robustness_results.HEAD)}
     by_corruption = robustness_results.rows_by_corruption(arms)

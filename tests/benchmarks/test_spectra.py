@@ -84,9 +84,9 @@ def test_the_rate_is_chosen_on_other_blocks_by_other_seeds(few, tmp_path, monkey
     assert not {record.seed for record in made} & set(range(100, 108))
 
 
-def record(arm, seed, error, part="test", rate=1e-3):
-    settings = {"rate": rate, "epochs": 2, "part": part}
-    key = f"{arm}{seed}{part}{rate}"
+def record(arm, seed, error, part="test", rate=spectra.CHOSEN_RATE, epochs=spectra.EPOCHS):
+    settings = spectra.settings_of(rate, epochs, part)
+    key = f"{arm}{seed}{part}{rate}{epochs}"
     return RunRecord(key, arm, settings, seed, {"error": [1.0, error]}, [1.0, 2.0], command="x")
 
 
@@ -100,6 +100,9 @@ def test_the_table_compares_seed_by_seed(tmp_path):
     add_record(path, record(spectra.PLS, 0, 0.4))
     add_record(path, record("vanilla", 50, 0.9, "validation", 2e-3))
     add_record(path, record("vanilla", 50, 0.8, "validation", 1e-3))
+    # Not the plan's.
+    add_record(path, record("TrAct", 100, 0.1, rate=1e-3))
+    add_record(path, record("TrAct", 100, 0.1, epochs=2))
     runs = spectra_results.read(path, "test")
     found = {row[0]: dict(zip(spectra_results.HEAD, row, strict=True)) for row in spectra_results.rows(runs)}
     assert list(found) == [*spectra.ARMS, spectra.PLS]
@@ -113,3 +116,13 @@ def test_the_table_compares_seed_by_seed(tmp_path):
     assert found[spectra.PLS]["test error"] == "0.400"
     validation = spectra_results.read(path, "validation")
     assert spectra_results.rate_rows(validation) == [["vanilla's error", "0.800", "0.900"]]
+
+
+def test_the_chosen_rate_is_the_best_of_the_stored_ones():
+    validation = spectra_results.read(spectra.RESULTS, "validation")
+    means = {}
+    for rate in spectra.RATES:
+        of_rate = [each for each in validation["vanilla"] if each.settings["rate"] == rate]
+        assert [each.seed for each in of_rate] == list(spectra.TUNING_SEEDS)
+        means[rate] = spectra_results.errors(of_rate).mean()
+    assert min(means, key=means.get) == spectra.CHOSEN_RATE

@@ -15,6 +15,7 @@ from benchmarks.paper.time_to_accuracy import (
     Horizons,
     horizons_of,
     in_words,
+    is_above_at_once,
     seconds_to_reach,
     sentence,
     speed_up,
@@ -66,7 +67,39 @@ def test_a_speed_up_that_one_seed_decides_begins_at_nothing():
     found = speed_up(Horizons(base.seconds, accuracy), base)
     assert found.value >= 1
     assert found[1:] == (0, np.inf)
-    assert in_words(found) == f"{found.value:.2f}, and not reached without one of the seeds"
+    assert in_words(found) == f"{found.value:.2f}, and not reached without some of the seeds"
+
+
+def test_where_a_line_jumps_the_interval_is_that_of_resampled_seeds():
+    """No left-out seed shows that the base may reach its end a horizon before, but every sixth sample does."""
+    base = runs([50, 52, 54, 54.5], 1.0)
+    accuracy = base.accuracy.copy()
+    accuracy[:, 2] += np.random.default_rng(2).permutation(np.linspace(-1.4, 1.4, len(SEEDS)))
+    base = Horizons(base.seconds, accuracy)
+    arm = runs([52, 54, 56, 58], 1.0)
+    found = speed_up(arm, base)
+    assert found.value > 15 / 8
+    assert found.low < 10.5 / 7
+
+
+def test_other_runs_of_the_base_count_where_they_are_there_first():
+    base = runs([50, 52, 54, 56], 1.0)
+    arm = runs([52, 54, 56, 58], 1.0)
+    sooner = runs([50, 55.9, 55.9, 56], 1.0)
+    later = runs([40, 42, 44, 46], 1.0)
+    alone = speed_up(arm, base)
+    assert alone.value == pytest.approx(15 / 10)
+    assert speed_up(arm, base, later) == pytest.approx(alone)
+    assert speed_up(arm, base, sooner) == pytest.approx(alone)
+    there_first = runs([50, 56, 56, 56], 1.0)
+    assert speed_up(arm, base, there_first).value == pytest.approx(7 / 10)
+
+
+def test_an_arm_whose_shortest_run_is_above_the_goal_has_a_lower_bound():
+    base, arm = runs([50, 52, 54, 56], 1.0), runs([57, 58, 59, 60], 1.0)
+    assert is_above_at_once(arm, base)
+    assert not is_above_at_once(runs([55, 58, 59, 60], 1.0), base)
+    assert in_words(speed_up(arm, base), above_at_once=True) == "at least 3.00 (3.00-3.00)"
 
 
 def test_what_is_never_reached_counts_as_nothing():

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import ROOT
 from benchmarks.common.records import read_records
 from benchmarks.verify import __main__ as command
-from benchmarks.verify.claims import SENTENCES, WHOLE, claims
+from benchmarks.verify.claims import SENTENCES, WHOLE, claims, figures
 from benchmarks.verify.figures import contains, tables, uncovered, with_tables
 from benchmarks.verify.stored import RESULTS
 from benchmarks.verify.tables import TABLES
@@ -114,6 +114,9 @@ def test_write_puts_the_tables_of_the_runs_into_the_documents(tmp_path, monkeypa
         ("It takes 12 % longer, x 1.02.", ["12 %", "x 1.02"]),
         ("It takes 3 hours and 0.5 ms.", ["3 hours", "0.5 ms"]),
         ("| arm | 54.7 |", ["54.7"]),
+        ("It gains 2.7\npoints (p = 0.004).", ["2.7 points", "p = 0.004"]),
+        ("| 2.7 |\n| points |", ["2.7"]),
+        ("It ends at 96.95 %, and 95 % of it is so.", ["96.95 %", "95 %"]),
         ("With lam 0.1 and torch 2.15.0, 95 % intervals.", []),
         ("`54 %` and\n```\n54 %\n```\n[text](https://a.b/54%20ms)", []),
         ("<!-- 54 % --> and <!-- stored: bf16 -->\n", []),
@@ -134,6 +137,11 @@ def test_a_longer_number_is_another_number():
     assert not contains("it gains 12.7 % here", "2.7 % here")
     assert not contains("it gains 2.75", "gains 2.7")
     assert contains("it gains 2.7.", "gains 2.7")
+
+
+def test_every_figure_that_is_computed_is_said():
+    said = "".join(sentence for sentences in SENTENCES.values() for sentence in sentences)
+    assert {name for name in figures() if f"{{{name}}}" not in said} == set()
 
 
 def test_the_lists_name_documents_that_exist():
