@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, interval, p_text
-from benchmarks.paper.summary import corrected
+from benchmarks.paper.summary import corrected_by_name
 from benchmarks.robustness import ARMS, CLEAN, CORRUPTIONS, SEEDS
 
 BASE = ARMS[0]
@@ -98,8 +98,7 @@ def from_vanilla(arms: dict[str, Arm], values: str) -> dict[str, Difference]:
     """
     base = getattr(arms[BASE], values)
     found = {name: interval(getattr(arm, values) - base) for name, arm in arms.items() if name != BASE}
-    probabilities = corrected(found.values())
-    return {name: Difference(found[name], p) for name, p in zip(found, probabilities, strict=True)}
+    return {name: Difference(found[name], p) for name, p in corrected_by_name(found).items()}
 
 
 def _in_words(difference: Difference | None) -> list[str]:
@@ -110,12 +109,13 @@ def _in_words(difference: Difference | None) -> list[str]:
 
 def sentence(arms: dict[str, Arm], name: str) -> str:
     """Return what may be said of an arm's robustness: it needs both losses, in points and as a share."""
-    losses = [from_vanilla(arms, values)[name] for values in ("lost", "share_lost")]
-    if max(loss.p for loss in losses) < LEVEL:
-        if all(loss.found.mean < 0 for loss in losses):
-            return f"{name} loses less than vanilla to corruptions."
-        if all(loss.found.mean > 0 for loss in losses):
-            return f"{name} loses more than vanilla to corruptions."
+    points, p_of_points = from_vanilla(arms, "lost")[name]
+    share, p_of_share = from_vanilla(arms, "share_lost")[name]
+    are_both_shown = max(p_of_points, p_of_share) < LEVEL
+    if are_both_shown and max(points.mean, share.mean) < 0:
+        return f"{name} loses less than vanilla to corruptions."
+    if are_both_shown and min(points.mean, share.mean) > 0:
+        return f"{name} loses more than vanilla to corruptions."
     return f"That {name} is more or less robust than vanilla is not shown."
 
 

@@ -138,8 +138,7 @@ class OptimizerGain(NamedTuple):
 def optimizer_gains(found: Mapping[str, Arms], arm: str) -> list[OptimizerGain]:
     """Return the gains of an arm under each optimizer."""
     gains = [gain(arms[arm], arms[VANILLA]) for arms in found.values()]
-    both = zip(found, gains, corrected(gains), strict=True)
-    return [OptimizerGain(arm, optimizer, gained, p) for optimizer, gained, p in both]
+    return list(map(OptimizerGain, [arm] * len(found), found, gains, corrected(gains)))
 
 
 def with_optimizers(found: Mapping[str, Arms]) -> Iterator[str]:
@@ -183,16 +182,23 @@ def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]
 def _mixed_runs(found: Mapping[str, Arms]) -> Iterator[str]:
     """Say where runs whose times are compared are not of one commit, machine and set of versions."""
     for name, arms in found.items():
-        runs = [run for arm in arms.values() for run in arm.runs.values()]
-        of_runs = {
-            "commits": {run.commit for run in runs},
-            "machines": {run.hardware for run in runs},
-            "versions": {json.dumps(run.versions, sort_keys=True) for run in runs},
-            "copies of the data": {run.data for run in runs},
-        }
-        for what, values in of_runs.items():
+        origins: dict[str, set[str]] = {}
+        for arm in arms.values():
+            for run in arm.runs.values():
+                for what, value in _origin_of(run).items():
+                    origins.setdefault(what, set()).add(value)
+        for what, values in origins.items():
             if len(values) > 1:
                 yield from (f"The runs of {name} are of several {what}: {', '.join(sorted(values))}.", "")
+
+
+def _origin_of(run: RunRecord) -> dict[str, str]:
+    return {
+        "commits": run.commit,
+        "machines": run.hardware,
+        "versions": json.dumps(run.versions, sort_keys=True),
+        "copies of the data": run.data,
+    }
 
 
 def _head(*names: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from benchmarks.paper import conclusions, plots
 from benchmarks.paper.catalogue import ALL, OF_DIFFERENCES, OF_WHOLE_RUNS, PLANNED, UNTIMED, edges
 from benchmarks.paper.choices import Choice, arm_of, choose, planned, split_name
 from benchmarks.paper.experiment import Experiment
-from benchmarks.paper.summary import Arm, Arms, collect, corrected, gain, speed_up, speed_up_in_time
+from benchmarks.paper.summary import Arm, Arms, collect, corrected_by_name, gain, speed_up, speed_up_in_time
 from benchmarks.paper.verdicts import challengers, step_size
 
 MAX_SEEDS = 100
@@ -199,7 +199,7 @@ def _gains(arms: Arms, base: Arm) -> dict[str, list[str]]:
     """Return the cells of each arm's gain and of its p, which is corrected for the number of arms."""
     found = {name: gain(arm, base) for name, arm in arms.items() if arm is not base}
     tested = {name: difference for name, difference in found.items() if difference.p is not None}
-    probabilities = dict(zip(tested, corrected(tested.values()), strict=True))
+    probabilities = corrected_by_name(tested)
     cells = {}
     for name, difference in found.items():
         text = difference.text("+")

@@ -141,6 +141,11 @@ def corrected(differences: Iterable[Interval]) -> list[float]:
     return holm(plain)
 
 
+def corrected_by_name(differences: Mapping[str, Interval]) -> dict[str, float]:
+    """Return the same by the names of the differences."""
+    return dict(zip(differences, corrected(differences.values()), strict=True))
+
+
 def holm(probabilities: Sequence[float]) -> list[float]:
     """Return p-values corrected for the number of comparisons (Holm, 1979)."""
     corrected = [0.0] * len(probabilities)

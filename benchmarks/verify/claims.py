@@ -12,7 +12,7 @@ from benchmarks.common.statistics import p_text
 from benchmarks.paper.catalogue import tuning_of
 from benchmarks.paper.choices import read
 from benchmarks.paper.evidence_optimizers import RATES, TUNINGS
-from benchmarks.paper.summary import corrected, gain
+from benchmarks.paper.summary import corrected_by_name, gain
 from benchmarks.paper.verdicts import step_size
 from benchmarks.verify.stored import (
     CROPS_ADAMW,
@@ -162,10 +162,11 @@ def of_optimizers() -> dict[str, str]:
     """Return what TrAct gains under other optimizers than Adam."""
     muon = "evidence_muon_split"
     tuned = TUNINGS[tuning_of(muon)].arms
-    best = {arm: tuned[cell]["learning_rate"] for arm, cell in read()[tuning_of(muon)].items()}
+    chosen = read()[tuning_of(muon)]
+    ratio = tuned[chosen["TrAct"]]["learning_rate"] / tuned[chosen["vanilla"]]["learning_rate"]
     return {
         "muon_rates": str(len(RATES["muon_split"])),
-        "muon_rate_ratio": f"{best['TrAct'] / best['vanilla']:g}",
+        "muon_rate_ratio": f"{ratio:g}",
         "muon_vanilla": final_interval(muon, "vanilla"),
         "muon_tract": pair(muon, "TrAct").gain,
         "muon_start": pair(muon, PLANNED_START).gain,
@@ -219,8 +220,7 @@ def corrected_p(experiment: str, arm: str, base: str) -> str:
     """Return the p of a difference by Holm over all arms' differences from this base."""
     found = arms(experiment)
     gains = {name: gain(each, found[base]) for name, each in found.items() if name != base}
-    probabilities = dict(zip(gains, corrected(gains.values()), strict=True))
-    return p_text(probabilities[arm])
+    return p_text(corrected_by_name(gains)[arm])
 
 
 def start_at_best_rates() -> str:

@@ -203,12 +203,11 @@ def test_vanillas_longest_runs_set_the_goal_with_a_rate_of_their_own(monkeypatch
     longest = name_at("vanilla", 100)
     assert made.arms[longest] == plain.arms[longest] | {"learning_rate": tried[0]}
     # Its shorter runs have that rate too, beside their own.
-    beside = {
-        name_at(evidence_time.AT_GOALS_RATE, share): name_at("vanilla", share) for share in evidence_time.SHARES[:-1]
-    }
-    for name, usual in beside.items():
-        assert made.arms[name] == plain.arms[usual] | {"learning_rate": tried[0]}
-    assert list(made.arms) == [*plain.arms, *reversed(beside)]
+    beside = []
+    for share in reversed(evidence_time.SHARES[:-1]):
+        beside.append(name_at(evidence_time.AT_GOALS_RATE, share))
+        assert made.arms[beside[-1]] == plain.arms[name_at("vanilla", share)] | {"learning_rate": tried[0]}
+    assert list(made.arms) == [*plain.arms, *beside]
     assert made.arms | plain.arms == made.arms | {longest: plain.arms[longest]}
     chosen["evidence_goal_cifar10"] = {"vanilla": BEST["vanilla"]}
     assert evidence_time.final("CIFAR-10", NAME, "evidence_goal_cifar10", VIT_SMALL).arms == plain.arms
