@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -42,6 +43,16 @@ class TrActHandle:
         self.first_step: FirstStepWatch | None = None
         self._model = ref(model)
 
+    def __reduce__(self) -> Any:
+        """Leave the handle out of a pickle: a model that holds it loads where hf-tract is not installed."""
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrActHandle:
+        """Return the handle of a model that is being copied, or this one where the model is not."""
+        if id(self.model) not in memo:
+            return self
+        return TrActHandle(memo[id(self.model)], copy.deepcopy(self.layers, memo), self.config)
+
     @property
     def model(self) -> nn.Module | None:
         """Return the model that `apply_tract` was given; the handle does not keep it alive."""
@@ -49,10 +60,11 @@ class TrActHandle:
 
     def remove(self) -> None:
         """Take TrAct off the model; a second call does nothing."""
+        # A library may have put a copy in a layer's place.
         for layer in self.layers:
             detach(layer.module)
         if self.model is not None:
-            remove_tract(self.model)  # also from copies that a library has put in a layer's place
+            remove_tract(self.model)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -215,18 +227,22 @@ def _replace(
 
 def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
     """Log which layers have TrAct, and have the first optimizer step checked."""
-    names = [layer.name for layer in handle.layers]
     if all(is_frozen(layer.module) for layer in handle.layers):
         logger.warning(
             "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
             "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors "
             "freeze it unless `trainable_backbone_layers` counts it, transformers' DETR where its backbone is a "
             "ResNet), or name another layer with `layers=`.",
-            ", ".join(names),
-            names[0],
+            ", ".join(layer.name for layer in handle.layers),
+            _name_in(model, handle.layers[0].module),
         )
     else:
         handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in handle.layers])
         logger.info("%s", handle.summary())
     if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
         logger.warning(UNUSED_PARAMETERS)
+
+
+def _name_in(model: nn.Module, layer: nn.Module) -> str:
+    """Return the name of a layer with what wrappers such as DDP add to it, as `get_submodule` takes it."""
+    return next(name for name, module in model.named_modules() if module is layer)

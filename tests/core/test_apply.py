@@ -118,6 +118,50 @@ def test_the_handle_is_a_context_manager():
     assert snapshot(model) == before
 
 
+class HoldsItsHandle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network(nn.Conv2d(3, 4, 2, 2))
+        self.tract = apply_tract(self.net)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_a_model_that_holds_its_handle_is_copied_with_a_handle_of_its_own():
+    model = HoldsItsHandle()
+    other = copy.deepcopy(model)
+    other(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert list(other.tract.stats()) == ["0"]
+    assert model.tract.stats() == {}
+    other.tract.remove()
+    assert type(other.net[0]) is nn.Conv2d
+    assert type(model.net[0]) is not nn.Conv2d
+    assert copy.deepcopy(model.tract) is model.tract
+
+
+def test_a_model_that_holds_its_handle_is_pickled_without_it():
+    model = HoldsItsHandle()
+    data = pickle.dumps(model)
+    assert b"hf_tract" not in data
+    loaded = pickle.loads(data)
+    assert loaded.tract is None
+    assert type(loaded.net[0]) is nn.Conv2d
+
+
+def test_a_copy_of_a_compiled_layer_reads_its_own_weight():
+    """As accelerate's regional compilation makes them; ordinary layers are copied so too."""
+    model, x = network(nn.Conv2d(3, 4, 2, 2)), torch.randn(2, 3, 8, 8)
+    apply_tract(model)
+    model[0].compile(backend="eager")
+    other = copy.deepcopy(model)
+    assert torch.equal(other(x), model(x))
+    nn.init.zeros_(other[0].weight)
+    nn.init.zeros_(other[0].bias)
+    assert not other[0](x).any()
+    assert [layer.name for layer in apply_tract(model, lam=0.2).layers] == ["0"]
+
+
 @pytest.mark.parametrize("stem", STEMS[:2], ids=["Conv2d", "StdConv2d"])
 def test_a_deep_copy_is_a_working_copy_of_its_own(stem):
     model, x = network(copy.deepcopy(stem)), torch.randn(5, 3, 8, 8)

@@ -54,6 +54,22 @@ def test_the_gradient_is_that_of_eager(fullgraph, when):
         assert torch.equal(grads(compiled, model[0], x), ordinary)
 
 
+def test_a_layer_that_gets_tract_again_needs_no_new_graph():
+    """As of one `train()` after another: a new graph each time would end at torch's limit of recompilations."""
+    model, x = network(), torch.randn(5, 3, 9, 9)
+    model(x)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    apply_tract(model).remove()
+    handle = apply_tract(model)
+    grads(compiled, model[0], x)
+    handle.remove()
+    apply_tract(model, lam=0.2)
+    wanted = expected(grads(plain, plain[0], x), x, plain[0], 0.2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_close(grads(compiled, model[0], x), wanted, 1e-5)
+
+
 def test_changing_batch_sizes_accumulation_and_lam_need_no_new_graph():
     model = network()
     model(torch.randn(2, 3, 9, 9))

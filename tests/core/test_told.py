@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from helpers.models import Airbench, Gated, small_vit, trainer
 from helpers.oracle import assert_close, expected
 from hf_tract import TrActCallback, apply_tract, remove_tract
-from hf_tract.core import first_step, forward
+from hf_tract.core import attach, first_step, forward
 
 
 class Net(nn.Module):
@@ -358,6 +359,54 @@ def test_a_hundred_steps_of_another_model_are_told_once(told, monkeypatch):
     assert "100 steps" in message
     step(model, without=True)
     assert "no preconditioned gradient" in told()[1]
+
+
+def test_many_optimizers_that_step_in_the_backward_are_no_reason_to_warn(told, monkeypatch):
+    """One for each parameter, of which the first layer's comes last."""
+    monkeypatch.setattr(first_step, "_watches", [])
+    monkeypatch.setattr(first_step, "PRECONDITIONERS", {})
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), *(nn.Conv2d(4, 4, 1) for _ in range(60)))
+    apply_tract(model)
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    assert told() == []
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "by hand"])
+def test_a_step_without_gradients_is_not_the_first(told, how):
+    """torch makes such a step before it loads an optimizer's state; the real first one is checked."""
+    model = Net()
+    apply_tract(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    if how == "checkpoint":
+        get_optimizer_state_dict(model, optimizer)
+    else:
+        optimizer.step()
+    assert told() == []
+    step(model, without=True)
+    assert "no preconditioned gradient" in told()[0]
+
+
+def test_a_watch_ends_with_its_model_even_if_no_optimizer_of_torch_steps():
+    model = Net()
+    handle = apply_tract(model)
+    watch = weakref.ref(handle.first_step)
+    preconditioner = weakref.ref(attach.preconditioner_of(model.stem))
+    del model, handle
+    gc.collect()
+    assert watch() is None
+    assert preconditioner() is None
+
+
+def test_the_name_in_the_advice_on_a_frozen_layer_is_that_of_the_wrapped_model(told):
+    model = nn.DataParallel(Net())
+    model.module.stem.requires_grad_(False)
+    apply_tract(model)
+    (message,) = told()
+    assert "`model.get_submodule('module.stem').requires_grad_(True)`" in message
+    model.get_submodule("module.stem").requires_grad_(True)
 
 
 def test_steps_of_another_model_after_tract_was_removed_say_nothing(told, monkeypatch):

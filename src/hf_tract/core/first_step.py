@@ -9,10 +9,11 @@ from weakref import ref
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_tract.core.attach import preconditioner_of
 from hf_tract.core.notices import advice_on_lam
-from hf_tract.core.optimizer_hook import call_after_steps, updated_by
+from hf_tract.core.optimizer_hook import call_after_steps, has_gradients, updated_by
 from hf_tract.core.preconditioner import PRECONDITIONERS
 from hf_tract.core.weights import is_frozen, weight_parameters
 
@@ -33,9 +34,10 @@ class FirstStepWatch:
             model: the model that TrAct was applied to; only a weak reference to it is kept.
             layers: the names and modules of the layers that have TrAct.
         """
-        self._model = ref(model)
+        self._model = ref(model, lambda _: self.stop())
         self._layers = [(name, ref(layer), preconditioner_of(layer)) for name, layer in layers]
-        self._steps_elsewhere = 0
+        # Of each optimizer: some loops have one for each parameter.
+        self._steps_elsewhere: Any = WeakIdKeyDictionary()
         for watch in list(_watches):
             if watch._model() is model:
                 watch.stop()
@@ -74,7 +76,6 @@ class FirstStepWatch:
         """Check the layers if `optimizer` holds the weight of one."""
         model = self._model()
         if model is None:
-            self.stop()
             return
         layers = [layer for _, layer in self._layers_now()]
         weights: list[nn.Parameter] = []
@@ -83,11 +84,13 @@ class FirstStepWatch:
         if None in layers or not weights:
             # A layer was replaced, or an engine keeps the weight elsewhere: then any parameter of the model will do.
             weights = list(model.parameters())
-        if updated_by(optimizer, weights):
+        # A step without gradients only makes the optimizer's state, as torch does before it loads one.
+        if updated_by(optimizer, weights) and has_gradients(model.parameters()):
             self.look()
             return
-        self._steps_elsewhere += 1
-        if self._steps_elsewhere == STEPS_ELSEWHERE:
+        steps = self._steps_elsewhere.get(optimizer, 0) + 1
+        self._steps_elsewhere[optimizer] = steps
+        if steps == STEPS_ELSEWHERE:
             self._look_elsewhere()
 
     def _look_elsewhere(self) -> None:

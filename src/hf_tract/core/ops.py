@@ -46,13 +46,17 @@ def precondition_eagerly(
     *sizes, groups = spec
     kernel, stride, padding, dilation = map(tuple, sizes)
     patches = PatchSpec(kernel, stride, padding, dilation, groups)
+    forward_call = FORWARD_CALLS.get(call)
     preconditioner = PRECONDITIONERS.get(key)
+    if forward_call is not None:
+        # The layer may have another one by now.
+        preconditioner = forward_call.preconditioner
     with without_autocast(grad):
         if output_grad is not None:
             grad = weight_grad(x, output_grad, patches, grad)
         if preconditioner is None:
             return grad.clone()
-        return preconditioner.precondition(grad, x, patches, FORWARD_CALLS.get(call))
+        return preconditioner.precondition(grad, x, patches, forward_call)
 
 
 def _fake_precondition(grad: Tensor, *_: Any) -> Tensor:

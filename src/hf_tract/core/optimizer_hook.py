@@ -33,3 +33,15 @@ def updated_by(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tenso
     for group in optimizer.param_groups:
         held.update(map(id, group["params"]))
     return [parameter for parameter in parameters if id(parameter) in held]
+
+
+def has_gradients(parameters: Iterable[Tensor]) -> bool:
+    """Return whether `.grad` of a parameter holds anything but zeros, as far as this rank sees it."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        # A DTensor's own `any` would be a collective.
+        grad = getattr(parameter.grad, "_local_tensor", parameter.grad)
+        if grad.is_sparse or grad.any():
+            return True
+    return False

@@ -22,7 +22,7 @@ def is_per_example(layer: nn.Module | None, weight: Any) -> bool:
         return False
     # FSDP2 exchanges the weight that has Opacus' mark.
     for hook in layer._forward_hooks.values():
-        source = getattr(hook, "__module__", "")
+        source = str(getattr(hook, "__module__", ""))
         if source.startswith("opacus."):
             return True
     return False

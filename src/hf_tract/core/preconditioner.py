@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_tract.config import TrActConfig
 from hf_tract.core import accumulation
@@ -22,6 +23,8 @@ from hf_tract.core.step import ForwardCall, Step, masked
 from hf_tract.core.steps import StepSequence
 
 _keys = itertools.count()
+# A compiled graph holds the number as a constant, so a layer that gets TrAct again keeps its number.
+_key_of_layer: Any = WeakIdKeyDictionary()
 # An operator takes no Python objects, so it finds its preconditioner by number.
 PRECONDITIONERS: WeakValueDictionary[int, LayerPreconditioner] = WeakValueDictionary()
 
@@ -44,7 +47,9 @@ class LayerPreconditioner:
             config: the settings; `layers` is ignored.
             process_group: the ranks that share C; None for the default group.
         """
-        self.key = next(_keys)
+        self.key: int = _key_of_layer.get(layer, -1)
+        if self.key < 0:
+            self.key = _key_of_layer[layer] = next(_keys)
         self.config = config
         self.process_group = process_group
         self.active = True
@@ -126,7 +131,8 @@ class LayerPreconditioner:
             self.sums_dtype = new.sums.dtype
         if self.config.scope == "global":
             new = accumulation.sum_over_ranks(new, self.process_group)
-        if is_counted and keep is not None:
+        if is_counted:
+            assert keep is not None
             # If the device keeps the old totals, these sums are already among them.
             return masked(new, ~keep)
         return new

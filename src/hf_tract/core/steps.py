@@ -215,7 +215,7 @@ def _new_step(backward: Backward) -> Step:
 
 
 def _mask(step: Step, parameters: Sequence[Tensor]) -> Tensor | None:
-    """Return whether the step's totals still count; None if they do, and not only the device knows.
+    """Return whether the step's totals still count: None if the host knows that they do, else a flag on the device.
 
     `zero_grad(set_to_none=False)` begins a step too, and on an accelerator the host cannot see that without waiting.
     """

@@ -50,10 +50,12 @@ class TrActClass:
 
     def deepcopy_ordinary(self, memo: dict[int, Any]) -> Any:
         """Return a deep copy without TrAct, and record it in `memo` as the copy of this module."""
-        original: Any = original_class(type(self))
-        copied = original.__new__(original)
+        ordinary = _ordinary(self)
+        copied = type(ordinary).__new__(type(ordinary))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(_ordinary_attributes(self), memo))
+        # The function of `layer.compile()` runs the original; torch leaves it out of copies too.
+        ordinary.__dict__.pop("_compiled_call_impl", None)
+        copied.__dict__.update(copy.deepcopy(vars(ordinary), memo))
         return copied
 
 
@@ -94,12 +96,7 @@ def _ordinary(module: Any) -> Any:
     """Return a module of the original class that shares all attributes with `module`."""
     original: Any = original_class(type(module))
     shared = original.__new__(original)
-    shared.__dict__.update(_ordinary_attributes(module))
+    shared.__dict__.update(vars(module))
+    shared.__dict__.pop(PRECONDITIONER, None)
+    shared.__dict__.pop(READ_LAYERS, None)
     return shared
-
-
-def _ordinary_attributes(module: Any) -> dict[str, Any]:
-    attributes = dict(vars(module))
-    attributes.pop(PRECONDITIONER, None)
-    attributes.pop(READ_LAYERS, None)
-    return attributes

@@ -87,7 +87,9 @@ def find_first_layers(
 def _by_request(model: nn.Module, layers: LayerSelection) -> list[FirstLayer]:
     if isinstance(layers, (str, nn.Module)):
         layers = [layers]
-    if not isinstance(layers, Iterable) or not list(layers):
+    if isinstance(layers, Iterable):
+        layers = list(layers)
+    if not layers or not isinstance(layers, list):
         raise TrActError(
             f"`layers` (={layers!r}) must be 'auto', a layer's name or pattern, a module, or several of these."
         )
@@ -143,9 +145,11 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     found: dict[str, FirstLayer] = {}
     for meeting in probe.meetings:
         name = meeting.layer
-        if name is not None and meeting.module != name:
+        if name is None:
+            continue
+        if meeting.module != name:
             found[name] = FirstLayer(without_wrappers(name), modules[name], IN_PARENT)
-        elif name is not None and name not in found:
+        elif name not in found:
             found[name] = FirstLayer(without_wrappers(name), modules[name], REACHED)
     return list(found.values())
 
