@@ -18,12 +18,14 @@ parquet files, or a data set on the Hub.
 """
 
 import argparse
+import struct
 from functools import partial
 from typing import Any
 
 import datasets
 import torch
 from datasets.exceptions import DatasetsError
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -122,10 +124,11 @@ def prepare(rows: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
     """Resize and normalise images when they are used; augmentation of the training images would go here."""
     images = []
     for stored in rows["image"]:
+        stored = stored or {"path": None, "bytes": None}  # an empty cell
         name = stored["path"] or "an image"
         try:
             image = datasets.Image().decode_example(stored)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
             parser.error(f"{name} cannot be read ({error}): mend it or take it away")
         if image.mode.startswith(("I", "F")):
             parser.error(f"{name} has 16 bits or more (mode {image.mode}): scale it to 8, or use pretrain_vit.py")

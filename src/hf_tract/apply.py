@@ -245,4 +245,5 @@ def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
 
 def _name_in(model: nn.Module, layer: nn.Module) -> str:
     """Return the name of a layer with what wrappers such as DDP add to it, as `get_submodule` takes it."""
-    return next(name for name, module in model.named_modules() if module is layer)
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[layer]

@@ -63,6 +63,31 @@ def test_arrays_may_have_any_number_of_bands(tmp_path, first):
         read(tmp_path, 5)
 
 
+@pytest.mark.parametrize("other", ["0.png", "rows.parquet"])
+def test_arrays_beside_other_images_are_refused_since_either_may_be_meant(tmp_path, other):
+    np.save(tmp_path / "embeddings.npy", RNG.random((9, 8)))
+    (tmp_path / other).touch()
+    with pytest.raises(TrActError, match=says("has both ", "embeddings.npy and ", other, "of one kind")):
+        read(tmp_path)
+    assert len(read(tmp_path / "embeddings.npy")) == 1
+
+
+@pytest.mark.parametrize(
+    "array, reason",
+    [
+        (np.arange(9), "is an array of int64 and shape (9,): give one of numbers per image"),
+        (np.zeros((2, 3, 8, 8)), "is an array of float64 and shape (2, 3, 8, 8)"),
+        (np.full((8, 8), "a"), "is an array of <U1 and shape (8, 8)"),
+        (np.full((8, 8), None), "Object arrays cannot be loaded"),
+    ],
+    ids=["labels", "several images", "words", "objects"],
+)
+def test_an_array_that_is_no_image_is_named(tmp_path, array, reason):
+    np.save(tmp_path / "labels.npy", array)
+    with pytest.raises(TrActError, match=says("cannot be read: ", "labels.npy", reason)):
+        read(tmp_path)
+
+
 def test_parquet_files_of_images_and_of_arrays_are_read(tmp_path):
     images = [Image.fromarray(np.stack([ramp(255, np.uint8)] * 3, -1))] * 3
     (tmp_path / "images").mkdir()

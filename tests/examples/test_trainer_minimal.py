@@ -1,6 +1,7 @@
 """The script that people copy: own images in each of their usual forms, and a model that loads without hf-tract."""
 
 import csv
+import io
 import sys
 
 import datasets
@@ -150,12 +151,35 @@ def test_sixteen_bits_are_refused_and_not_cut_off(tmp_path, monkeypatch, capsys)
     assert "scale it to 8" in says
 
 
+def cut_off(data: bytes) -> bytes:
+    return data[:100]
+
+
+def broken_inside(data: bytes) -> bytes:
+    """Return a PNG whose pixels end in a chunk without a name, of which Pillow tells by a SyntaxError."""
+    start, pixels = data[:33], data[41:45]
+    return start + b"\0\0\0\4IDAT" + pixels + bytes(30)
+
+
+def enormous(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 # Pillow leaves it open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-def test_a_corrupt_file_is_named(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("corrupt", [cut_off, broken_inside, enormous])
+def test_a_corrupt_file_is_named(tmp_path, monkeypatch, capsys, corrupt):
     class_folders(tmp_path / "images")
     file = tmp_path / "images" / "light" / "1.png"
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(corrupt(file.read_bytes()))
     with pytest.raises(SystemExit):
         run(monkeypatch, "--dataset", tmp_path / "images", "--epochs", "1", "--output_dir", tmp_path / "model")
     assert "light/1.png cannot be read" in capsys.readouterr().err
+
+
+def test_an_empty_cell_is_told(capsys):
+    with pytest.raises(SystemExit):
+        trainer_minimal.prepare({"image": [None], "label": [0]}, processor=None)
+    assert "an image cannot be read" in capsys.readouterr().err

@@ -116,6 +116,35 @@ def test_a_model_of_another_task_is_no_classifier(tmp_path):
     assert "classif" not in card.text
 
 
+def test_scores_are_those_of_the_models_task_and_without_one_the_hub_gets_none(tmp_path):
+    card = saved_card(dataclasses.replace(RECORD, task="audio-classification"), tmp_path)
+    assert {(each.task_type, each.task_name) for each in card.data.eval_results} == {
+        ("audio-classification", "Audio classification")
+    }
+    card = saved_card(dataclasses.replace(RECORD, task=None), tmp_path)
+    assert "model-index" not in card.data.to_dict()
+    assert "81.2 %" in card.text
+
+
+def test_an_unknown_origin_is_not_told_and_a_module_is_loaded_by_its_state_dict(tmp_path):
+    card = saved_card(dataclasses.replace(RECORD, base_model="", library="pytorch", task=None), tmp_path)
+    assert "A model, trained on [dpdl" in card.text
+    assert card.data.base_model is None
+    assert "load_state_dict" in card.text
+    text = saved_card(dataclasses.replace(RECORD, library="torchvision"), tmp_path).text
+    assert "It loads by torchvision." in text
+    assert "pipeline" not in text
+
+
+def test_each_folder_whose_card_stays_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(training_record, "_warned", set())
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("# My notes\n")
+        RECORD.save(tmp_path / name)
+    assert [Path(entry.getMessage().split()[1]).parent.name for entry in caplog.records] == ["a", "b"]
+
+
 def test_a_card_that_somebody_wrote_or_claimed_stays(tmp_path, caplog, monkeypatch):
     path = tmp_path / "README.md"
     for own in ("# My notes\n", str(saved_card(RECORD, tmp_path)).replace(MARK, "")):
@@ -159,6 +188,11 @@ def test_what_is_no_hub_id_is_named_and_not_linked(tmp_path):
     assert not is_hub_id(str(folder))
     RECORD.to_json_file(folder / RECORD_FILE)
     assert without_local_path(str(folder)) == "vit-flowers"  # a trained model's
+    dataclasses.replace(RECORD, base_model=str(folder)).to_json_file(folder / RECORD_FILE)
+    assert without_local_path(str(folder)) == "vit-flowers"
+    (folder / RECORD_FILE).write_text('{"epochs": 3}')  # another program's
+    assert without_local_path(str(folder)) == "my-images"
+    RECORD.to_json_file(folder / RECORD_FILE)
     assert not is_hub_id("photo crops")
     assert is_hub_id("uoft-cs/cifar10")
     assert dataclasses.replace(RECORD, dataset=str(folder)).dataset == "vit-flowers"
@@ -167,6 +201,14 @@ def test_what_is_no_hub_id_is_named_and_not_linked(tmp_path):
     assert card.data.base_model is None
     assert card.data.eval_results[0].dataset_type == "my-images"
     assert "fine-tuned from a folder on my images" in card.text
+
+
+def test_a_model_may_be_trained_on_in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        record = TrainingRecord("flowers", "transformers", "my images", base_model="model")
+        record.save("model")
+    assert TrainingRecord.from_json_file(Path("model") / RECORD_FILE).base_model == "flowers"
 
 
 def test_what_is_no_record_is_refused(tmp_path):

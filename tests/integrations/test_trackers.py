@@ -35,6 +35,16 @@ def test_tensorboard_has_them_in_the_run_of_trainer(tmp_path, monkeypatch, varia
         assert found[f"train/tract/{name}"] == found["train/loss"]
 
 
+def test_tensorboardx_writes_them_where_there_is_no_tensorboard(tmp_path, monkeypatch):
+    opened = []
+    (tmp_path / "events.out.tfevents.1").touch()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    writer = SimpleNamespace(SummaryWriter=lambda folder, filename_suffix: opened.append(folder))
+    monkeypatch.setitem(sys.modules, "tensorboardX", writer)
+    Trackers(SimpleNamespace(report_to=["tensorboard"], output_dir=str(tmp_path)))
+    assert opened == [str(tmp_path)]
+
+
 def test_a_tracker_that_is_named_behind_the_callback_has_them_once(tmp_path):
     trainer(tmp_path, callbacks=[TrActCallback(), TensorBoardCallback()], report_to="none").train()
     assert scalars(tmp_path)["train/tract/condition"] == [2, 4]

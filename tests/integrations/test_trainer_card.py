@@ -7,16 +7,38 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerState, ViTConfig, ViTForMaskedImageModeling, YolosConfig, YolosForObjectDetection
 
 from helpers.models import STEM, small_convnext, small_vit, trainer
-from hf_tract import TrActCallback, TrActConfig
-from hf_tract.integrations import TrainingRecord, use_model_card
-from hf_tract.integrations.trainer_facts import history_of, task_of
+from hf_tract import TrActCallback, TrActConfig, apply_tract
+from hf_tract.integrations import TrainingRecord, trainer_callback, use_model_card
+from hf_tract.integrations.trainer_facts import base_model_of, history_of, task_of
 from hf_tract.integrations.training_record import CONFIG_FILE, RECORD_FILE
 
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 2, "logging_strategy": "epoch"}
 
 
 def right(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+class Scores:
+    """Gives these accuracies one after the other, whatever is predicted."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = iter(scores)
+
+    def __call__(self, prediction):
+        return {"accuracy": next(self.scores)}
+
+
+class Holder(torch.nn.Module):
+    """Holds a model of transformers, as a module of one's own does."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixel_values, labels=None):
+        return self.inner(pixel_values=pixel_values, labels=labels)
 
 
 def test_trainers_own_card_has_the_tags_without_a_word_more(tmp_path):
@@ -107,21 +129,105 @@ def test_a_card_that_cannot_be_written_ends_no_training(tmp_path, caplog):
 
 
 def test_of_the_best_weights_the_card_has_their_scores(tmp_path):
-    class Scores:
-        calls = iter([0.9, 0.1, 0.2])
-
-        def __call__(self, prediction):
-            return {"accuracy": next(self.calls)}
-
     # Only convnext: transformers does not load the best ViT whole (docs/troubleshooting.md).
-    settings = {**EVALUATED, "num_train_epochs": 3, "save_strategy": "epoch", "load_best_model_at_end": True}
-    run = trainer(tmp_path, small_convnext(), [TrActCallback()], metric_for_best_model="accuracy", **settings)
-    run.compute_metrics = Scores()
+    callback, settings = TrActCallback(), {**EVALUATED, **BEST, "num_train_epochs": 3, "save_strategy": "epoch"}
+    run = trainer(tmp_path, small_convnext(), [callback], **settings)
+    run.compute_metrics = Scores(0.9, 0.1, 0.2)
     run.train()
+    (tmp_path / RECORD_FILE).unlink()
+    callback.on_push_begin(run.args, run.state, run.control, model=run.model)  # as push_to_hub does
     for record in (TrainingRecord.from_json_file(tmp_path / RECORD_FILE), TrainingRecord.from_trainer(run)):
         assert record.metrics == {"accuracy": 0.9}
         assert [row["accuracy"] for row in record.history] == [0.9, 0.1, 0.2]
         assert record.split == "evaluation"
+
+
+def test_if_the_best_weights_were_not_saved_the_card_has_the_scores_of_the_last(tmp_path):
+    settings = {**BEST, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    run = trainer(tmp_path, small_convnext(), [TrActCallback()], max_steps=4, **settings)
+    run.compute_metrics = Scores(0.9, 0.1)
+    run.train()
+    assert run.state.best_global_step == 2
+    assert run.state.best_model_checkpoint is None
+    assert TrainingRecord.from_json_file(tmp_path / RECORD_FILE).metrics == {"accuracy": 0.1}
+
+
+def test_of_a_module_of_ones_own_the_card_claims_no_origin_and_the_state_dict_alone(tmp_path):
+    small_vit().save_pretrained(tmp_path / "base")
+    inner = type(small_vit()).from_pretrained(tmp_path / "base")
+    run = trainer(tmp_path / "out", Holder(inner), [TrActCallback()], save_strategy="epoch")
+    run.train()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    for claim in ("random weights", "fine-tuned", "from_pretrained", "pipeline("):
+        assert claim not in card.text
+    assert "A model, trained on a data set" in card.text
+    assert "`load_state_dict` loads these weights" in card.text
+    assert card.data.library_name == "pytorch"
+    assert TrainingRecord.from_trainer(run, base_model="me/base").base_model == "me/base"
+
+
+def test_a_model_of_transformers_has_an_origin(tmp_path):
+    run = trainer(tmp_path, callbacks=[TrActCallback()], save_strategy="epoch")
+    run.train()
+    assert "A model, trained" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "An image classifier, trained from random weights on" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_tract_is_found_on_the_model_without_the_callback(tmp_path):
+    model = small_vit()
+    apply_tract(model, lam=0.3)
+    run = trainer(tmp_path, model)
+    use_model_card(run, dataset="noise")
+    run.train()
+    run.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "lam = 0.3" in card.text
+    assert "tract" in card.data.tags
+    assert TrainingRecord.from_trainer(run).layers == [STEM]
+    model.get_submodule(STEM).requires_grad_(False)
+    assert TrainingRecord.from_trainer(run).tract is None
+
+
+def test_a_trainer_that_only_pushes_keeps_the_record_of_the_one_that_trained(tmp_path):
+    first = trainer(tmp_path, callbacks=[TrActCallback(lam=0.3)], save_strategy="epoch", **EVALUATED)
+    first.compute_metrics = right
+    first.train()
+    first.save_model()
+    record = TrainingRecord.from_json_file(tmp_path / RECORD_FILE)
+    again = trainer(tmp_path, type(first.model).from_pretrained(tmp_path))
+    use_model_card(again, dataset="uoft-cs/cifar10", license="mit")
+    again.evaluate()
+    again.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "lam = 0.3" in card.text
+    assert card.data.license == "mit"
+    assert TrActConfig.from_json_file(tmp_path / CONFIG_FILE).lam == 0.3
+    kept = TrainingRecord.from_json_file(tmp_path / RECORD_FILE)
+    assert kept.dataset == "uoft-cs/cifar10"
+    assert (kept.tract, kept.metrics, kept.history, kept.base_model) == (
+        record.tract,
+        record.metrics,
+        record.history,
+        None,
+    )
+
+
+@pytest.mark.parametrize("foreign", ["[]", "no JSON", '{"epochs": 3}'])
+def test_another_programs_record_beside_the_base_model_ends_no_training(tmp_path, foreign):
+    small_vit().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / RECORD_FILE).write_text(foreign)
+    model = type(small_vit()).from_pretrained(tmp_path / "base")
+    trainer(tmp_path / "out", model, [TrActCallback()], save_strategy="epoch").train()
+    assert TrainingRecord.from_json_file(tmp_path / "out" / RECORD_FILE).base_model == "base"
+
+
+def test_a_record_that_cannot_be_made_ends_no_training(tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise ValueError("no such fact")
+
+    monkeypatch.setattr(trainer_callback, "facts_of_run", fail)
+    trainer(tmp_path, callbacks=[TrActCallback()], save_strategy="epoch").train()
+    assert "the model card could not be written: no such fact" in caplog.text
 
 
 def test_the_card_lists_what_the_run_used(tmp_path):
@@ -133,9 +239,9 @@ def test_the_card_lists_what_the_run_used(tmp_path):
     assert "num_train_epochs" not in record.hyperparameters
     run.state.train_batch_size = 14  # auto_find_batch_size
     assert TrainingRecord.from_trainer(run).hyperparameters["per_device_train_batch_size"] == 14
-    again = trainer(tmp_path, type(run.model).from_pretrained(tmp_path / "checkpoint-3"), [TrActCallback()])
-    assert TrainingRecord.from_trainer(again).base_model == "a checkpoint of the same run"
-    other = trainer(tmp_path / "other", again.model, [TrActCallback()])
+    model = type(run.model).from_pretrained(tmp_path / "checkpoint-3")
+    assert base_model_of(model, run.args) == "a checkpoint of the same run"
+    other = trainer(tmp_path / "other", model, [TrActCallback()])
     assert TrainingRecord.from_trainer(other).base_model == "checkpoint-3"
 
 

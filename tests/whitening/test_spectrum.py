@@ -1,5 +1,6 @@
 """What lam is measured against: C's eigenvalues, measured on batches, and what a user is told of their scale."""
 
+import copy
 import logging
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.models import Airbench, small_vit, trainer
 from helpers.oracle import moment, says
-from hf_tract import TrActCallback, TrActError, apply_tract, first_layer_spectrum
+from hf_tract import TrActCallback, TrActError, apply_tract, first_layer_spectrum, whiten_first_layer
 
 
 def model() -> nn.Module:
@@ -37,6 +38,21 @@ def test_the_figures_are_those_of_a_dense_float64_c(kind):
     assert found["0"].largest == pytest.approx(float(values.max()))
     assert found["0"].condition == pytest.approx(float((values.max() + 0.2) / (values.min().clamp(min=0) + 0.2)))
     assert (found["0"].above, found["0"].n) == (int((values > 0.2).sum()), 48)
+
+
+@pytest.mark.parametrize("columns", [1, 2], ids=["alone", "with targets"])
+@pytest.mark.parametrize("kind", ["signals", "sequences"])
+def test_batches_of_three_dimensions_are_no_lists_of_images(columns, kind):
+    if kind == "signals":
+        net, x = nn.Sequential(nn.Conv1d(3, 8, 5), nn.Flatten(), nn.Linear(8 * 12, 5)), torch.randn(32, 3, 16)
+    else:
+        net, x = nn.Sequential(nn.Linear(7, 8), nn.Flatten(), nn.Linear(8 * 6, 5)), torch.randn(32, 6, 7)
+    loader = DataLoader(TensorDataset(*[x] * columns), 8)
+    assert first_layer_spectrum(net, loader)["0"].mean == pytest.approx(first_layer_spectrum(net, x)["0"].mean)
+    expected = copy.deepcopy(net)
+    whiten_first_layer(net, loader)
+    whiten_first_layer(expected, x)
+    assert torch.allclose(net[0].weight, expected[0].weight, atol=1e-5)
 
 
 def test_a_weight_that_its_parent_reads_is_measured_there():

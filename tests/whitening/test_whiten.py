@@ -151,6 +151,13 @@ def test_weights_of_a_checkpoint_are_refused_and_those_of_its_config_alone_are_n
     )
 
 
+def test_a_module_that_holds_a_loaded_model_is_refused_too(tmp_path):
+    small_vit().save_pretrained(tmp_path)
+    inner = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(TrActError, match=says("that comes from a checkpoint", "force=True")):
+        whiten_first_layer(nn.ModuleDict({"inner": inner}), images(), layers=f"inner.{STEM}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_may_be_a_loader_s_have_labels_and_keys_that_the_model_does_not_take(dtype):
     x, labels = images(32), torch.arange(32)

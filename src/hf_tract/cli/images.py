@@ -18,6 +18,8 @@ from hf_tract.config import TrActError
 BUFFER_SIZE = 1000  # rows of a streamed data set among which samples are drawn
 # Modes of PIL whose numbers are not intensities.
 OTHER_MODES = ("P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
+# Files that hold images and are no .npy arrays.
+OTHER_FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".parquet", ".arrow")
 Row = dict[str, Any]
 
 
@@ -35,8 +37,8 @@ def read_images(name: str, split: str, samples: int, shape: Sequence[int]) -> Te
             as image processors do.
 
     Raises:
-        TrActError: if the data set cannot be read, has no such split, no images, or images with another
-            number of channels.
+        TrActError: if the data set cannot be read, has no such split, no images, .npy arrays beside other images, or
+            images with another number of channels.
     """
     channels, height, width = shape
     rows = _draw_rows(name, split, samples)
@@ -55,13 +57,11 @@ def read_images(name: str, split: str, samples: int, shape: Sequence[int]) -> Te
 
 def _draw_rows(name: str, split: str, samples: int) -> list[Row]:
     path = Path(name)
-    files = sorted(path.rglob("*.npy"))
-    if path.suffix == ".npy" and path.is_file():
-        files = [path]
-    if files:
-        drawn = random.Random(0).sample(files, min(samples, len(files)))
-        return [{"array": np.load(file)} for file in drawn]
     try:
+        files = _array_files(path)
+        if files:
+            drawn_files = random.Random(0).sample(files, min(samples, len(files)))
+            return [{"array": _load_array(file)} for file in drawn_files]
         rows = _open_dataset(name, split)
         if not path.exists():  # a stream from the Hub
             stream = rows.shuffle(seed=0, buffer_size=BUFFER_SIZE)
@@ -71,6 +71,34 @@ def _draw_rows(name: str, split: str, samples: int) -> list[Row]:
         return [_decoded(drawn, index) for index in range(len(drawn))]
     except Exception as error:  # what a data set's files and the Hub raise has no common class
         raise TrActError(f"`dataset` (={name!r}) cannot be read: {one_line(error)}") from error
+
+
+def _array_files(path: Path) -> list[Path]:
+    """Return the .npy files of a folder, or such a file alone.
+
+    Raises:
+        ValueError: if the folder has other images too, so that either may be meant: masks, or features of the images.
+    """
+    if path.suffix == ".npy" and path.is_file():
+        return [path]
+    arrays = sorted(path.rglob("*.npy"))
+    if not arrays:
+        return []
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in OTHER_FILES:
+            raise ValueError(f"it has both {arrays[0]} and {file}: name a folder or a file of one kind")
+    return arrays
+
+
+def _load_array(file: Path) -> np.ndarray:
+    """Load the array of an image; an error names the file."""
+    try:
+        array: np.ndarray = np.load(file)
+    except Exception as error:  # EOFError, ValueError, OSError and others
+        raise ValueError(f"{file}: {one_line(error)}") from error
+    if array.ndim not in (2, 3) or array.dtype.kind not in "biuf":
+        raise ValueError(f"{file} is an array of {array.dtype} and shape {array.shape}: give one of numbers per image")
+    return array
 
 
 def _decoded(rows: Any, index: int) -> Row:

@@ -51,7 +51,8 @@ class TrActClass:
     def deepcopy_ordinary(self, memo: dict[int, Any]) -> Any:
         """Return a deep copy without TrAct, and record it in `memo` as the copy of this module."""
         ordinary = _ordinary(self)
-        copied = type(ordinary).__new__(type(ordinary))
+        original: Any = type(ordinary)
+        copied = original.__new__(original)
         memo[id(self)] = copied
         # The function of `layer.compile()` runs the original; torch leaves it out of copies too.
         ordinary.__dict__.pop("_compiled_call_impl", None)

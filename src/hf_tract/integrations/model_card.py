@@ -10,10 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 TAGS = ("tract", "hf-tract")
-TASK = "image-classification"
 # What a card calls models that do a task.
 KINDS = {
-    TASK: "An image classifier",
+    "image-classification": "An image classifier",
     "object-detection": "An object detector",
     "image-segmentation": "An image segmentation model",
     "zero-shot-image-classification": "A zero-shot image classifier",
@@ -56,10 +55,11 @@ def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
     return {METRICS[name]: value for name, value in metrics.items() if name in METRICS}
 
 
-def eval_results(metrics: Mapping[str, float], dataset: str, split: str) -> list[EvalResult]:
+def eval_results(task: str, metrics: Mapping[str, float], dataset: str, split: str) -> list[EvalResult]:
     """Return the scores in the form in which the Hub shows them.
 
     Args:
+        task: what the Hub calls the model's task.
         metrics: by name, as in `TrainingRecord`.
         dataset: a Hub id, or a description.
         split: the part of the data set that the metrics are measured on.
@@ -70,8 +70,8 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str) -> list
     results = []
     for title, value in scores_of(metrics).items():
         result = EvalResult(
-            task_type=TASK,
-            task_name="Image classification",
+            task_type=task,
+            task_name=task.replace("-", " ").capitalize(),
             dataset_type=dataset_id,
             dataset_name=dataset,
             dataset_split=split,

@@ -6,6 +6,7 @@ late for them. The figures are therefore written to the same run directly.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -72,15 +73,17 @@ def _tracker_names(report_to: str | list[str] | None) -> list[str]:
 
 def _open_tensorboard(args: TrainingArguments) -> Any:
     """Return a writer into the folder of the run that TensorBoard's callback has begun; None if there is none."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    try:
+        library = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        library = importlib.import_module("tensorboardX")  # as Trainer's callback does
     root = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or args.output_dir or ".").expanduser()
     events = root.rglob("events.out.tfevents.*")
     newest = max(events, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         logger.warning("TrAct: no run of TensorBoard is in %s, so it does not get TrAct's figures.", root)
         return None
-    return SummaryWriter(str(newest.parent), filename_suffix=".tract")
+    return library.SummaryWriter(str(newest.parent), filename_suffix=".tract")
 
 
 def stats_to_log(handle: TrActHandle) -> dict[str, float]:

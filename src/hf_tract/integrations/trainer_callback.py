@@ -22,7 +22,8 @@ from hf_tract.discovery.wrappers import unwrap
 from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, remember_settings
 from hf_tract.integrations.model_card import TAGS
 from hf_tract.integrations.trackers import Trackers, stats_to_log
-from hf_tract.integrations.training_record import CONFIG_FILE, record_of_run
+from hf_tract.integrations.trainer_facts import facts_of_run
+from hf_tract.integrations.training_record import CONFIG_FILE, TrainingRecord
 from hf_tract.whitening.batches import first_batches
 from hf_tract.whitening.fresh import mark_as_whitened, were_whitened
 from hf_tract.whitening.whiten import whiten_first_layer
@@ -173,7 +174,7 @@ class TrActCallback(TrainerCallback):
         if model is not None:
             self._remove_tract(model)
         if args.save_strategy != SaveStrategy.NO:
-            self._write_card(args, state, model, is_trained=True)
+            self._write_card(args, state, model)
 
     def _apply_tract(self, model: nn.Module) -> TrActHandle | None:
         layers = self.layers
@@ -212,15 +213,14 @@ class TrActCallback(TrainerCallback):
         if state.is_world_process_zero:
             _tell(args, "TrAct: the first layer starts whitened, by the first batches of the training data.")
 
-    def _write_card(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module | None, is_trained: bool = False
-    ) -> None:
+    def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         handle = self.handle_of(model)
         if model is None or handle is None or not state.is_world_process_zero:
             return
-        record = record_of_run(args, state, model, handle, self.hyperparameters, is_trained)
+        is_trained = handle not in self._trackers
         try:
-            record.save(args.output_dir or ".", args.hub_model_id)
+            facts = facts_of_run(args, state, model, handle, self.hyperparameters, is_trained)
+            TrainingRecord(**facts).save(args.output_dir or ".", args.hub_model_id)
         except (OSError, ValueError) as error:  # Weights that are not saved yet are worth more.
             logger.warning("TrAct: the model card could not be written: %s", error)
 

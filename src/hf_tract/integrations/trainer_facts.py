@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_tract.apply import TrActHandle
+from hf_tract.core.attach import preconditioner_of
 from hf_tract.core.sharding import is_sharded
-from hf_tract.discovery.wrappers import unwrap
-from hf_tract.integrations.model_card import KINDS
-from hf_tract.whitening.fresh import checkpoint_of
+from hf_tract.core.weights import is_frozen
+from hf_tract.discovery.first_layer import NAMED, FirstLayer
+from hf_tract.discovery.wrappers import modules_by_name, unwrap
+from hf_tract.integrations.model_card import KINDS, METRICS
+from hf_tract.whitening.fresh import checkpoint_name, were_loaded
 
 # Trainer's arguments that a card lists, each with the value at which it is left out.
 HYPERPARAMETERS = {
@@ -37,6 +40,48 @@ HYPERPARAMETERS = {
 SCORES = {"eval_loss": "eval_loss", "eval_accuracy": "accuracy", "eval_top1": "accuracy", "eval_top5": "top5"}
 
 
+def facts_of_run(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    handle: TrActHandle | None,
+    settings: Mapping[str, Any],
+    is_trained: bool,
+) -> dict[str, Any]:
+    """Return the arguments of a `TrainingRecord` for a run so far, from what both a Trainer and its callbacks have.
+
+    Args:
+        args: Trainer's arguments.
+        state: Trainer's state, whose log becomes the history and the metrics.
+        model: the model that is trained.
+        handle: the handle of TrAct on that model; None without TrAct.
+        settings: further hyperparameters, which are not among Trainer's arguments.
+        is_trained: whether training has ended, and Trainer has loaded the best weights if it was to.
+    """
+    history = history_of(state.log_history)
+    reached = history
+    if is_trained:
+        reached = history_of(log_of_weights(args, state))
+    scores = reached[-1] if reached else {}
+    model_id = args.hub_model_id or Path(args.output_dir or "model").absolute().name
+    facts: dict[str, Any] = {
+        "name": model_id.split("/")[-1],
+        "library": library_of(model),
+        "dataset": "a data set that its author did not name",
+        "base_model": base_model_of(model, args),
+        "metrics": {name: scores[name] for name in METRICS if name in scores},
+        "history": history,
+        "hyperparameters": {**hyperparameters_of(args, state), **settings},
+        "split": "evaluation",
+        "seed": args.seed,
+        "task": task_of(model),
+    }
+    if handle is not None:
+        facts["tract"] = handle.config
+        facts["layers"] = [layer.name for layer in handle.layers]
+    return facts
+
+
 def find_handle(trainer: Trainer) -> tuple[TrActHandle | None, dict[str, Any]]:
     """Return TrAct's handle on the model of `trainer`, and the settings that only its callback knows."""
     for callback in trainer.callback_handler.callbacks:
@@ -45,7 +90,22 @@ def find_handle(trainer: Trainer) -> tuple[TrActHandle | None, dict[str, Any]]:
             handle = callback.handle_of(trainer.model)
             if handle is not None:
                 return handle, callback.hyperparameters
-    return None, {}
+    return _handle_on(trainer.model), {}
+
+
+def _handle_on(model: nn.Module | None) -> TrActHandle | None:
+    """Return a handle on the layers that have TrAct from elsewhere, as from `apply_tract`; None if none is trained."""
+    if model is None:
+        return None
+    layers = []
+    for name, module in modules_by_name(model).items():
+        preconditioner = preconditioner_of(module)
+        if preconditioner is not None and not is_frozen(module):
+            config = preconditioner.config
+            layers.append(FirstLayer(name, module, NAMED))
+    if not layers:
+        return None
+    return TrActHandle(model, layers, config)
 
 
 def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -67,10 +127,12 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 def log_of_weights(args: TrainingArguments, state: TrainerState) -> list[dict[str, Any]]:
     """Return Trainer's log up to the step of the weights that the model has after training, the best or the last."""
-    best = state.best_global_step
-    if not args.load_best_model_at_end or not best:
+    # The best step itself may have been one that was not saved.
+    folder = state.best_model_checkpoint
+    if not args.load_best_model_at_end or folder is None:
         return state.log_history
-    return [entry for entry in state.log_history if entry.get("step", 0) <= best]
+    _, _, step = Path(folder).name.rpartition("-")
+    return [entry for entry in state.log_history if entry.get("step", 0) <= int(step)]
 
 
 def hyperparameters_of(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
@@ -108,24 +170,28 @@ def library_of(model: nn.Module) -> str:
     """Return the name of the library that loads `model`."""
     if hasattr(model, "peft_config"):
         return "peft"
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) == "timm_wrapper":
+    whole = unwrap(model)
+    if not isinstance(whole, PreTrainedModel):
+        return "pytorch"  # Trainer saves nothing but its state dict.
+    if whole.config.model_type == "timm_wrapper":
         return "timm"
     return "transformers"
 
 
 def base_model_of(model: nn.Module, args: TrainingArguments) -> str | None:
-    """Return the checkpoint that `model` was loaded from; None if there is none."""
+    """Return the checkpoint that `model` was loaded from; None for random weights, and "" if it is not known."""
+    whole = unwrap(model)
+    name = checkpoint_name(whole)
+    is_loaded = were_loaded(model.parameters())
     if is_sharded(model):
-        # The parameters are shards now, and do not show whether they were loaded.
-        config = getattr(model, "config", None)
-        name = getattr(config, "_name_or_path", None)
-    else:
-        name = checkpoint_of(model, model.parameters())
-    if not name:
+        # The parameters are shards now, and do not show it.
+        is_loaded = bool(name)
+    if not is_loaded and isinstance(whole, PreTrainedModel):
         return None
+    if not is_loaded or not name:
+        return ""  # Other libraries may have loaded a module, and several checkpoints may be in it.
     path = Path(name).absolute()
     output = Path(args.output_dir or ".").absolute()
     if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and path.is_relative_to(output):
         return "a checkpoint of the same run"
-    return str(name)
+    return name

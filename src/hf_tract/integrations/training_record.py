@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer
 
-from hf_tract.apply import TrActHandle
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.core.notices import warn_once
 from hf_tract.integrations import model_card, trainer_facts
@@ -30,11 +28,13 @@ class TrainingRecord:
 
     Args:
         name: the name of the model.
-        library: the library that loads the model: "transformers", "timm", or "peft" for an adapter.
+        library: the library that loads the model: "transformers", "timm", "peft" for an adapter, or "pytorch" for a
+            module whose state dict is saved.
         dataset: a Hub id or a description; of a local folder only the name is kept.
         tract: TrAct's settings; None for a run without TrAct.
         layers: the layers that TrAct acted on.
-        base_model: the checkpoint that training began with, named like `dataset`; None for random weights.
+        base_model: the checkpoint that training began with, named like `dataset`; None for random weights, and ""
+            where it is not known.
         license: the model's license, as the Hub abbreviates it.
         metrics: the scores at the end of training; `accuracy` and `top5` as shares of 1.
         history: a row for each epoch or evaluation: `epoch`, `loss`, `eval_loss` and the metrics.
@@ -67,7 +67,7 @@ class TrainingRecord:
     def __post_init__(self) -> None:
         """Replace local paths by names, since others will read the card."""
         object.__setattr__(self, "dataset", without_local_path(self.dataset))
-        if self.base_model is not None:
+        if self.base_model:
             object.__setattr__(self, "base_model", without_local_path(self.base_model))
 
     @classmethod
@@ -82,22 +82,33 @@ class TrainingRecord:
     ) -> TrainingRecord:
         """Make the record of a run so far from transformers' Trainer.
 
+        If it has not trained, and its output folder has the record of an earlier run, the record is that one.
+
         Args:
             trainer: any Trainer, with a `TrActCallback` or without.
             dataset: as in `TrainingRecord`.
-            base_model: by default the checkpoint that the model was loaded from.
+            base_model: by default the checkpoint that the model was loaded from, if that is known.
             license: as in `TrainingRecord`.
             split: the part of the data set that is evaluated on.
         """
         assert trainer.model is not None  # Trainer has called `model_init` already.
+        args = trainer.args
+        state = trainer.state
         handle, settings = trainer_facts.find_handle(trainer)
-        is_trained = not trainer.is_in_train
-        record = record_of_run(trainer.args, trainer.state, trainer.model, handle, settings, is_trained)
+        earlier = Path(args.output_dir or ".") / RECORD_FILE
+        if handle is None and state.global_step == 0 and earlier.exists():
+            record = cls.from_json_file(earlier)
+        else:
+            is_trained = not trainer.is_in_train
+            facts = trainer_facts.facts_of_run(args, state, trainer.model, handle, settings, is_trained)
+            record = cls(**facts)
+        if split == "evaluation":  # the default
+            split = record.split
         return dataclasses.replace(
             record,
             dataset=dataset or record.dataset,
             base_model=base_model or record.base_model,
-            license=license,
+            license=license or record.license,
             split=split,
         )
 
@@ -147,10 +158,8 @@ class TrainingRecord:
         if not model_card.is_replaceable(card):
             warn_once(
                 _warned,
-                "TrAct: %s stays, since neither hf-tract nor Trainer wrote it. Move it away to get a card; its facts "
-                "are in %s.",
-                card,
-                RECORD_FILE,
+                f"TrAct: {card} stays, since neither hf-tract nor Trainer wrote it. Move it away to get a card; its "
+                f"facts are in {RECORD_FILE}.",
             )
             return
         self._model_card(model_id, tags, has_curve).save(card)
@@ -188,7 +197,9 @@ class TrainingRecord:
             data.base_model = self.base_model
         if model_card.is_hub_id(self.dataset):
             data.datasets = [self.dataset]
-        results = model_card.eval_results(self.metrics, self.dataset, self.split)
+        results = []
+        if self.task is not None:
+            results = model_card.eval_results(self.task, self.metrics, self.dataset, self.split)
         if results:
             data.model_name = self.name
             data.metrics = ["accuracy"]
@@ -199,49 +210,19 @@ class TrainingRecord:
 def without_local_path(name: str) -> str:
     """Return a Hub id or a description as it is, and a local path as its model's recorded name or its last part."""
     path = Path(name)
-    if (path / RECORD_FILE).exists():
-        return TrainingRecord.from_json_file(path / RECORD_FILE).name
+    recorded = _recorded_name(path)
+    if recorded is not None:
+        return recorded
     if path.exists() or path.is_absolute() or name.startswith((".", "~")):
         return path.name
     return name
 
 
-def record_of_run(
-    args: TrainingArguments,
-    state: TrainerState,
-    model: nn.Module,
-    handle: TrActHandle | None,
-    settings: Mapping[str, Any],
-    is_trained: bool,
-) -> TrainingRecord:
-    """Return the record of a run so far, from what both a Trainer and its callbacks have.
-
-    Args:
-        args: Trainer's arguments.
-        state: Trainer's state, whose log becomes the history and the metrics.
-        model: the model that is trained.
-        handle: the handle of TrAct on that model; None without TrAct.
-        settings: further hyperparameters, which are not among Trainer's arguments.
-        is_trained: whether training has ended, and Trainer has loaded the best weights if it was to.
-    """
-    history = trainer_facts.history_of(state.log_history)
-    reached = history
-    if is_trained:
-        reached = trainer_facts.history_of(trainer_facts.log_of_weights(args, state))
-    scores = reached[-1] if reached else {}
-    name = args.hub_model_id or Path(args.output_dir or "model").absolute().name
-    record = TrainingRecord(
-        name=name.split("/")[-1],
-        library=trainer_facts.library_of(model),
-        dataset="a data set that its author did not name",
-        base_model=trainer_facts.base_model_of(model, args),
-        metrics={name: scores[name] for name in model_card.METRICS if name in scores},
-        history=history,
-        hyperparameters={**trainer_facts.hyperparameters_of(args, state), **settings},
-        split="evaluation",
-        seed=args.seed,
-        task=trainer_facts.task_of(model),
-    )
-    if handle is None:
-        return record
-    return dataclasses.replace(record, tract=handle.config, layers=[layer.name for layer in handle.layers])
+def _recorded_name(folder: Path) -> str | None:
+    """Return the name in the record of a model's folder; None if there is no record that can be read."""
+    try:
+        # Not by `from_json_file`: where a model was trained on in its folder, the record names this folder itself.
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        return str(record["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

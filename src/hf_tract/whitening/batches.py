@@ -43,13 +43,13 @@ def to_model_inputs(batches: Any, model: nn.Module) -> list[Any]:
 
 
 def _to_model_input(batch: Any, model: nn.Module) -> Any:
-    has_labels = isinstance(batch, (list, tuple)) and not _is_image_list(batch)
+    has_labels = isinstance(batch, (list, tuple)) and not _is_image_list(batch, model)
     if has_labels and len(batch) > 0:
         batch = batch[0]
     if isinstance(batch, Mapping):
         return _keyword_arguments(batch, model)
     pixels = batch
-    if _is_image_list(batch):
+    if _is_image_list(batch, model):
         # `run_forward` would pass the entries of a tuple as arguments.
         batch = list(batch)
         pixels = batch[0]
@@ -75,11 +75,13 @@ def _keyword_arguments(batch: Mapping[str, Any], model: nn.Module) -> dict[str, 
     return arguments
 
 
-def _is_image_list(batch: Any) -> bool:
+def _is_image_list(batch: Any, model: nn.Module) -> bool:
     """Return whether a batch lists images (c, H, W) of any sizes, as torchvision's detectors take them."""
     if not isinstance(batch, (list, tuple)) or not batch:
         return False
-    return all(isinstance(image, Tensor) and image.ndim == 3 for image in batch)
+    # Without these, a tensor of three dimensions is a batch of signals (N, C, L) or sequences (N, L, C).
+    reads_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return reads_images and all(isinstance(image, Tensor) and image.ndim == 3 for image in batch)
 
 
 def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:

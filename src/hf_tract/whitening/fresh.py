@@ -73,24 +73,27 @@ def mark_as_whitened(layer: nn.Module, fresh: Tensor | None = None) -> None:
         layer.__dict__.setdefault(_WHITENED, "")
 
 
-def checkpoint_of(model: nn.Module, parameters: Iterable[Any]) -> str:
-    """Return the checkpoint from which transformers loaded any of these parameters of `model`, or ""."""
+def were_loaded(parameters: Iterable[Any]) -> bool:
+    """Return whether transformers loaded any of these parameters from a checkpoint."""
+    return any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters)
+
+
+def checkpoint_name(model: nn.Module) -> str:
+    """Return the checkpoint that the config of `model` names, or "".
+
+    The name alone proves nothing: `from_config` with the config of a checkpoint draws random weights.
+    """
     config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "") or ""
-    # The name alone proves nothing: `from_config` with the config of a checkpoint draws random weights.
-    for parameter in parameters:
-        if getattr(parameter, "_is_hf_initialized", False):
-            return name
-    return ""
+    return getattr(config, "_name_or_path", "") or ""
 
 
 def _problem_with(model: nn.Module, layer: nn.Module, weight: Tensor) -> str:
     """Return why a weight is not fresh, or "" if it is."""
     if _was_whitened(layer, weight):
         return "was whitened before"
-    checkpoint = checkpoint_of(model, [layer.weight])
-    if checkpoint:
-        return f"comes from {checkpoint}"
+    if were_loaded([layer.weight]):
+        # The config of a module that holds a loaded model names nothing.
+        return f"comes from {checkpoint_name(model) or 'a checkpoint'}"
     return _trained(layer, weight)
 
 
