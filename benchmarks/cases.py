@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import timm
 import torch
 from torch import Tensor, nn
+
+from benchmarks.paper.cifar_models import cifar_model
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,6 @@ class Case:
             weight = self.make().get_submodule(self.first).weight
         assert isinstance(weight, Tensor)
         return 128 * 2**20 + 4 * 4 * weight[0].numel() ** 2
-
-
-def _resnet18_cifar() -> nn.Module:
-    """Return the paper's: a 3x3 stem of stride 1, the max-pool kept."""
-    model: nn.Module = timm.create_model("resnet18", num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    return model
 
 
 def _vit_cifar() -> nn.Module:
@@ -108,6 +104,6 @@ CASES = {
     "ConvNeXt-T": replace(_CONVNEXT, layer_bound=0.3),
     "ResNet-50": replace(_RESNET_50, step_bound={"cpu": 1.015, "cuda": 1.01}, layer_bound=0.12),
     "Swin-T": replace(_SWIN, layer_bound=0.3),
-    "ResNet-18 @32": _cifar(_resnet18_cifar, "conv1", 0.3),
+    "ResNet-18 @32": _cifar(partial(cifar_model, "cifar_pool_resnet18", 10, {}), "conv1", 0.3),
     "ViT @32": _cifar(_vit_cifar, "patch_embed.proj", 0.6),
 }

@@ -94,10 +94,10 @@ def parse() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--dataset", default="photo_crops", help="photo_crops, a Hub id, or a folder (default: photo_crops)")
-    add("--train_samples", type=int, default=0, help="use that many training images; 0 for all (default: 0)")
-    add("--trees", type=int, default=300, help="of the forest (default: 300)")
-    add("--seeds", type=int, default=3, help="seeds 0 to N-1 (default: 3)")
+    add("--dataset", default="photo_crops", help="photo_crops, a Hub id, or a folder")
+    add("--train_samples", type=int, default=0, help="use that many training images; 0 for all")
+    add("--trees", type=int, default=300, help="of the forest")
+    add("--seeds", type=int, default=3, help="seeds 0 to N-1")
     add("--results", type=Path, default=ROOT / "docs" / "results" / "colour_statistics.jsonl", help="JSON lines")
     return parser.parse_args()
 

@@ -71,10 +71,8 @@ def key_of(settings: dict[str, Any]) -> str:
 def read_results(path: Path) -> Results:
     """Return the records of a file by measurement and arm."""
     results: Results = {}
-    for record in read_records(path).values():
-        # Files of earlier versions say less of a measurement.
-        if "channels_last" in record.settings:
-            results.setdefault(key_of(record.settings), {})[record.arm] = record
+    for record in read_records(path, latest=True).values():
+        results.setdefault(key_of(record.settings), {})[record.arm] = record
     return results
 
 

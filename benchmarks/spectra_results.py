@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
-from benchmarks.common.statistics import Interval, interval, p_text
+from benchmarks.common.statistics import interval, p_text
 from benchmarks.paper.summary import corrected
 from benchmarks.spectra import ARMS, CHOSEN_RATE, EPOCHS, PLS, VANILLA, settings_of
 
+DIGITS = 3
 HEAD = ["arm", "seeds", "test error", "from vanilla", "p", "seconds of training"]
 
 
@@ -45,13 +46,13 @@ def rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     changes = {arm: interval(errors(runs[arm]) - base) for arm in ARMS if arm != VANILLA}
     cells = {VANILLA: ["", ""]}
     for (arm, change), p in zip(changes.items(), corrected(changes.values()), strict=True):
-        cells[arm] = [text(change, "+"), p_text(p)]
+        cells[arm] = [change.text("+", DIGITS), p_text(p)]
     made = []
     for arm in ARMS:
         seconds = f"{np.mean([record.seconds[-1] for record in runs[arm]]):.0f}"
-        made.append([arm, str(len(runs[arm])), text(interval(errors(runs[arm]))), *cells[arm], seconds])
+        made.append([arm, str(len(runs[arm])), interval(errors(runs[arm])).text(digits=DIGITS), *cells[arm], seconds])
     (pls,) = runs[PLS]
-    made.append([PLS, "", text(interval(errors([pls]))), "", "", f"{pls.seconds[-1]:.0f}"])
+    made.append([PLS, "", interval(errors([pls])).text(digits=DIGITS), "", "", f"{pls.seconds[-1]:.0f}"])
     return made
 
 
@@ -59,18 +60,11 @@ def rate_rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     """Return vanilla's error on the validation blocks at each rate, by which the rate was chosen."""
     row = ["vanilla's error"]
     for rate in rates_of(runs):
-        row.append(text(interval(errors(record for record in runs[VANILLA] if record.settings["rate"] == rate))))
+        of_rate = [record for record in runs[VANILLA] if record.settings["rate"] == rate]
+        row.append(interval(errors(of_rate)).text(digits=DIGITS))
     return [row]
 
 
 def rates_of(runs: dict[str, list[RunRecord]]) -> list[float]:
     """Return vanilla's rates, rising."""
     return sorted({record.settings["rate"] for record in runs[VANILLA]})
-
-
-def text(found: Interval, sign: str = "") -> str:
-    """Return a mean and the half width of its interval with three digits."""
-    mean = f"{found.mean:{sign}.3f}"
-    if found.half_width is None:
-        return mean
-    return f"{mean} ± {found.half_width:.3f}"

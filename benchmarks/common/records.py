@@ -72,17 +72,21 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def read_rows(path: Path) -> dict[str, Row]:
+def read_rows(path: Path, latest: bool = False) -> dict[str, Row]:
     """Return the rows of a file by their keys; what is in it is not computed again.
 
+    Args:
+        path: of the file.
+        latest: whether a later row takes the place of an earlier one, as for a measurement that is gone on with.
+
     Raises:
-        ValueError: where two rows have one key, as after two commands at the same time.
+        ValueError: where two rows have one key otherwise, as after two commands at the same time.
     """
     rows: dict[str, Row] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["key"] in rows:
+            if row["key"] in rows and not latest:
                 raise ValueError(f"{path.name} has two rows of the key {row['key']}: delete one of them.")
             rows[row["key"]] = row
     return rows
@@ -95,23 +99,11 @@ def add_row(path: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read_records(path: Path) -> dict[str, RunRecord]:
-    """Return the records of a file by their keys."""
-    return {key: _record(row) for key, row in read_rows(path).items()}
+def read_records(path: Path, latest: bool = False) -> dict[str, RunRecord]:
+    """Return the records of a file by their keys; the arguments and errors are those of `read_rows`."""
+    return {key: RunRecord(**row) for key, row in read_rows(path, latest).items()}
 
 
 def add_record(path: Path, record: RunRecord) -> None:
     """Write a record at once, as one line."""
     add_row(path, dataclasses.asdict(record))
-
-
-def _record(row: Row) -> RunRecord:
-    """Return a row as a record; version 0.1 wrote each figure as a field of its own."""
-    values = dict(row)
-    if "config" in values:
-        figures = ("top1", "top5", "loss")
-        values["curve"] = {name: values.pop(name) for name in figures}
-        values["settings"] = values.pop("config")
-        values["arm"] = ""
-        del values["scale"]
-    return RunRecord(**values)

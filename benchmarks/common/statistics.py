@@ -19,12 +19,12 @@ class Interval(NamedTuple):
     # That of the two-sided t-test of a mean of 0; None where all runs are equal.
     p: float | None
 
-    def text(self, sign: str = "") -> str:
-        """Return the mean and the half width of the interval with one digit each."""
-        mean = f"{self.mean:{sign}z.1f}"
+    def text(self, sign: str = "", digits: int = 1) -> str:
+        """Return the mean and the half width of the interval, with so many digits behind the point."""
+        mean = f"{self.mean:{sign}z.{digits}f}"
         if self.half_width is None:
             return mean
-        return f"{mean} ± {self.half_width:.1f}"
+        return f"{mean} ± {self.half_width:.{digits}f}"
 
 
 def p_text(p: float) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from hf_tract.core.solve import DampedInverse
 from hf_tract.core.step import Step
@@ -14,13 +13,13 @@ from hf_tract.core.step import Step
 @contextlib.contextmanager
 def relative_damping() -> Iterator[None]:
     """Multiply lam by tr(C) / n, the mean square of what the layer reads, in each step inside."""
-    absolute = Step.precondition
+    absolute = Step.factorise
 
-    def precondition(step: Step, lam: float, dtype: torch.dtype | None = None) -> tuple[Tensor, DampedInverse]:
+    def factorise(step: Step, lam: float, dtype: torch.dtype | None = None) -> DampedInverse:
         assert step.total is not None
         sums, count = step.total
         mean_square = sums.diagonal(dim1=-2, dim2=-1).mean() / count
         return absolute(step, lam * float(mean_square), dtype)
 
-    with mock.patch.object(Step, "precondition", precondition):
+    with mock.patch.object(Step, "factorise", factorise):
         yield

@@ -152,7 +152,7 @@ class Quickstart:
     @property
     def end(self) -> str:
         """Return the mean loss after the last epoch with its 95 % interval."""
-        return _of_four_digits(interval(self.loss[:, -1]))
+        return interval(self.loss[:, -1]).text(digits=4)
 
     @property
     def difference(self) -> Interval:
@@ -162,7 +162,7 @@ class Quickstart:
     @property
     def change(self) -> str:
         """Return the same in words."""
-        return _of_four_digits(self.difference, "+")
+        return self.difference.text("+", digits=4)
 
     @property
     def epoch(self) -> str:
@@ -195,7 +195,3 @@ def quickstart_runs(arm: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
     seeds = [run["seed"] for run in runs]
     assert seeds == list(range(FIRST_SEED, FIRST_SEED + len(runs))), f"{folder}: {arm} has the seeds {seeds}."
     return np.array([run["loss"] for run in runs]), np.array([run["seconds"] for run in runs])
-
-
-def _of_four_digits(found: Interval, sign: str = "") -> str:
-    return f"{found.mean:{sign}.4f} ± {found.half_width:.4f}"

@@ -25,6 +25,8 @@ CPU = torch.device("cpu")
         ((4, 3, 64, 64), (16, 16, 0)),
         ((4, 3, 32, 32), (4, 4, 0)),
         ((2, 6, 40, 40), (11, 5, 0)),
+        # Its shared products would not fit in the CPU's cache.
+        ((2, 3, 96, 96), (32, 16, 0)),
     ],
 )
 def test_the_formula_counts_the_operations(shape, stem):

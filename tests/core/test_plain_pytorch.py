@@ -1,4 +1,4 @@
-"""Works with: plain PyTorch loops and any optimizer; stop and resume; float16 with a GradScaler; EMA."""
+"""Works with: plain PyTorch loops and any optimizer; float16 with a GradScaler; EMA."""
 
 import copy
 
@@ -20,10 +20,11 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_accumulation_is_one_large_batch(name):
-    models = []
+    moved = []
     for micros in (1, 4):
         model, data = small_vit().double(), Images().batch()
         data["pixel_values"] = data["pixel_values"].double()
+        start = weights(model)
         apply_tract(model, lam=0.1)
         optimizer = OPTIMIZERS[name](model.parameters())
         for _ in range(5):
@@ -32,8 +33,8 @@ def test_accumulation_is_one_large_batch(name):
                 (model(**chunk).loss / micros).backward()
             optimizer.step()
             optimizer.zero_grad()
-        models.append(model)
-    assert_close(weights(models[1]), weights(models[0]), 1e-5)
+        moved.append(weights(model) - start)
+    assert_close(moved[1], moved[0], 1e-7)
 
 
 def test_the_optimizer_gets_the_preconditioned_gradient():

@@ -106,7 +106,7 @@ def test_what_an_accelerator_cannot_factorise_is_told_in_the_first_step(caplog, 
     layer = nn.Conv2d(3, 4, 4, 4)
     plain, x = copy.deepcopy(layer), torch.randn(5, 3, 8, 8)
     handle = apply_tract(layer)
-    object.__setattr__(layer._tract_step.config, "lam", -1e6)  # what no user can ask for
+    object.__setattr__(layer._tract_preconditioner.config, "lam", -1e6)  # what no user can ask for
     for _ in range(2):
         layer.zero_grad()
         layer(x).square().sum().backward()
@@ -143,14 +143,14 @@ def test_an_accelerator_turns_to_float64_when_a_later_step_needs_it(change, as_o
     plain = copy.deepcopy(layer)
     apply_tract(layer, 0.1 if change == "pixels" else 1e7)
     gradient(layer, (0.01 if change == "pixels" else 1e4) * photos(4), torch.ones(4, 16, 16, 16))
-    assert layer._tract_step.sums_dtype == torch.float32
+    assert layer._tract_preconditioner.sums_dtype == torch.float32
     apply_tract(layer, 0.1)
     for _ in range(2):
         x, weights = 1e4 * photos(40), torch.randn(40, 16, 16, 16)
         gradient(layer, x, weights)
     wanted = gradient(copy.deepcopy(plain).double(), x.double(), weights)
     assert_close(layer.weight.grad, expected(wanted, x, plain, 0.1), 1e-4)
-    assert layer._tract_step.sums_dtype == layer._tract_step.factor_dtype == torch.float64
+    assert layer._tract_preconditioner.sums_dtype == layer._tract_preconditioner.factor_dtype == torch.float64
 
 
 def test_a_step_with_a_nan_does_not_change_the_precision_of_later_ones(caplog, as_on_an_accelerator):
@@ -160,5 +160,5 @@ def test_a_step_with_a_nan_does_not_change_the_precision_of_later_ones(caplog, a
     for pixels in (x, x * torch.nan, x):
         layer.zero_grad()
         layer(pixels).sum().backward()
-    assert handle.layers[0].module._tract_step.factor_dtype == torch.float32
+    assert handle.layers[0].module._tract_preconditioner.factor_dtype == torch.float32
     assert caplog.records == []

@@ -175,7 +175,7 @@ def test_a_long_step_keeps_no_forward_calls(layers):
     apply_tract(layer, LAM)
     for _ in range(10):
         backward(layer, images(1))
-    assert len(layer._tract_step.last_step.counted_calls) <= 1
+    assert len(layer._tract_preconditioner.last_step.counted_calls) <= 1
 
 
 def test_a_model_with_gradients_moves_by_swapping(layers):
@@ -600,14 +600,6 @@ def test_an_empty_batch_gives_zeros(layers):
     assert not layer.weight.grad.any()
 
 
-def test_one_image_with_fewer_patches_than_n_has_the_rule(layers):
-    plain, layer = layers
-    apply_tract(layer, LAM)
-    x = images(1)  # 4 patches of 48
-    loss(layer(x)).backward()
-    assert_close(layer.weight.grad, expected(plain_grad(plain, x), x, plain, LAM), 1e-12)
-
-
 def test_no_grad_and_a_frozen_weight_cost_nothing(layers, monkeypatch):
     _, layer = layers
     apply_tract(layer, LAM)
@@ -627,7 +619,8 @@ def test_no_grad_and_a_frozen_weight_cost_nothing(layers, monkeypatch):
 def test_an_unsolvable_moment_is_told_once(layers, caplog, monkeypatch):
     _, layer = layers
     handle = apply_tract(layer, LAM)
-    object.__setattr__(layer._tract_step.config, "lam", -1e6)  # what no user can ask for: C + lam I is negative
+    # What no user can ask for: C + lam I is negative.
+    object.__setattr__(layer._tract_preconditioner.config, "lam", -1e6)
     with caplog.at_level(logging.WARNING, "hf_tract"):
         for _ in range(2):
             loss(layer(images(2))).backward()
@@ -700,5 +693,5 @@ def test_a_step_keeps_no_graph_alive(layers):
     apply_tract(layer, LAM)
     x = images(3)
     loss(layer(x)).backward(create_graph=True)
-    assert not layer._tract_step.last_step.grad.requires_grad
+    assert not layer._tract_preconditioner.last_step.grad.requires_grad
     layer.weight.grad = layer.bias.grad = None

@@ -83,6 +83,14 @@ def test_timm_says_which_it_is(name):
     assert {layer.source for layer in find_first_layers(model)} == {"timm's first_conv"}
 
 
+def test_an_example_batch_is_tried_though_timm_names_the_layer():
+    model = timm.create_model("test_vit", img_size=32, patch_size=8)
+    (layer,) = find_first_layers(model, example_batch=torch.randn(2, 3, 32, 32))
+    assert (layer.name, layer.source) == ("patch_embed.proj", "reached first by the pixels")
+    with pytest.raises(TrActError, match=says("`example_batch`", "failed on it with")):
+        find_first_layers(model, example_batch=torch.randn(2, 5, 32, 32))
+
+
 def test_a_timm_model_in_transformers_is_searched():
     config = hf.TimmWrapperConfig.from_dict({"architecture": "resnet18", "num_classes": 4})
     model = hf.TimmWrapperForImageClassification(config)

@@ -120,7 +120,7 @@ def test_hyperparameter_search_trains_each_trial_with_tract(tmp_path):
 
 def test_figures_are_in_the_logs_at_logging_steps_alone(tmp_path, monkeypatch):
     computed = []
-    original = apply_tract(small_vit()).layers[0].module._tract_step.__class__
+    original = apply_tract(small_vit()).layers[0].module._tract_preconditioner.__class__
     stats = original.stats
     monkeypatch.setattr(original, "stats", lambda self: computed.append(1) or stats(self))
     run = trainer(tmp_path, callbacks=[TrActCallback()])
@@ -133,17 +133,6 @@ def test_figures_are_in_the_logs_at_logging_steps_alone(tmp_path, monkeypatch):
         assert entry["tract/grad_norm"] > 0
         assert entry["tract/condition"] > 1
     assert not any("tract" in key for key in run.state.log_history[-1])  # train_runtime's
-
-
-def test_figures_reach_a_reporter_that_stands_behind_the_callback(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from transformers.integrations import TensorBoardCallback
-
-    run = trainer(tmp_path, callbacks=[TrActCallback(), TensorBoardCallback()])
-    run.train()
-    (folder,) = {file.parent for file in tmp_path.rglob("events.out.*")}
-    events = EventAccumulator(str(folder)).Reload()
-    assert "train/tract/condition" in events.Tags()["scalars"]
 
 
 def test_which_layer_it_took_is_shown_once(tmp_path, capsys, caplog):
@@ -326,7 +315,6 @@ def test_accumulation_is_one_large_batch(tmp_path):
         models.append(run.model)
     start = weights(small_vit())
     assert_close(weights(models[1]) - start, weights(models[0]) - start, 1e-5)
-    assert_close(weights(models[1]), weights(models[0]), 1e-5)
 
 
 NEW_NAME = (

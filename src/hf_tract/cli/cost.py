@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hf_tract.core.moments import PANEL
-from hf_tract.core.neighbours import larger_patches
+from hf_tract.core.moments import CPU_MEMORY_LIMIT, PANEL
+from hf_tract.core.neighbours import MAX_WIDENING, larger_patches
 from hf_tract.core.overlap import best_overlap
 from hf_tract.core.patches import PatchSpec
 
@@ -37,13 +37,17 @@ def patch_count(shape: Sequence[int], spec: PatchSpec) -> int:
 
 def moment_cost(shape: Sequence[int], spec: PatchSpec) -> Cost:
     """Return the cost of `patch_moments` on the CPU for an input of this shape."""
+    n = spec.patch_size(shape)
     if spec.kernel:
         positions = _output_size(shape, spec)
-        dim = best_overlap(spec, positions)
+        entries = spec.groups * n**2
+        max_numbers = CPU_MEMORY_LIMIT // BYTES
+        dim = best_overlap(spec, positions, entries, max_numbers)
         if dim is not None:
-            wide = larger_patches(spec, dim, positions, spec.patch_size(shape))
+            wide = spec
+            if MAX_WIDENING * entries <= max_numbers:
+                wide = larger_patches(spec, dim, positions, n)
             return _overlap_cost(shape, wide, dim)
-    n = spec.patch_size(shape)
     b = patch_count(shape, spec)
     # Only the lower triangle of a symmetric product is computed, a panel of columns at a time.
     panel = n

@@ -44,10 +44,6 @@ class FirstStepWatch:
         _watches.append(self)
         call_after_steps(_after_step)
 
-    def __deepcopy__(self, memo: Any) -> FirstStepWatch:
-        """Return this one: the handle of a copied hook is still that of the original model."""
-        return self
-
     def stop(self) -> None:
         """Stop waiting."""
         if self in _watches:

@@ -77,16 +77,13 @@ def patch_moments(x: Tensor, spec: PatchSpec, out: Tensor, memory_limit: int = M
     count = len(x) * math.prod(positions)
     if count == 0 or x.shape[1] == 0:
         return count
-    dim = best_overlap(spec, positions)
-    if dim is not None and (x.is_cpu or count * len(out) * out.shape[-1] > FEW_NUMBERS):
-        block = out.numel() * spec.stride[dim] // spec.kernel[dim]
-        if 4 * block <= max_numbers:
-            if x.is_cpu and MAX_WIDENING * out.numel() <= max_numbers:
-                sums_by_neighbours(x, spec, dim, out, max_numbers)
-            else:
-                overlapping_sums(x, spec, dim, out, max_numbers)
-            return count
-    _patch_products(x, spec, out, max_numbers)
+    dim = best_overlap(spec, positions, out.numel(), max_numbers)
+    if dim is None or (not x.is_cpu and count * len(out) * out.shape[-1] <= FEW_NUMBERS):
+        _patch_products(x, spec, out, max_numbers)
+    elif x.is_cpu and MAX_WIDENING * out.numel() <= max_numbers:
+        sums_by_neighbours(x, spec, dim, out, max_numbers)
+    else:
+        overlapping_sums(x, spec, dim, out, max_numbers)
     return count
 
 

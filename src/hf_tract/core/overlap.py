@@ -16,12 +16,21 @@ from hf_tract.core.pieces import add_product, chunk_sizes, covered_input, factor
 
 # If more than this share of the operations is left, the additional sums cost more than sharing lines saves.
 MAX_OVERLAP_COST = 0.75
+# At least so many blocks of products, g n panel numbers each, must fit in memory.
+MIN_BLOCKS = 4
 # Products of fewer columns use the machine poorly, so at least this many are taken at a time if memory allows.
 MIN_COLUMNS = 1024
 
 
-def best_overlap(spec: PatchSpec, positions: tuple[int, ...]) -> int | None:
-    """Return the dimension along which overlapping patches share the most work; None if sharing does not pay off."""
+def best_overlap(spec: PatchSpec, positions: tuple[int, ...], entries: int, max_numbers: int) -> int | None:
+    """Return the dimension along which overlapping patches share the most work; None if sharing does not pay off.
+
+    Args:
+        spec: the patches.
+        positions: the numbers of output positions, (*o,).
+        entries: of the sums, g n^2.
+        max_numbers: how many numbers may be in memory at a time.
+    """
     best = None
     lowest_cost = math.inf
     for dim, o in enumerate(positions):
@@ -30,9 +39,10 @@ def best_overlap(spec: PatchSpec, positions: tuple[int, ...]) -> int | None:
         if cost < lowest_cost and spec.dilation[dim] == 1:
             best = dim
             lowest_cost = cost
-    if lowest_cost > MAX_OVERLAP_COST:
+    if best is None or lowest_cost > MAX_OVERLAP_COST:
         return None
-    return best
+    block = entries * spec.stride[best] // spec.kernel[best]
+    return best if MIN_BLOCKS * block <= max_numbers else None
 
 
 def overlapping_sums(x: Tensor, spec: PatchSpec, dim: int, out: Tensor, max_numbers: int) -> None:

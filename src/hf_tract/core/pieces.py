@@ -42,14 +42,15 @@ def chunk_sizes(
     A line takes up `numbers_each` numbers in memory for each image, and `numbers_per_line` once; in all, `max_numbers`
     are allowed. To stay within them, fewer lines are taken before fewer than `min_images` images are.
     """
-    line = min(images, min_images) * numbers_each + numbers_per_line
-    lines = min(lines, max_numbers // max(1, line))
-    lines = max(1, lines)
-    left = max_numbers - lines * numbers_per_line
-    most = min(images, left // max(1, lines * numbers_each))
-    chunks = math.ceil(images / max(1, most))
+    fewest_images = min(images, min_images)
+    numbers = fewest_images * numbers_each + numbers_per_line
+    fitting = max_numbers // max(1, numbers)
+    lines_taken = max(1, min(lines, fitting))
+    left = max_numbers - lines_taken * numbers_per_line
+    most_images = min(images, left // max(1, lines_taken * numbers_each))
+    chunks = math.ceil(images / max(1, most_images))
     # All chunks get about the same size.
-    return lines, math.ceil(images / chunks)
+    return lines_taken, math.ceil(images / chunks)
 
 
 def pad_argument(padding: Sequence[int]) -> list[int]:

@@ -125,7 +125,7 @@ class LayerPreconditioner:
         is_counted = call is not None and call in step.counted_calls
         if is_counted and keep is None:
             return None
-        self._hear_of_failure(x.device)
+        self._use_float64_if_needed(x.device)
         new = patch_sums(x, spec, self.config.lam, self.sums_dtype)
         if not on_host(new.sums):
             self.sums_dtype = new.sums.dtype
@@ -148,15 +148,17 @@ class LayerPreconditioner:
     def _missing(self, step: Step, grad: Tensor, returned: Tensor | None) -> Tensor:
         assert step.total is not None
         if on_host(step.total.sums):
-            missing, inverse = step.precondition(self.config.lam)
+            inverse = step.factorise(self.config.lam)
             warn_if_unsolved(self.warned, inverse, self.config.lam)
         else:
-            missing = self._on_accelerator(step)
+            self._factorise_on_accelerator(step)
+        missing = step.returned()
+        assert missing is not None
         if returned is not None:
             missing = missing - returned.to(missing.device)
         return missing.to(grad.dtype).contiguous()
 
-    def _hear_of_failure(self, device: torch.device) -> None:
+    def _use_float64_if_needed(self, device: torch.device) -> None:
         """Choose float64 if the host has heard that float32 was not enough in an earlier step."""
         if self._watched is None or self.factor_dtype is None or not self._failure.read():
             return
@@ -168,8 +170,8 @@ class LayerPreconditioner:
             self.sums_dtype = self.factor_dtype = widest
         self._watched = None
 
-    def _on_accelerator(self, step: Step) -> Tensor:
-        """Return the step's preconditioned gradient; after the first time, without waiting for the device.
+    def _factorise_on_accelerator(self, step: Step) -> None:
+        """Factorise the step's C + lam I; after the first time, without waiting for the device.
 
         Then a factorisation that fails in float32 leaves that step its ordinary gradient. Once the host has heard of
         it, or that float32 loses lam, usually in the next step, it chooses float64.
@@ -178,15 +180,14 @@ class LayerPreconditioner:
         lam = self.config.lam
         widest = widest_dtype(step.total.sums.device)
         if self.factor_dtype is None:
-            missing, inverse = step.precondition(lam, self.sums_dtype)
+            inverse = step.factorise(lam, self.sums_dtype)
             self.factor_dtype = self.sums_dtype
             if inverse.failed and inverse.finite:
                 self.factor_dtype = widest
-                missing, inverse = step.precondition(lam, self.factor_dtype)
+                inverse = step.factorise(lam, self.factor_dtype)
                 warn_if_unsolved(self.warned, inverse, lam)
-            return missing
-        missing, inverse = step.precondition(lam, self.factor_dtype)
+            return
+        inverse = step.factorise(lam, self.factor_dtype)
         flag = inverse.failed if self.factor_dtype == widest else inverse.needs_float64
         if self._failure.send(flag):
             self._watched = inverse
-        return missing

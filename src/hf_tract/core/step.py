@@ -93,7 +93,10 @@ class Step:
             raise
 
     def returned(self, keep: Tensor | None = None) -> Tensor | None:
-        """Return the gradient that the weight has got in this step so far, masked by `keep`; None if there is none."""
+        """Return the step's gradient times inv(C + lam I), masked by `keep`; None before the first factorisation.
+
+        Before a backward adds to the step, it is the gradient that the weight has got in this step so far.
+        """
         if self.inverse is None or self.grad is None:
             return None
         return keep_where(keep, self.inverse(self.grad))
@@ -118,17 +121,16 @@ class Step:
             new = PatchSums(new.sums + sums.to(device), new.patch_count + count)
         self.total = new
 
-    def precondition(self, lam: float, dtype: torch.dtype | None = None) -> tuple[Tensor, DampedInverse]:
-        """Return the step's gradient times inv(C + lam I), C being over all patches so far, and that inverse.
+    def factorise(self, lam: float, dtype: torch.dtype | None = None) -> DampedInverse:
+        """Factorise C + lam I, C being over all patches so far, and return the inverse.
 
         Args:
             lam: the damping.
             dtype: the precision of the factor; by default that of the sums.
         """
         assert self.total is not None
-        assert self.grad is not None
         self.inverse = DampedInverse(*self.total, lam, dtype)
-        return self.inverse(self.grad), self.inverse
+        return self.inverse
 
 
 def masked(total: PatchSums, keep: Tensor | None) -> PatchSums:

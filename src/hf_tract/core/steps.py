@@ -136,11 +136,9 @@ class StepSequence:
         leaf = backward.other_leaf
         shape = backward.shape
         number = backward.number
-        if backward.call is not None and backward.lives_in_grad and not self._has_engine:
-            # A weight that other parameters computed has no `.grad`. FSDP1 puts such a one there too.
-            given = backward.call.computed
-            if given is not None:
-                return self._present.in_pass(number, given, shape, is_local)
+        computed = self._computed_weight(backward)
+        if computed is not None:
+            return self._present.in_pass(number, computed, shape, is_local)
         if _is_returned(backward):
             return self._present.in_pass(number, leaf, shape, is_local)
         step = self._present.find(leaf, shape)
@@ -149,6 +147,14 @@ class StepSequence:
             self._present.begin(leaf, shape, step, backward.was_emptied)
             self.count += 1
         return step
+
+    def _computed_weight(self, backward: Backward) -> Tensor | None:
+        """Return the weight that other parameters computed: it has no `.grad`. FSDP1 puts such a one there too."""
+        if backward.call is None or self._has_engine:
+            return None
+        if not backward.lives_in_grad:
+            return None
+        return backward.call.computed
 
     def _is_over(self, step: Step, backward: Backward) -> bool:
         if step.backward_pass == backward.number:

@@ -17,7 +17,7 @@ from torch import nn
 from hf_tract.core.notices import warn_once
 
 _warned: set[str] = set()
-PRECONDITIONER = "_tract_step"
+PRECONDITIONER = "_tract_preconditioner"
 READ_LAYERS = "_tract_layers"
 
 

@@ -77,7 +77,7 @@ def find_first_layers(
     if not isinstance(layers, str) or layers != "auto":
         return _by_request(model, layers)
     _check_searchable(model, example_batch)
-    found = _by_timm(model)
+    found = _by_timm(model) if example_batch is None or sharded else []
     # The hooks of a sharded model would mistake a trial run for a training step.
     if not found and not sharded:
         found = _by_probe(model, example_batch)
@@ -87,13 +87,12 @@ def find_first_layers(
 def _by_request(model: nn.Module, layers: LayerSelection) -> list[FirstLayer]:
     if isinstance(layers, (str, nn.Module)):
         layers = [layers]
-    if isinstance(layers, Iterable):
-        layers = list(layers)
-    if not layers or not isinstance(layers, list):
+    requests = list(layers) if isinstance(layers, Iterable) else []
+    if not requests:
         raise TrActError(
             f"`layers` (={layers!r}) must be 'auto', a layer's name or pattern, a module, or several of these."
         )
-    found = requested_layers(model, layers)
+    found = requested_layers(model, requests)
     return [FirstLayer(name, layer, NAMED) for name, layer in found.items()]
 
 
@@ -184,11 +183,7 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
     The other layers of an `nn.ModuleDict` that holds it are stems for other inputs, and are returned too.
     """
     modules = modules_by_name(model)
-    layers = list(layers_by_name(model))
-    for name in modules:
-        if name.split(".")[-1] in VISION_TOWERS:
-            layers = [layer for layer in layers if f"{layer}.".startswith(f"{name}.")] or layers
-            break
+    layers = _in_vision_tower(list(layers_by_name(model)), modules)
     # Convolutions come first; otherwise their order stays.
     layers.sort(key=lambda name: isinstance(modules[name], nn.Linear))
     for name, module in modules.items():
@@ -209,6 +204,15 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
         ", ".join(taken),
     )
     return [FirstLayer(name, modules[name], BY_ORDER) for name in taken]
+
+
+def _in_vision_tower(layers: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the layers of the first vision tower; all of them if there is none."""
+    for tower in modules:
+        if tower.split(".")[-1] in VISION_TOWERS:
+            inside = [layer for layer in layers if f"{layer}.".startswith(f"{tower}.")]
+            return inside or layers
+    return layers
 
 
 def _parent(name: str) -> str:

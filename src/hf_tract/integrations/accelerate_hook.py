@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from hf_tract.apply import TrActHandle, apply_tract, remove_tract
+from hf_tract.apply import TrActHandle, apply_tract
 from hf_tract.config import Scope
 from hf_tract.discovery.first_layer import LayerSelection
 
@@ -50,9 +50,7 @@ class TrActHook(ModelHook):  # type: ignore[misc]  # accelerate is not typed
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Remove TrAct from `module`, and return it."""
-        if self.handle is not None and self.handle.model is module:
+        if self.handle is not None:
             self.handle.remove()
-        else:
-            remove_tract(module)  # A copied model has a copy of this hook, whose handle is the original's.
         self.handle = None
         return module
