@@ -29,6 +29,7 @@ Both arms train every layer, also the first ones, which detectors usually freeze
 OUTPUT_DIR/records.jsonl and not run again; an interrupted run goes on from its last epoch.
 """
 
+import glob
 import json
 import math
 import os
@@ -175,7 +176,9 @@ class DetectionOptions:
     warmup_steps: int = option(50, "over which the learning rate rises")
     clip_grad_norm: float = option(10.0, "clipping, which sees TrAct's gradient; 0 for none")
     flip: float = option(0.0, "share of training images that are mirrored")
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "of the model's operations")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "of the model's operations; what `accelerate launch` is told is the default"
+    )
     lam: float = option(0.1, "TrAct's damping")
     seeds: int = option(1, "number of runs of each arm")
     first_seed: int = option(0, "seed of the first run; the others follow")
@@ -230,6 +233,8 @@ def main() -> None:
     shared |= {"train_images": len(data.train), "test_images": len(data.test)}
     if PROCESSES > 1:
         shared["processes"] = PROCESSES
+    if Path(options.dataset).is_dir():
+        shared["checksum"] = checksum_of_files(options.dataset)
     arms = {VANILLA: shared, TRACT: {**shared, "lam": options.lam}}
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -250,6 +255,7 @@ def parse_detection_options() -> DetectionOptions:
     """Read the command line; each wrong value ends the script with one line."""
     usage = "detect_voc.py [options]; --help lists them"
     parser = HfArgumentParser(DetectionOptions, usage=usage)  # type: ignore[arg-type]
+    parser.set_defaults(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     if parser.parse_args().paper:
         parser.set_defaults(**PAPER)
     (options,) = parser.parse_dict(vars(parser.parse_args()))
@@ -508,12 +514,24 @@ def describe_run() -> Record:
     return {"command": command, "versions": versions, "hardware": hardware}
 
 
+def checksum_of_files(folder: str) -> int:
+    """Return a number that is another one if the name or the content of a file changes that is read."""
+    checksum = 0
+    voc = glob.glob("VOCdevkit/**", root_dir=folder, recursive=True)
+    for name in sorted(voc or glob.glob("**", root_dir=folder, recursive=True)):
+        file = Path(folder, name)
+        if file.is_file():
+            checksum = zlib.crc32(name.encode() + file.read_bytes(), checksum)
+    return checksum
+
+
 def read_records(folder: Path) -> list[Record]:
     """Read the finished runs of earlier commands."""
     file = folder / "records.jsonl"
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").splitlines()
+    say(f"{file} holds {len(lines)} finished runs; those with the same settings and images are not trained again.")
     return [json.loads(line) for line in lines]
 
 

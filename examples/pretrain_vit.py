@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import glob
 import io
 import json
 import math
@@ -45,6 +46,7 @@ import shlex
 import shutil
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +150,9 @@ class Recipe(DataOptions):
     epochs: int = option(8, "passes over the training images.")
     batch_size: int = option(128, "images of each process and micro-step.")
     gradient_accumulation_steps: int = option(1, "micro-steps in an optimizer step.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "of the model's operations.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "of the model's operations; what `accelerate launch` is told is the default."
+    )
     optimizer: str = option(
         "adamw",
         "of timm.optim.create_optimizer_v2 (adamw, muon, lamb, ...), or muon_split, soap or schedule_free.",
@@ -166,7 +170,7 @@ class Recipe(DataOptions):
     crop_scale: float = option(1.0, "least share of an image's area in a random crop; 1 for no such crops.")
     crop_padding: int = option(0, "zeros around an image before a random crop of its size, as for CIFAR.")
     flip: float = option(0.5, "probability of a mirrored image.")
-    color_jitter: float = option(0.0, "strength of timm's color jitter.")
+    color_jitter: float = option(0.0, "strength of timm's color jitter; not beside most of --auto_augment.")
     auto_augment: str | None = option(
         None, "in timm's notation, such as rand-m9-mstd0.5-mmax9-inc1 or 3a; or cifar10."
     )
@@ -240,10 +244,12 @@ def parse_arguments() -> tuple[Recipe, Run]:
     if file:
         arguments = [*recipe_arguments(file), *arguments]
     parser = HfArgumentParser([Recipe, Run], usage=usage, allow_abbrev=False)  # type: ignore[list-item]
+    parser.set_defaults(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     recipe, run, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         parser.error(f"there is no option {unknown[0]}")
     check_recipe(recipe)
+    check_augmentation(recipe)
     check_run(run)
     return recipe, run
 
@@ -283,8 +289,16 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not value >= 0:
             stop(f"--{name} {value}: give 0 or more.")
+
+
+def check_augmentation(recipe: Recipe) -> None:
+    """Refuse augmentations that do not go together."""
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         stop(f"--batch_size {recipe.batch_size}: --mixup and --cutmix take pairs, so it must be even.")
+    policy = recipe.auto_augment or "cifar10"
+    if recipe.color_jitter and policy != "cifar10" and "3a" not in policy:
+        advice = "give 0, or one of the policies cifar10 and 3a"
+        stop(f"--color_jitter {recipe.color_jitter}: timm leaves it out beside --auto_augment {policy}; {advice}.")
 
 
 def check_run(run: Run) -> None:
@@ -367,7 +381,7 @@ class Training:
         self.ema = None
         self.accelerator.register_for_checkpointing(self.progress)
         if recipe.ema_decay:
-            self.ema = ModelEmaV3(self.accelerator.unwrap_model(self.model), decay=recipe.ema_decay)
+            self.ema = ModelEmaV3(self.plain_model(), decay=recipe.ema_decay)
             self.accelerator.register_for_checkpointing(self.ema)
         self.resume()
         if run.report_to:
@@ -413,12 +427,22 @@ class Training:
             if self.mixup:
                 pixels, labels = self.mixup(pixels, labels)
             loss: Tensor = self.criterion(logits_of(self.model(pixels)), labels)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss * self.micro_step_weight())
             if self.accelerator.sync_gradients and self.recipe.clip_grad_norm:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss.detach().float()
+
+    def micro_step_weight(self) -> float:
+        """Return the weight by which a step's gradient is the mean over its micro-steps.
+
+        It is 1 except in the last step of an epoch, which may have fewer of them: accelerate divides by the same
+        number there.
+        """
+        full: int = self.accelerator.gradient_accumulation_steps
+        begin = self.progress.batch - self.progress.batch % full
+        return full / min(full, len(self.train_loader) - begin)
 
     def finish_step(self, loss: Tensor) -> None:
         """Set the learning rate, average the weights, log and save after an optimizer step."""
@@ -426,7 +450,7 @@ class Training:
         progress.step += 1
         self.schedule.step_update(progress.step)
         if self.ema:
-            self.ema.update(self.accelerator.unwrap_model(self.model), step=progress.step)
+            self.ema.update(self.plain_model(), step=progress.step)
         if self.run.report_to and progress.step % min(10, self.steps_per_epoch) == 0:
             figures = {"train/loss": float(loss), "train/lr": self.optimizer.param_groups[0]["lr"]}
             if self.handle:
@@ -526,9 +550,14 @@ class Training:
 
     def best_model(self) -> nn.Module:
         """Return the model that was tested: the averaged weights where there are any."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        model = self.plain_model()
         if self.ema:
             model = self.ema.module
+        return model
+
+    def plain_model(self) -> nn.Module:
+        """Return the model without what accelerate and torch.compile have wrapped around it."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model
 
     def record(self, hub_id: str) -> TrainingRecord:
@@ -687,13 +716,28 @@ def make_model(recipe: Recipe, names: list[str]) -> nn.Module:
             model = timm.create_model(name, num_classes=len(names), **settings)
         else:
             model = load_checkpoint(name, names)
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, recipe.image_size, recipe.image_size))
+        freeze_unused(model.eval(), torch.zeros(1, 3, recipe.image_size, recipe.image_size))
     except MODEL_ERRORS as error:
         kinds = "a model type of transformers (vit, ...), a name of timm or a checkpoint"
         size = f"for images of --image_size {recipe.image_size}"
         stop(f"--model {name} must be {kinds}, and cannot be made {size}: {one_line(error)}")
     return model
+
+
+def freeze_unused(model: nn.Module, pixels: Tensor) -> None:
+    """Freeze the parameters that the scores do not depend on, such as the mask token of Dinov2.
+
+    Several processes would wait for their gradients.
+    """
+    logits_of(model(pixels)).sum().backward()
+    unused = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.requires_grad_(False)
+            unused.append(name)
+    model.zero_grad()
+    if unused:
+        say(f"Not trained, since no score depends on it: {', '.join(unused)}.")
 
 
 def is_timm(model: str) -> bool:
@@ -1065,6 +1109,7 @@ BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"photo_crops": photo_
 EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
 HELD_OUT = 0.2  # of a data set that has no split to test on
+NOT_IMAGES = (".arrow", ".csv", ".db", ".ini", ".json", ".jsonl", ".md", ".parquet", ".txt", ".xml", ".yaml")
 
 
 def say(message: str) -> None:
@@ -1094,7 +1139,7 @@ def load_images(options: DataOptions) -> ImageData:
         train, test = hold_out(train, options)
     train = as_asked(train, options.train_samples, options)
     test = as_asked(test, options.test_samples, options)
-    return ImageData(train, test, names, eval_split or "test")
+    return ImageData(train, test, names, eval_split or f"a held-out fifth of {options.train_split}")
 
 
 def check_splits(splits: datasets.DatasetDict, options: DataOptions) -> None:
@@ -1126,11 +1171,42 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
         if (folder / "state.json").exists():
             train = datasets.Dataset.load_from_disk(name)
             return datasets.DatasetDict(train=train)
-        return datasets.load_dataset(name, options.dataset_config)
+        builder = datasets.load_dataset_builder(name, options.dataset_config)
+        check_files(builder, options)
+        builder.download_and_prepare()
+        return builder.as_dataset()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         expected = "a folder of images by class or of parquet files, or a Hub id"
         stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
+    """Refuse a folder's file that is read twice, and say which of its files are not read."""
+    root = Path(options.dataset).expanduser().resolve()
+    if not root.is_dir():
+        return
+    read: dict[str, str] = {}
+    for split, files in builder.config.data_files.items():
+        for file in files:
+            if file in read:
+                stop(
+                    f"--dataset {options.dataset}: {file} would be in the splits {read[file]} and {split}. A folder "
+                    f"is a split if its name has a word such as train, test, val or dev: rename that class folder."
+                )
+            read[file] = split
+    unread: Counter[str] = Counter()
+    for name in glob.iglob("**/*.*", root_dir=root, recursive=True):
+        path = root / name
+        if path.as_posix() not in read and path.suffix.lower() not in NOT_IMAGES and path.is_file():
+            unread[f"{Path(name).parent} ({path.suffix})"] += 1
+    if unread:
+        places = ", ".join(sorted(unread)[:5])
+        say(
+            f"{options.dataset}: {unread.total()} files are not read, among them those of {places}. Convert other "
+            f"formats to JPEG or PNG. A folder is a split if its name has a word such as train, test, val or dev, and "
+            f"folders beside it are not read: rename it if it is a class."
+        )
 
 
 def pick_columns(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
@@ -1229,13 +1305,12 @@ def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dat
 
 def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
     """Say which classes have no image to learn from, and which class folders are empty."""
-    used = labels_in(train)
-    empty = {name for number, name in enumerate(names) if number not in used}
     root = Path(options.dataset).expanduser()
-    if root.is_dir():
-        for folder, folders, files in os.walk(root):
-            if not folders and not files:
-                empty.add(Path(folder).name)
+    folders = glob.glob("**/", root_dir=root, recursive=True)
+    empty = {Path(folder).name for folder in folders if not os.listdir(root / folder)}
+    empty = {*names, *empty.difference(EVAL_SPLITS)}
+    for number in labels_in(train):
+        empty.discard(names[number])
     if empty:
         classes = ", ".join(sorted(empty))
         say(f"{options.dataset} has no training image of {classes}: such a class is not learned.")

@@ -30,8 +30,10 @@ In masked image modelling a vision transformer sees some patches of an image and
 is tested on photographs of which it has seen nothing, and each crop is standardised by the pixels that the model sees.
 
 Finished runs are stored in OUTPUT_DIR/records.jsonl; the same command with more seeds trains only what is missing.
+Images of your own that have changed since are trained on again.
 """
 
+import glob
 import io
 import json
 import math
@@ -41,6 +43,8 @@ import shlex
 import struct
 import sys
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -306,6 +310,8 @@ def settings_of_arms(options: Options, data: Data) -> dict[str, Record]:
         del shared[name]
     shared["train_images"] = len(data.train.labels)
     shared["test_images"] = len(data.test.labels)
+    if options.dataset not in BUILT_IN:
+        shared["checksum"] = checksum_of_images(data)
     if PROCESSES > 1:
         shared["processes"] = PROCESSES
     elif torch.cuda.device_count() > 1:
@@ -315,6 +321,14 @@ def settings_of_arms(options: Options, data: Data) -> dict[str, Record]:
     if options.model in CONFIG_MAPPING:
         arms[WHITENED] = {**arms[TRACT], "whiten_init": True}
     return arms
+
+
+def checksum_of_images(data: Data) -> int:
+    """Return a number that is another one if a pixel or a label changes."""
+    checksum = 0
+    for numbers in (*data.train, *data.test):
+        checksum = zlib.crc32(numbers.numpy().data, checksum)
+    return checksum
 
 
 # Training
@@ -658,6 +672,7 @@ def read_records(folder: Path) -> list[Record]:
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").splitlines()
+    say(f"{file} holds {len(lines)} finished runs; those with the same settings and images are not trained again.")
     return [json.loads(line) for line in lines]
 
 
@@ -897,6 +912,7 @@ BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {
 EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
 HELD_OUT = 0.2  # of a data set that has no split to test on
+NOT_IMAGES = (".arrow", ".csv", ".db", ".ini", ".json", ".jsonl", ".md", ".parquet", ".txt", ".xml", ".yaml")
 
 
 class ImageError(ValueError):
@@ -939,7 +955,7 @@ def load_images(options: DataOptions) -> ImageData:
         train, test = hold_out(train, options)
     train = as_asked(train, options.train_samples, options)
     test = as_asked(test, options.test_samples, options)
-    return ImageData(train, test, names, eval_split or "test")
+    return ImageData(train, test, names, eval_split or f"a held-out fifth of {options.train_split}")
 
 
 def load_unlabelled(options: DataOptions) -> ImageData:
@@ -957,7 +973,7 @@ def load_unlabelled(options: DataOptions) -> ImageData:
         train, test = hold_out(train, options)
     train = as_asked(train, options.train_samples, options)
     test = as_asked(test, options.test_samples, options)
-    return ImageData(train, test, ["image"], eval_split or "test")
+    return ImageData(train, test, ["image"], eval_split or f"a held-out fifth of {options.train_split}")
 
 
 def pick_images(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
@@ -998,11 +1014,42 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
         if (folder / "state.json").exists():
             train = datasets.Dataset.load_from_disk(name)
             return datasets.DatasetDict(train=train)
-        return datasets.load_dataset(name, options.dataset_config)
+        builder = datasets.load_dataset_builder(name, options.dataset_config)
+        check_files(builder, options)
+        builder.download_and_prepare()
+        return builder.as_dataset()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         expected = "a folder of images by class or of parquet files, or a Hub id"
         stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
+    """Refuse a folder's file that is read twice, and say which of its files are not read."""
+    root = Path(options.dataset).expanduser().resolve()
+    if not root.is_dir():
+        return
+    read: dict[str, str] = {}
+    for split, files in builder.config.data_files.items():
+        for file in files:
+            if file in read:
+                stop(
+                    f"--dataset {options.dataset}: {file} would be in the splits {read[file]} and {split}. A folder "
+                    f"is a split if its name has a word such as train, test, val or dev: rename that class folder."
+                )
+            read[file] = split
+    unread: Counter[str] = Counter()
+    for name in glob.iglob("**/*.*", root_dir=root, recursive=True):
+        path = root / name
+        if path.as_posix() not in read and path.suffix.lower() not in NOT_IMAGES and path.is_file():
+            unread[f"{Path(name).parent} ({path.suffix})"] += 1
+    if unread:
+        places = ", ".join(sorted(unread)[:5])
+        say(
+            f"{options.dataset}: {unread.total()} files are not read, among them those of {places}. Convert other "
+            f"formats to JPEG or PNG. A folder is a split if its name has a word such as train, test, val or dev, and "
+            f"folders beside it are not read: rename it if it is a class."
+        )
 
 
 def pick_columns(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
@@ -1101,13 +1148,12 @@ def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dat
 
 def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
     """Say which classes have no image to learn from, and which class folders are empty."""
-    used = labels_in(train)
-    empty = {name for number, name in enumerate(names) if number not in used}
     root = Path(options.dataset).expanduser()
-    if root.is_dir():
-        for folder, folders, files in os.walk(root):
-            if not folders and not files:
-                empty.add(Path(folder).name)
+    folders = glob.glob("**/", root_dir=root, recursive=True)
+    empty = {Path(folder).name for folder in folders if not os.listdir(root / folder)}
+    empty = {*names, *empty.difference(EVAL_SPLITS)}
+    for number in labels_in(train):
+        empty.discard(names[number])
     if empty:
         classes = ", ".join(sorted(empty))
         say(f"{options.dataset} has no training image of {classes}: such a class is not learned.")

@@ -19,7 +19,10 @@ parquet files, or a data set on the Hub.
 
 import argparse
 import struct
+from collections import Counter
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -104,6 +107,8 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
 def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
     """Load the splits `train` and `test` with the columns `image` and `label`."""
     splits = datasets.load_dataset(args.dataset)
+    if Path(args.dataset).is_dir():
+        refuse_repeated_files(args.dataset)
     if "train" not in splits:
         parser.error(f"--dataset {args.dataset} has the splits {', '.join(splits)}, and needs one named train")
     splits = splits.select_columns([args.image_column, args.label_column])
@@ -118,6 +123,18 @@ def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
         splits = splits["train"].train_test_split(0.2, seed=0)
         print(f"No images are set aside to test on, so {len(splits['test'])}, drawn at random, are now.")
     return splits
+
+
+def refuse_repeated_files(folder: str) -> None:
+    """Refuse a file that is in two splits, in each of which `datasets` finds folders by words in their names."""
+    builder = datasets.load_dataset_builder(folder)
+    files = Counter(chain.from_iterable(builder.config.data_files.values()))
+    for file, count in files.most_common(1):
+        if count > 1:
+            parser.error(
+                f"{file} would be in two splits. A folder is a split if its name has a word such as train, test, val "
+                f"or dev: rename that class folder"
+            )
 
 
 def prepare(rows: dict[str, list[Any]], processor: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ random, resized to the size that it gives, and normalised by it.
 import contextlib
 import fnmatch
 import functools
+import glob
 import io
 import json
 import math
@@ -39,6 +40,7 @@ import random
 import shlex
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -553,6 +555,7 @@ BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {"digits": digits}
 EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
 HELD_OUT = 0.2  # of a data set that has no split to test on
+NOT_IMAGES = (".arrow", ".csv", ".db", ".ini", ".json", ".jsonl", ".md", ".parquet", ".txt", ".xml", ".yaml")
 
 
 def say(message: str) -> None:
@@ -582,7 +585,7 @@ def load_images(options: DataOptions) -> ImageData:
         train, test = hold_out(train, options)
     train = as_asked(train, options.train_samples, options)
     test = as_asked(test, options.test_samples, options)
-    return ImageData(train, test, names, eval_split or "test")
+    return ImageData(train, test, names, eval_split or f"a held-out fifth of {options.train_split}")
 
 
 def check_splits(splits: datasets.DatasetDict, options: DataOptions) -> None:
@@ -614,11 +617,42 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
         if (folder / "state.json").exists():
             train = datasets.Dataset.load_from_disk(name)
             return datasets.DatasetDict(train=train)
-        return datasets.load_dataset(name, options.dataset_config)
+        builder = datasets.load_dataset_builder(name, options.dataset_config)
+        check_files(builder, options)
+        builder.download_and_prepare()
+        return builder.as_dataset()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         expected = "a folder of images by class or of parquet files, or a Hub id"
         stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
+    """Refuse a folder's file that is read twice, and say which of its files are not read."""
+    root = Path(options.dataset).expanduser().resolve()
+    if not root.is_dir():
+        return
+    read: dict[str, str] = {}
+    for split, files in builder.config.data_files.items():
+        for file in files:
+            if file in read:
+                stop(
+                    f"--dataset {options.dataset}: {file} would be in the splits {read[file]} and {split}. A folder "
+                    f"is a split if its name has a word such as train, test, val or dev: rename that class folder."
+                )
+            read[file] = split
+    unread: Counter[str] = Counter()
+    for name in glob.iglob("**/*.*", root_dir=root, recursive=True):
+        path = root / name
+        if path.as_posix() not in read and path.suffix.lower() not in NOT_IMAGES and path.is_file():
+            unread[f"{Path(name).parent} ({path.suffix})"] += 1
+    if unread:
+        places = ", ".join(sorted(unread)[:5])
+        say(
+            f"{options.dataset}: {unread.total()} files are not read, among them those of {places}. Convert other "
+            f"formats to JPEG or PNG. A folder is a split if its name has a word such as train, test, val or dev, and "
+            f"folders beside it are not read: rename it if it is a class."
+        )
 
 
 def pick_columns(rows: datasets.Dataset, options: DataOptions) -> datasets.Dataset:
@@ -717,13 +751,12 @@ def hold_out(rows: datasets.Dataset, options: DataOptions) -> tuple[datasets.Dat
 
 def report_empty_classes(train: datasets.Dataset, names: list[str], options: DataOptions) -> None:
     """Say which classes have no image to learn from, and which class folders are empty."""
-    used = labels_in(train)
-    empty = {name for number, name in enumerate(names) if number not in used}
     root = Path(options.dataset).expanduser()
-    if root.is_dir():
-        for folder, folders, files in os.walk(root):
-            if not folders and not files:
-                empty.add(Path(folder).name)
+    folders = glob.glob("**/", root_dir=root, recursive=True)
+    empty = {Path(folder).name for folder in folders if not os.listdir(root / folder)}
+    empty = {*names, *empty.difference(EVAL_SPLITS)}
+    for number in labels_in(train):
+        empty.discard(names[number])
     if empty:
         classes = ", ".join(sorted(empty))
         say(f"{options.dataset} has no training image of {classes}: such a class is not learned.")

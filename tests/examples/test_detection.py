@@ -353,8 +353,31 @@ def test_a_run_on_two_processes_is_not_answered_by_that_of_one(tmp_path, monkeyp
     assert trained[2:] == [{**settings, "processes": 2} for settings in trained[:2]]
 
 
+def test_a_run_is_not_answered_by_that_of_other_images(voc, monkeypatch, capsys):
+    trained = []
+
+    def train_detector(arm, seed, settings, data, options):
+        trained.append(settings)
+        return {"arm": arm, "seed": seed, "settings": settings}
+
+    monkeypatch.setattr(detect_voc, "train_detector", train_detector)
+    monkeypatch.setattr(detect_voc, "report_precision", lambda found, options: None)
+    options = ["--dataset", str(voc), "--batch_size", "2", *FAST]
+    run(monkeypatch, voc / "out", *options)
+    assert "finished runs" not in capsys.readouterr().out
+    run(monkeypatch, voc / "out", *options)
+    assert len(trained) == 2
+    said = f"{voc / 'out' / 'records.jsonl'} holds 2 finished runs; those with the same settings and images"
+    assert capsys.readouterr().out.count(said) == 1
+    (annotation,) = voc.rglob("000001.xml")
+    annotation.write_text(annotation.read_text().replace("dog", "cat"))
+    run(monkeypatch, voc / "out", *options)
+    assert len(trained) == 4
+
+
 @pytest.mark.parametrize("paper", [["--paper"], ["--paper=True"], ["--paper", "yes"]])
 def test_the_paper_s_setting_changes_the_defaults_and_yields_to_options(voc, monkeypatch, paper):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a plain `accelerate launch` does
     monkeypatch.setattr(sys, "argv", ["detect_voc.py", *paper, "--dataset", str(voc), "--epochs", "3"])
     options = detect_voc.parse_detection_options()
     assert {name: getattr(options, name) for name in detect_voc.PAPER} == {**detect_voc.PAPER, "epochs": 3}
@@ -364,3 +387,16 @@ def test_the_paper_s_setting_changes_the_defaults_and_yields_to_options(voc, mon
 def test_without_the_paper_s_setting_the_defaults_stay(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["detect_voc.py", "--paper", "False"])
     assert detect_voc.parse_detection_options() == DetectionOptions()
+
+
+@pytest.mark.parametrize("option, expected", [([], "bf16"), (["--mixed_precision", "no"], "no")])
+def test_the_precision_that_accelerate_launch_is_told_is_a_default(option, expected, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(sys, "argv", ["detect_voc.py", *option])
+    assert detect_voc.parse_detection_options().mixed_precision == expected
+
+
+def test_a_precision_of_accelerate_launch_that_needs_an_accelerator_is_refused_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SystemExit, match="--mixed_precision fp16 needs an accelerator: use no or bf16"):
+        run(monkeypatch, tmp_path, "--cpu")

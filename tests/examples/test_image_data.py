@@ -34,6 +34,7 @@ def pets(tmp_path):
 def test_class_folders_without_a_split_hold_out_the_same_share_of_each_class_each_time(pets, capsys):
     data = load(pets)
     assert (len(data.train), len(data.test), data.names) == (16, 4, ["cat", "dog"])
+    assert data.eval_split == "a held-out fifth of train"
     assert sorted(data.test["label"]) == [0, 0, 1, 1]
     said = capsys.readouterr().out
     assert "4 of its 20 images are held out for that, drawn with seed 0, the same share of each class" in said
@@ -152,6 +153,53 @@ def test_a_class_that_is_only_tested_is_said(tmp_path, capsys):
         write(tmp_path / folder, 2)
     assert load(tmp_path).names == ["cat", "dog", "fox"]
     assert "has no training image of fox" in capsys.readouterr().out
+
+
+def test_a_class_folder_that_is_only_empty_for_testing_is_learned(tmp_path, capsys):
+    for folder in ("train/cat", "train/dog", "test/cat"):
+        write(tmp_path / folder, 2)
+    (tmp_path / "test" / "dog").mkdir()
+    (tmp_path / "val").mkdir()
+    assert load(tmp_path).names == ["cat", "dog"]
+    assert "no training image" not in capsys.readouterr().out
+
+
+def test_images_that_two_splits_would_read_are_refused(tmp_path):
+    for folder in ("train/bus", "train/train", "test/bus", "test/train"):
+        write(tmp_path / folder, 2)
+    message = r"train/0\.png would be in the splits train and test. A folder is .*: rename that class folder"
+    with pytest.raises(SystemExit, match=message) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_class_folders_beside_one_that_is_named_like_a_split_are_said(tmp_path, capsys):
+    for folder in ("bus", "car", "train", "test tube"):
+        write(tmp_path / folder, 2)
+    with pytest.raises(SystemExit):  # The one class that is left is none.
+        load(tmp_path)
+    said = capsys.readouterr().out
+    assert "4 files are not read, among them those of bus (.png), car (.png)." in said
+    assert "rename it if it is a class" in said
+
+
+def test_files_of_formats_that_are_not_read_are_said(pets, capsys):
+    for index, name in enumerate(("bird/1.heic", "bird/2.heic", "cat/1.AVIF", "cat/notes.txt", ".git/1.heic")):
+        (pets / name).parent.mkdir(exist_ok=True)
+        (pets / name).write_bytes(b"0" * index)
+    (pets / ".git" / "tags").mkdir()
+    assert load(pets).names == ["cat", "dog"]
+    said = capsys.readouterr().out
+    assert "3 files are not read, among them those of bird (.heic), cat (.AVIF). Convert other formats" in said
+    assert "no training image" not in said
+
+
+def test_nothing_is_said_of_files_that_are_all_read(tmp_path, capsys):
+    for part in ("train", "test"):
+        write(tmp_path / part, 2)
+        (tmp_path / part / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,b\n")
+    load(tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_samples_are_the_same_each_time(pets):

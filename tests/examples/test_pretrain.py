@@ -35,6 +35,7 @@ from pretrain_vit import Recipe
 pretrain_vit.BUILT_IN["photo_crops"] = functools.cache(pretrain_vit.photo_crops)  # made once for all runs here
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}
+TINY_DINO = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1, "patch_size": 8}
 FAST = [
     *(["--cpu"] if torch.accelerator.is_available() else []),
     *("--epochs", "2", "--train_samples", "128", "--test_samples", "100", "--batch_size", "16"),
@@ -81,6 +82,7 @@ def test_the_model_has_a_card_of_its_run(whole):
     assert (record.dataset, record.base_model, record.library) == ("photo_crops", None, "transformers")
     assert [row["accuracy"] for row in record.history] == [entry["top1"] for entry in history(whole)]
     assert record.metrics["accuracy"] == history(whole)[-1]["top1"]
+    assert record.hyperparameters["mixed_precision"] == "no"
     assert record.command.startswith("python ")
     card = ModelCard.load(whole / "model" / "README.md")
     assert {"tract", "hf-tract"} <= set(card.data.tags)
@@ -274,6 +276,36 @@ def test_schedule_free_is_tested_and_saved_with_averaged_weights(tmp_path, monke
     assert (trained - saved).abs().max() > 1e-4
 
 
+def test_the_precision_that_accelerate_launch_is_told_is_used_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # which `accelerate launch` sets
+    run(monkeypatch, tmp_path, "--epochs", "1")
+    record = TrainingRecord.from_json_file(tmp_path / "model" / RECORD_FILE)
+    assert record.hyperparameters["mixed_precision"] == "bf16"
+    with pytest.raises(SystemExit, match="the run that is to be resumed has mixed_precision bf16, not no"):
+        run(monkeypatch, tmp_path, "--epochs", "1", "--mixed_precision", "no", "--resume_from_checkpoint", "latest")
+
+
+def test_an_epoch_s_last_step_is_the_mean_over_its_own_micro_steps(tmp_path, monkeypatch):
+    """Of 3 micro-steps in place of 4, or of one whole batch, with TrAct's second moment."""
+    options = ["--optimizer", "sgd", "--learning_rate", "1", "--epochs", "1", "--train_samples", "48"]
+    whole_batch = run(monkeypatch, tmp_path / "whole", *options, "--batch_size", "48")
+    in_three = run(monkeypatch, tmp_path / "three", *options, "--gradient_accumulation_steps", "4")
+    assert history(in_three)[-1]["step"] == 1
+    assert_close(weights(in_three), weights(whole_batch), 1e-4)
+
+
+@pytest.mark.parametrize("average", [[], ["--ema_decay", "0.9"]])
+def test_a_compiled_model_is_saved_and_resumed_as_an_ordinary_one(whole, average, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")  # as `accelerate launch --dynamo_backend eager` does
+    run(monkeypatch, tmp_path, *average)
+    compiled = weights(tmp_path)
+    if not average:
+        assert_close(compiled, weights(whole), 1e-3)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    run(monkeypatch, tmp_path, *average, "--resume_from_checkpoint", "latest")
+    assert torch.equal(weights(tmp_path), compiled)
+
+
 def test_averaged_weights_are_tested_and_saved_and_gradients_clipped(tmp_path, monkeypatch):
     tested, norms, means = [], [], []
 
@@ -335,6 +367,28 @@ def test_recipes_name_what_exists(file, monkeypatch):
     assert {key: getattr(recipe, key) for key in written} == written
     assert pretrain_vit.make_model(recipe, ["a", "b"]).num_labels == 2
     pretrain_vit.make_augmentation(recipe, pretrain_vit.Look(32, [0.5] * 3, [0.5] * 3))
+
+
+@pytest.mark.parametrize("policy", ["cifar10", "3a", "rand-m9-mstd0.5", "augmix-m3", "original", "v0"])
+def test_color_jitter_is_refused_where_timm_leaves_it_out(policy, monkeypatch):
+    recipe = Recipe(color_jitter=0.3, auto_augment=policy)
+    augmentation = pretrain_vit.make_augmentation(recipe, pretrain_vit.Look(32, [0.5] * 3, [0.5] * 3))
+    options = ["--color_jitter", "0.3", "--auto_augment", policy]
+    if "ColorJitter" in repr(augmentation):
+        assert parse(monkeypatch, *options)[0] == recipe
+        return
+    message = f"--color_jitter 0.3: timm leaves it out beside --auto_augment {policy}"
+    with pytest.raises(SystemExit, match=message):
+        parse(monkeypatch, *options)
+
+
+def test_parameters_that_no_class_depends_on_are_frozen_and_named(monkeypatch, capsys):
+    recipe, _ = parse(monkeypatch, "--model", "dinov2", "--model_config", json.dumps(TINY_DINO))
+    model = pretrain_vit.make_model(recipe, ["a", "b"])
+    frozen = [name for name, each in model.named_parameters() if not each.requires_grad]
+    assert frozen == ["dinov2.embeddings.mask_token"]
+    assert all(each.grad is None for each in model.parameters())
+    assert capsys.readouterr().out.count("dinov2.embeddings.mask_token") == 1
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
@@ -501,6 +555,12 @@ def test_two_processes_end_where_one_does(whole, two):
     assert history(two / "straight")[-1]["step"] == history(whole)[-1]["step"]
     record = TrainingRecord.from_json_file(two / "straight" / "model" / RECORD_FILE)
     assert record.hyperparameters["processes"] == 2
+
+
+def test_a_model_with_a_parameter_that_is_not_used_trains_on_two_processes(tmp_path):
+    options = ["--model", "dinov2", "--model_config", json.dumps(TINY_DINO)]
+    on_two_ranks(tmp_path, on_a_rank, [json.dumps([str(tmp_path / "run"), *options])])
+    assert [entry["step"] for entry in history(tmp_path / "run")] == [8, 16]
 
 
 @pytest.mark.parametrize("name", ["straight", "resumed"])

@@ -103,6 +103,7 @@ def test_all_arms_run_once_and_leave_a_table_and_a_plot(case, tmp_path, monkeypa
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.width > 400
     first = records(tmp_path)
+    assert "checksum" not in first[0]["settings"]  # Built-in images do not change, and stored runs are without it.
     assert [(record["arm"], record["seed"], len(record[measure])) for record in first] == [(arm, 0, 2) for arm in ARMS]
     assert all(0 < record["seconds"][0] < record["seconds"][1] for record in first)
     assert [record["settings"].get("whiten_init") for record in first] == [None, None, True]
@@ -131,6 +132,12 @@ def test_another_model_trains_on_a_folder_of_images(tmp_path, monkeypatch, capsy
     out = run(monkeypatch, capsys, *FAST, *model, *data, "--output_dir", tmp_path / "out")
     assert "32 training images, 8 test images, 2 classes" in out
     assert len(records(tmp_path / "out")) == 3
+    again = run(monkeypatch, capsys, *FAST, *model, *data, "--output_dir", tmp_path / "out")
+    assert "records.jsonl holds 3 finished runs; those with the same settings and images are not trained" in again
+    assert len(records(tmp_path / "out")) == 3
+    Image.new("L", (20, 28)).save(tmp_path / "images" / "light" / "0.png")
+    run(monkeypatch, capsys, *FAST, *model, *data, "--output_dir", tmp_path / "out")
+    assert len(records(tmp_path / "out")) == 6
 
 
 @pytest.mark.parametrize(

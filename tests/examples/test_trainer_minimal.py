@@ -126,6 +126,16 @@ def test_a_data_set_without_training_images_is_told(tmp_path, monkeypatch, capsy
     assert "has the splits test, and needs one named train" in capsys.readouterr().err
 
 
+def test_images_that_two_splits_would_read_are_refused(tmp_path, monkeypatch, capsys):
+    for part in ("train", "test"):
+        class_folders(tmp_path / part)
+        (tmp_path / part / WORDS[0]).rename(tmp_path / part / "train")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--dataset", tmp_path)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "train/0.png would be in two splits. A folder is a split if" in error
+
+
 def test_pixels_of_a_new_model_are_standardised():
     processor, _ = trainer_minimal.load_model(None, list(WORDS))
     normalization = Normalization(tuple(processor.image_mean), tuple(processor.image_std))
