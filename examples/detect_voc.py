@@ -234,7 +234,7 @@ def main() -> None:
     if PROCESSES > 1:
         shared["processes"] = PROCESSES
     if Path(options.dataset).is_dir():
-        shared["checksum"] = checksum_of_files(options.dataset)
+        shared["checksum"] = checksum_of_files(options.dataset, options.output_dir)
     arms = {VANILLA: shared, TRACT: {**shared, "lam": options.lam}}
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -514,13 +514,14 @@ def describe_run() -> Record:
     return {"command": command, "versions": versions, "hardware": hardware}
 
 
-def checksum_of_files(folder: str) -> int:
-    """Return a number that is another one if the name or the content of a file changes that is read."""
+def checksum_of_files(folder: str, output_dir: str) -> int:
+    """Return a number that is another one if the name or the content of a file changes, but for what is written."""
+    written = Path(output_dir).resolve()
     checksum = 0
     voc = glob.glob("VOCdevkit/**", root_dir=folder, recursive=True)
     for name in sorted(voc or glob.glob("**", root_dir=folder, recursive=True)):
         file = Path(folder, name)
-        if file.is_file():
+        if file.is_file() and not file.resolve().is_relative_to(written):
             checksum = zlib.crc32(name.encode() + file.read_bytes(), checksum)
     return checksum
 

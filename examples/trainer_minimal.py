@@ -106,9 +106,11 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
 
 def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
     """Load the splits `train` and `test` with the columns `image` and `label`."""
-    splits = datasets.load_dataset(args.dataset)
+    builder = datasets.load_dataset_builder(args.dataset)
     if Path(args.dataset).is_dir():
-        refuse_repeated_files(args.dataset)
+        refuse_repeated_files(builder)
+    builder.download_and_prepare()
+    splits = builder.as_dataset()
     if "train" not in splits:
         parser.error(f"--dataset {args.dataset} has the splits {', '.join(splits)}, and needs one named train")
     splits = splits.select_columns([args.image_column, args.label_column])
@@ -125,15 +127,14 @@ def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
     return splits
 
 
-def refuse_repeated_files(folder: str) -> None:
-    """Refuse a file that is in two splits, in each of which `datasets` finds folders by words in their names."""
-    builder = datasets.load_dataset_builder(folder)
+def refuse_repeated_files(builder: datasets.DatasetBuilder) -> None:
+    """Refuse a file that is read twice, since `datasets` finds the folders of each split by words in their names."""
     files = Counter(chain.from_iterable(builder.config.data_files.values()))
     for file, count in files.most_common(1):
         if count > 1:
             parser.error(
-                f"{file} would be in two splits. A folder is a split if its name has a word such as train, test, val "
-                f"or dev: rename that class folder"
+                f"{file} would be read twice. A folder is a split if its name has a word such as train, test, val or "
+                f"dev: rename all others"
             )
 
 

@@ -637,8 +637,8 @@ def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
         for file in files:
             if file in read:
                 stop(
-                    f"--dataset {options.dataset}: {file} would be in the splits {read[file]} and {split}. A folder "
-                    f"is a split if its name has a word such as train, test, val or dev: rename that class folder."
+                    f"--dataset {options.dataset}: {file} would be read twice, for {read[file]} and for {split}. A "
+                    f"folder is a split if its name has a word such as train, test, val or dev: rename all others."
                 )
             read[file] = split
     unread: Counter[str] = Counter()
@@ -649,9 +649,9 @@ def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
     if unread:
         places = ", ".join(sorted(unread)[:5])
         say(
-            f"{options.dataset}: {unread.total()} files are not read, among them those of {places}. Convert other "
-            f"formats to JPEG or PNG. A folder is a split if its name has a word such as train, test, val or dev, and "
-            f"folders beside it are not read: rename it if it is a class."
+            f"{options.dataset}: {unread.total()} files are not read, among them those of {places}. HEIC and AVIF "
+            f"must be converted to JPEG or PNG. A folder is a split if its name has a word such as train, test, "
+            f"val or dev, and folders beside it are not read: rename it if it is a class."
         )
 
 

@@ -22,7 +22,6 @@ MEASURED = re.compile(
 DECIMAL = re.compile(r"(?<![\w.])[+-]?\d*\.\d+(?![\w.])")
 IN_A_ROW = re.compile(f"{MEASURED.pattern}|{DECIMAL.pattern}", re.VERBOSE)
 ROW = re.compile(r"^\|.*$", re.MULTILINE)
-NOT_A_ROW = re.compile(r"^[^|].*$", re.MULTILINE)
 # What is no text for readers, or is code; the confidence of intervals; versions.
 HIDDEN = re.compile(
     r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)|(?<![\d.])95\s%(?=\s(?:bootstrap\s)?(?:confidence|interval))|\b(?:torch|PyTorch)\s[\d.]+",
@@ -59,9 +58,9 @@ def uncovered(markdown: str, covered: list[str]) -> list[Figure]:
         text = _blanked(_anywhere(sentence), text)
     text = _blanked(HIDDEN, text)
     # A figure and its unit may stand on two lines, but not on two rows of a table.
-    prose = _blanked(ROW, text)
-    rows = _blanked(NOT_A_ROW, text)
-    matches = [*MEASURED.finditer(prose), *IN_A_ROW.finditer(rows)]
+    matches = list(MEASURED.finditer(_blanked(ROW, text)))
+    for row in ROW.finditer(text):
+        matches += IN_A_ROW.finditer(text, row.start(), row.end())
     found = []
     for match in sorted(matches, key=lambda match: match.start()):
         found.append(Figure(" ".join(match[0].split()), text.count("\n", 0, match.start()) + 1))

@@ -47,6 +47,10 @@ class TrActHandle:
         """Leave the handle out of a pickle: a model that holds it loads where hf-tract is not installed."""
         return type(None), ()
 
+    def __copy__(self) -> TrActHandle:
+        """Return this handle: the model is the same."""
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TrActHandle:
         """Return the handle of a model that is being copied, or this one where the model is not."""
         if id(self.model) not in memo:
@@ -228,22 +232,18 @@ def _replace(
 def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
     """Log which layers have TrAct, and have the first optimizer step checked."""
     if all(is_frozen(layer.module) for layer in handle.layers):
+        # With what wrappers such as DDP add.
+        full_names = {module: name for name, module in model.named_modules()}
         logger.warning(
             "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
             "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors "
             "freeze it unless `trainable_backbone_layers` counts it, transformers' DETR where its backbone is a "
             "ResNet), or name another layer with `layers=`.",
             ", ".join(layer.name for layer in handle.layers),
-            _name_in(model, handle.layers[0].module),
+            full_names[handle.layers[0].module],
         )
     else:
         handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in handle.layers])
         logger.info("%s", handle.summary())
     if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
         logger.warning(UNUSED_PARAMETERS)
-
-
-def _name_in(model: nn.Module, layer: nn.Module) -> str:
-    """Return the name of a layer with what wrappers such as DDP add to it, as `get_submodule` takes it."""
-    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return names[layer]

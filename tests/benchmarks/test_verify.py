@@ -116,6 +116,7 @@ def test_write_puts_the_tables_of_the_runs_into_the_documents(tmp_path, monkeypa
         ("| arm | 54.7 |", ["54.7"]),
         ("It gains 2.7\npoints (p = 0.004).", ["2.7 points", "p = 0.004"]),
         ("| 2.7 |\n| points |", ["2.7"]),
+        ("text\n\n| lam 0.1 | 54.7 |\n|---|---|\n\n| 1.5 |\n", ["0.1", "54.7", "1.5"]),
         ("It ends at 96.95 %, and 95 % of it is so.", ["96.95 %", "95 %"]),
         ("With lam 0.1 and torch 2.15.0, 95 % intervals.", []),
         ("`54 %` and\n```\n54 %\n```\n[text](https://a.b/54%20ms)", []),

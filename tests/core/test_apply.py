@@ -137,7 +137,7 @@ def test_a_model_that_holds_its_handle_is_copied_with_a_handle_of_its_own():
     other.tract.remove()
     assert type(other.net[0]) is nn.Conv2d
     assert type(model.net[0]) is not nn.Conv2d
-    assert copy.deepcopy(model.tract) is model.tract
+    assert copy.deepcopy(model.tract) is copy.copy(model.tract) is model.tract
 
 
 def test_a_model_that_holds_its_handle_is_pickled_without_it():

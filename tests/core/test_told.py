@@ -355,6 +355,9 @@ def test_a_hundred_steps_of_another_model_are_told_once(told, monkeypatch):
     assert told() == []
     for _ in range(200):
         optimizer.step()
+    another = torch.optim.SGD(other.parameters(), lr=0.0)
+    for _ in range(101):
+        another.step()
     (message,) = told()
     assert "100 steps" in message
     step(model, without=True)
@@ -387,6 +390,25 @@ def test_a_step_without_gradients_is_not_the_first(told, how):
     assert told() == []
     step(model, without=True)
     assert "no preconditioned gradient" in told()[0]
+
+
+def test_a_hundred_steps_without_any_gradient_are_told(told):
+    """As of a backward that is forgotten."""
+    model = Net()
+    apply_tract(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(101):
+        model(torch.randn(4, 3, 8, 8))
+        optimizer.step()
+    (message,) = told()
+    assert "stem has returned no preconditioned gradient (its weight has no gradient)" in message
+
+
+def test_a_model_on_the_meta_device_steps():
+    with torch.device("meta"):
+        model = Net()
+        apply_tract(model)
+        step(model)
 
 
 def test_a_watch_ends_with_its_model_even_if_no_optimizer_of_torch_steps():

@@ -167,7 +167,7 @@ def test_a_class_folder_that_is_only_empty_for_testing_is_learned(tmp_path, caps
 def test_images_that_two_splits_would_read_are_refused(tmp_path):
     for folder in ("train/bus", "train/train", "test/bus", "test/train"):
         write(tmp_path / folder, 2)
-    message = r"train/0\.png would be in the splits train and test. A folder is .*: rename that class folder"
+    message = r"train/0\.png would be read twice, for train and for test. A folder is .*: rename all others"
     with pytest.raises(SystemExit, match=message) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
@@ -190,7 +190,7 @@ def test_files_of_formats_that_are_not_read_are_said(pets, capsys):
     (pets / ".git" / "tags").mkdir()
     assert load(pets).names == ["cat", "dog"]
     said = capsys.readouterr().out
-    assert "3 files are not read, among them those of bird (.heic), cat (.AVIF). Convert other formats" in said
+    assert "3 files are not read, among them those of bird (.heic), cat (.AVIF). HEIC and AVIF must be" in said
     assert "no training image" not in said
 
 

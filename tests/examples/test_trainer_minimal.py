@@ -133,7 +133,7 @@ def test_images_that_two_splits_would_read_are_refused(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit):
         run(monkeypatch, "--dataset", tmp_path)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "train/0.png would be in two splits. A folder is a split if" in error
+    assert "train/0.png would be read twice. A folder is a split if" in error
 
 
 def test_pixels_of_a_new_model_are_standardised():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,8 +85,10 @@ def _array_files(path: Path) -> list[Path]:
     arrays = sorted(path.rglob("*.npy"))
     if not arrays:
         return []
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in OTHER_FILES:
+    # Hidden files are passed over.
+    everything = f"{glob.escape(str(path))}/**/*"
+    for file in sorted(glob.iglob(everything, recursive=True)):
+        if file.lower().endswith(OTHER_FILES):
             raise ValueError(f"it has both {arrays[0]} and {file}: name a folder or a file of one kind")
     return arrays
 

@@ -70,13 +70,10 @@ def attach(layer: nn.Module, config: TrActConfig, process_group: Any = None) -> 
 
 def attach_caller(module: nn.Module, layers: Sequence[nn.Module | str]) -> None:
     """Precondition the weight gradients of `layers` in the forward of `module`, which uses the weights directly."""
-    cls = original_class(type(module))
     # By name, since a replica of DataParallel's has replicas of them.
     names: dict[Any, str] = {child: name for name, child in module.named_modules()}
     module.__dict__[READ_LAYERS] = [names.get(layer, layer) for layer in layers]
-    namespace = {"__module__": cls.__module__, "forward": _caller_forward_of(cls)}
-    # The class keeps its name, since transformers writes the name of a model's class into its config.
-    swap_class(module, type(cls.__name__, (TrActCaller, cls), namespace))
+    swap_class(module, _caller_class(original_class(type(module))))
 
 
 def detach(module: nn.Module) -> None:
@@ -128,6 +125,14 @@ def _layer_class(cls: Any) -> type:
         namespace["forward"] = _any_forward_of(cls)
     _layer_classes[cls] = type(f"TrAct{cls.__name__}", (TrActLayer, cls), namespace)
     return _layer_classes[cls]
+
+
+@functools.cache
+def _caller_class(cls: Any) -> type:
+    """Return the TrAct class for callers of class `cls`."""
+    namespace = {"__module__": cls.__module__, "forward": _caller_forward_of(cls)}
+    # It keeps its name, since transformers writes the name of a model's class into its config.
+    return type(cls.__name__, (TrActCaller, cls), namespace)
 
 
 def _has_torchs_conv_forward(cls: Any) -> bool:

@@ -37,7 +37,8 @@ class FirstStepWatch:
         self._model = ref(model, lambda _: self.stop())
         self._layers = [(name, ref(layer), preconditioner_of(layer)) for name, layer in layers]
         # Of each optimizer: some loops have one for each parameter.
-        self._steps_elsewhere: Any = WeakIdKeyDictionary()
+        self._steps: Any = WeakIdKeyDictionary()
+        self._looked_elsewhere = False
         for watch in list(_watches):
             if watch._model() is model:
                 watch.stop()
@@ -80,13 +81,14 @@ class FirstStepWatch:
         if None in layers or not weights:
             # A layer was replaced, or an engine keeps the weight elsewhere: then any parameter of the model will do.
             weights = list(model.parameters())
-        # A step without gradients only makes the optimizer's state, as torch does before it loads one.
-        if updated_by(optimizer, weights) and has_gradients(model.parameters()):
-            self.look()
-            return
-        steps = self._steps_elsewhere.get(optimizer, 0) + 1
-        self._steps_elsewhere[optimizer] = steps
-        if steps == STEPS_ELSEWHERE:
+        steps = self._steps.get(optimizer, 0) + 1
+        self._steps[optimizer] = steps
+        if updated_by(optimizer, weights):
+            # A step without gradients only makes the optimizer's state, as torch does before it loads one.
+            if steps == STEPS_ELSEWHERE or has_gradients(model.parameters()):
+                self.look()
+        elif steps == STEPS_ELSEWHERE and not self._looked_elsewhere:
+            self._looked_elsewhere = True
             self._look_elsewhere()
 
     def _look_elsewhere(self) -> None:

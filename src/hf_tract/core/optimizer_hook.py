@@ -42,6 +42,8 @@ def has_gradients(parameters: Iterable[Tensor]) -> bool:
             continue
         # A DTensor's own `any` would be a collective.
         grad = getattr(parameter.grad, "_local_tensor", parameter.grad)
-        if grad.is_sparse or grad.any():
+        # Meta, fake and sparse tensors cannot be asked.
+        can_be_asked = type(grad) is Tensor and not grad.is_meta and not grad.is_sparse
+        if not can_be_asked or grad.any():
             return True
     return False

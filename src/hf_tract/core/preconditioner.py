@@ -47,9 +47,7 @@ class LayerPreconditioner:
             config: the settings; `layers` is ignored.
             process_group: the ranks that share C; None for the default group.
         """
-        self.key: int = _key_of_layer.get(layer, -1)
-        if self.key < 0:
-            self.key = _key_of_layer[layer] = next(_keys)
+        self.key: int = _key_of_layer.setdefault(layer, next(_keys))
         self.config = config
         self.process_group = process_group
         self.active = True
