@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval, p_text
-from benchmarks.paper.summary import corrected
+from benchmarks.paper.summary import corrected_by_name
 from benchmarks.spectra import ARMS, CHOSEN_RATE, EPOCHS, PLS, VANILLA, settings_of
 
 DIGITS = 3
@@ -45,8 +45,8 @@ def rows(runs: dict[str, list[RunRecord]]) -> list[list[str]]:
     base = errors(runs[VANILLA])
     changes = {arm: interval(errors(runs[arm]) - base) for arm in ARMS if arm != VANILLA}
     cells = {VANILLA: ["", ""]}
-    for (arm, change), p in zip(changes.items(), corrected(changes.values()), strict=True):
-        cells[arm] = [change.text("+", DIGITS), p_text(p)]
+    for arm, p in corrected_by_name(changes).items():
+        cells[arm] = [changes[arm].text("+", DIGITS), p_text(p)]
     made = []
     for arm in ARMS:
         seconds = f"{np.mean([record.seconds[-1] for record in runs[arm]]):.0f}"

@@ -88,9 +88,9 @@ def _lines_of(base: str, arms: Arms, shares: Sequence[int]) -> list[Horizons]:
     return lines
 
 
-def _faster_in_words(base: str, arms: Arms, arm: str, shares: Sequence[int]) -> str:
+def _faster_in_words(found: Estimate, base: str, arms: Arms, arm: str, shares: Sequence[int]) -> str:
     above_at_once = is_above_at_once(horizons_of(arms, arm, shares), horizons_of(arms, base, shares))
-    return in_words(faster_than(base, arms, arm, shares), above_at_once)
+    return in_words(found, above_at_once)
 
 
 def _arm_names(arms: Arms) -> list[str]:
@@ -113,7 +113,7 @@ def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
         estimates, cells = {}, []
         for data, arms in found.items():
             estimates[data] = faster_than(VANILLA, arms, arm, shares)
-            cells.append(_faster_in_words(VANILLA, arms, arm, shares))
+            cells.append(_faster_in_words(estimates[data], VANILLA, arms, arm, shares))
         said = UNDECIDED if mixed else sentence(arm, estimates)
         rank = "primary" if arm == PRIMARY_ARM else "secondary"
         yield _row(f"{arm} ({rank})", *cells, said)
@@ -168,8 +168,11 @@ def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]
         for arm in _arm_names(arms):
             if arm in (VANILLA, FIRST):
                 continue
-            over_vanilla = _faster_in_words(VANILLA, arms, arm, shares)
-            yield _row(model, arm, over_vanilla, _faster_in_words(FIRST, arms, arm, shares))
+            cells = []
+            for base in (VANILLA, FIRST):
+                found_here = faster_than(base, arms, arm, shares)
+                cells.append(_faster_in_words(found_here, base, arms, arm, shares))
+            yield _row(model, arm, *cells)
     mixed = list(_mixed_runs(found))
     verdict = "That all layers save time over the first alone is not shown: there is no such option."
     if mixed:

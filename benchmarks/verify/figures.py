@@ -24,7 +24,9 @@ IN_A_ROW = re.compile(f"{MEASURED.pattern}|{DECIMAL.pattern}", re.VERBOSE)
 ROW = re.compile(r"^\|.*$", re.MULTILINE)
 # What is no text for readers, or is code; the confidence of intervals; versions.
 HIDDEN = re.compile(
-    r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)|(?<![\d.])95\s%(?=\s(?:bootstrap\s)?(?:confidence|interval))|\b(?:torch|PyTorch)\s[\d.]+",
+    r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)\s]*\)"
+    r"|(?<![\d.])95\s%(?=\s(?:bootstrap\s)?(?:confidence|interval))"
+    r"|\b(?:torch|PyTorch)\s[\d.]+",
     re.DOTALL | re.MULTILINE,
 )
 TABLE = re.compile(r"^<!-- stored: (?P<name>\w+) -->\n(?P<rows>.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)

@@ -10,7 +10,7 @@ from benchmarks import overhead_results, spectra_results
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
-from benchmarks.paper.summary import corrected
+from benchmarks.paper.summary import corrected_by_name
 from benchmarks.verify.stored import (
     CROPS_ADAMW,
     CROPS_SGD,
@@ -129,10 +129,10 @@ def masked_table(folder: str) -> str:
     """Return the test loss of each arm of examples/quickstart.py, whose runs a folder of docs/results stores."""
     vanilla = Quickstart("vanilla", folder=folder)
     others = {arm: Quickstart(arm, folder=folder) for arm in ("TrAct", "TrAct, whitened start")}
-    probabilities = corrected(found.difference for found in others.values())
+    probabilities = corrected_by_name({arm: found.difference for arm, found in others.items()})
     rows = [["vanilla", str(len(vanilla.loss)), vanilla.end, "", ""]]
-    for (arm, found), p in zip(others.items(), probabilities, strict=True):
-        rows.append([arm, str(len(found.loss)), found.end, found.change, p_text(p)])
+    for arm, found in others.items():
+        rows.append([arm, str(len(found.loss)), found.end, found.change, p_text(probabilities[arm])])
     return markdown(["arm", "seeds", "test loss", "from vanilla", "p"], rows)
 
 
