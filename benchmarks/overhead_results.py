@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import CASES
-from benchmarks.common import bootstrap
+from benchmarks.common import bootstrap, markdown
 from benchmarks.common.bootstrap import FAIL, UNDECIDED, Estimate
 from benchmarks.common.records import RunRecord, read_records
 
@@ -216,7 +216,7 @@ def print_verdicts(results: Results, keys: Sequence[str]) -> int:
 
 def print_table(results: Results) -> None:
     """Print the table, in Markdown."""
-    print(_row(HEADS), _row(["---"] * len(HEADS)), sep="\n")
+    rows = []
     for key, result in results.items():
         cells = [key.replace(" | ", ", "), bootstrap.median(times(result, VANILLA)).text(1000, 1)]
         cells.extend(_ratio_cell(result, arm) for arm in ARMS[1:])
@@ -224,12 +224,8 @@ def print_table(results: Results) -> None:
         cells.extend(_cell(added(result, arm), 1000, 2) for arm in (OURS, THEIRS))
         cells.append(_cell(added_over_theirs(result), 1, 2))
         cells.extend(_mib_cell(result, arm) for arm in (OURS, THEIRS))
-        print(_row(cells))
-    print(NOTE)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    print(*markdown.table(HEADS, rows), NOTE, sep="\n")
 
 
 def _ratio_cell(result: Result, arm: str) -> str:

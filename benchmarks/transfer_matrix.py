@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.common import plots
+from benchmarks.common import markdown, plots
 from benchmarks.common.options import new_parser
 from benchmarks.common.processes import Work, run_all
 from benchmarks.common.records import RunRecord, add_record, command, key_of, read_records
@@ -156,19 +156,19 @@ def by_cell(records: list[RunRecord]) -> Top1:
 def table(records: list[RunRecord]) -> str:
     """Return the mean of each cell, what TrAct changes seed by seed, and what the pre-training reached."""
     top1 = by_cell(records)
-    lines = [f"| top-1, % | {' | '.join(CELLS)} |", "|---" * (1 + len(CELLS)) + "|"]
+    ends, differences = [], []
     for dataset, cells in top1.items():
         row = [dataset]
         for cell in CELLS:
             row.append(interval(cells[cell]).text())
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", f"| gain, points | {' | '.join(GAINS)} |", "|---|---|---|---|"]
-    for dataset, cells in top1.items():
+        ends.append(row)
         row = [dataset]
         for cell in GAINS.values():
             gains = cells[cell] - cells[CELLS[0]]
             row.append(interval(gains).text("+"))
-        lines.append(f"| {' | '.join(row)} |")
+        differences.append(row)
+    lines = [*markdown.table(["top-1, %", *CELLS], ends), ""]
+    lines += markdown.table(["gain, points", *GAINS], differences)
     lines += ["", "Mean ± the half width of its 95 % confidence interval (Student's t) over seeds of fine-tuning."]
     for record in records:
         if record.arm in ARMS:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord
 from benchmarks.common.statistics import Interval, p_text
@@ -106,7 +107,7 @@ def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
     mixed = list(_mixed_runs(found))
     yield from ("## E1: what may be said", "")
     yield from (ABOUT_TIME, "")
-    yield from _head("arm", *found, "so")
+    rows = []
     for arm in _arm_names(next(iter(found.values()))):
         if arm in (VANILLA, AT_GOALS_RATE):
             continue
@@ -116,8 +117,8 @@ def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
             cells.append(_faster_in_words(estimates[data], VANILLA, arms, arm, shares))
         said = UNDECIDED if mixed else sentence(arm, estimates)
         rank = "primary" if arm == PRIMARY_ARM else "secondary"
-        yield _row(f"{arm} ({rank})", *cells, said)
-    yield from ("", *mixed)
+        rows.append([f"{arm} ({rank})", *cells, said])
+    yield from (*markdown.table(["arm", *found, "so"], rows), "", *mixed)
 
 
 class OptimizerGain(NamedTuple):
@@ -145,12 +146,13 @@ def with_optimizers(found: Mapping[str, Arms]) -> Iterator[str]:
     """Yield what E3 decides."""
     yield from ("## E3: what may be said", "")
     primary = ""
-    yield from _head("arm", "under", "points above vanilla", "p, over the optimizers")
+    rows = []
     for arm in ("TrAct", "matched start, TrAct"):
         for each in optimizer_gains(found, arm):
-            yield _row(arm, each.optimizer, each.gain.text("+"), p_text(each.p))
+            rows.append([arm, each.optimizer, each.gain.text("+"), p_text(each.p)])
             if (arm, each.optimizer) == ("TrAct", PRIMARY_OPTIMIZER):
                 primary = ADDS if each.adds else NOT_SHOWN
+    yield from markdown.table(["arm", "under", "points above vanilla", "p, over the optimizers"], rows)
     yield from ("", f"**Primary.** {primary}", "")
 
 
@@ -163,16 +165,18 @@ def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]
     """Yield what E4 decides, by the ViT alone where it says no."""
     yield from ("## E4: what may be said", "")
     yield from ("Seconds to what vanilla, and what the first layer alone, reaches in its longest run.", "")
-    yield from _head("model", "layers", "times faster than vanilla", "than the first layer alone")
+    rows = []
     for model, arms in found.items():
         for arm in _arm_names(arms):
             if arm in (VANILLA, FIRST):
                 continue
-            cells = []
+            row = [model, arm]
             for base in (VANILLA, FIRST):
                 found_here = faster_than(base, arms, arm, shares)
-                cells.append(_faster_in_words(found_here, base, arms, arm, shares))
-            yield _row(model, arm, *cells)
+                row.append(_faster_in_words(found_here, base, arms, arm, shares))
+            rows.append(row)
+    head = ["model", "layers", "times faster than vanilla", "than the first layer alone"]
+    yield from markdown.table(head, rows)
     mixed = list(_mixed_runs(found))
     verdict = "That all layers save time over the first alone is not shown: there is no such option."
     if mixed:
@@ -202,11 +206,3 @@ def _origin_of(run: RunRecord) -> dict[str, str]:
         "versions": json.dumps(run.versions, sort_keys=True),
         "copies of the data": run.data,
     }
-
-
-def _head(*names: str) -> tuple[str, str]:
-    return _row(*names), "|---" * len(names) + "|"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

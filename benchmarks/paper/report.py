@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import markdown
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.paper import conclusions, plots
@@ -130,12 +131,13 @@ def _choice(name: str, experiment: Experiment, choices: list[Choice], settings: 
         chosen[choice.cell] = "yes"
         if choice.at_edge:
             chosen[choice.cell] += ", at the edge of the grid"
-    lines += ["| cell | seeds | top-1 on the validation rows | chosen |", "|---|---|---|---|"]
+    rows = []
     tried_twice: Counter[str] = Counter()
     for arms in settings.values():
         for cell, arm in arms.items():
-            lines.append(f"| {cell} | {len(arm.runs)} | {arm.final.mean():.1f} | {chosen.get(cell, '')} |")
+            rows.append([cell, str(len(arm.runs)), f"{arm.final.mean():.1f}", chosen.get(cell, "")])
             tried_twice[arm_of(cell)] += len(arm.runs) > 1
+    lines += markdown.table(["cell", "seeds", "top-1 on the validation rows", "chosen"], rows)
     if max(tried_twice.values()) > experiment.finalists:
         lines += ["", GRID_GREW]
     return [*lines, ""]
@@ -185,14 +187,13 @@ def _table(arms: Arms, reference: str, times: Sequence[str]) -> list[str]:
         names += [f"from {reference}", "p"]
         gains.append(_gains(arms, arms[reference]))
     names += times
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     for name, arm in arms.items():
         row = [name, str(arm.curves.shape[1]), str(len(arm.runs)), interval(arm.final).text()]
         for cells in gains:
             row += cells.get(name, ["", ""])
-        row += _times(arm, base, times)
-        lines.append(f"| {' | '.join(row)} |")
-    return lines
+        rows.append([*row, *_times(arm, base, times)])
+    return markdown.table(names, rows)
 
 
 def _gains(arms: Arms, base: Arm) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate, estimate
 from benchmarks.common.statistics import Interval, interval, p_text
 from benchmarks.paper.summary import Arm, Arms, corrected, gain
@@ -65,21 +66,21 @@ class StepSize(NamedTuple):
 
 def challengers(arms: Arms) -> list[str]:
     """Return as Markdown what grafting and the eigenvectors' coordinates gain over what the library has."""
-    lines = ["| arm | from TrAct | p | from matched start, TrAct | p |", "|---" * 5 + "|"]
-    cells: dict[str, list[str]] = {name: [] for name in CHALLENGERS}
+    rows = {name: [name] for name in CHALLENGERS}
     ahead = dict.fromkeys(CHALLENGERS, 0)
     for incumbent in INCUMBENTS:
         gains = [gain(arms[name], arms[incumbent]) for name in CHALLENGERS]
         for name, found, p in zip(CHALLENGERS, gains, corrected(gains), strict=True):
-            cells[name] += [found.text("+"), p_text(p)]
+            rows[name] += [found.text("+"), p_text(p)]
             ahead[name] += found.mean > 0 and p < LEVEL
-    for name, row in cells.items():
-        lines.append(f"| {name} | {' | '.join(row)} |")
     winners = [name for name, count in ahead.items() if count == len(INCUMBENTS)]
     verdict = "None of them becomes an option."
     if winners:
         verdict = f"To be run on the flowers too: {', '.join(winners)}."
-    return [*lines, "", verdict, ""]
+    head = ["arm"]
+    for incumbent in INCUMBENTS:
+        head += [f"from {incumbent}", "p"]
+    return [*markdown.table(head, rows.values()), "", verdict, ""]
 
 
 def step_size(arms: Arms) -> StepSize:

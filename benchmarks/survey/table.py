@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from benchmarks.common import markdown
 from benchmarks.common.records import Row, add_row, read_rows
 from benchmarks.survey.families import FAMILIES
 from benchmarks.survey.look import BATCH, WORKS, look_in_worker
@@ -46,14 +47,13 @@ def table(found: list[Row]) -> str:
         statuses = [row["status"] for row in part]
         family = FAMILY_HEADS.get(library, "library")
         lines.append(f"\n## {library}: {statuses.count(WORKS)} of {len(part)} work\n")
-        lines.append(f"| {family} | model | first layer | operation | n | share | status |")
-        lines.append("|---|---|---|---|---|---|---|")
-        lines += map(line, part)
+        heads = [family, "model", "first layer", "operation", "n", "share", "status"]
+        lines += markdown.table(heads, map(cells_of, part))
     return "\n".join(lines) + "\n"
 
 
-def line(row: Row) -> str:
-    """Return a model's line of the table."""
+def cells_of(row: Row) -> list[str]:
+    """Return a model's row of the table."""
     cells = []
     for key in ("name", "operation", "n"):
         values: dict[str, None] = {}
@@ -65,7 +65,7 @@ def line(row: Row) -> str:
         share = f"{100 * row['share']:.2g} %"
     remarks = filter(None, (row["status"], row["remark"]))
     status = "; ".join(remarks).replace("|", "\\|")
-    return f"| {row['family']} | {row['name']} | {' | '.join(cells)} | {share} | {status} |"
+    return [row["family"], row["name"], *cells, share, status]
 
 
 def versions() -> dict[str, str]:

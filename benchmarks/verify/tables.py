@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks import overhead_results, spectra_results
+from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
@@ -50,7 +51,7 @@ def step_table(file: str) -> str:
                 times(result, THEIRS),
             ]
         )
-    return markdown(head, rows)
+    return _table(head, rows)
 
 
 def layer_table(file: str) -> str:
@@ -75,7 +76,7 @@ def layer_table(file: str) -> str:
                 _peak(result, THEIRS),
             ]
         )
-    return markdown(head, rows)
+    return _table(head, rows)
 
 
 def arm_table(experiment: str, setting: str = "", reference: str = "") -> str:
@@ -91,7 +92,7 @@ def arm_table(experiment: str, setting: str = "", reference: str = "") -> str:
         for base in bases:
             gains.append("" if name in (first, base) else pair(experiment, name, base, setting).gain)
         rows.append([name, str(len(arm.runs)), interval(arm.final).text(), *gains])
-    return markdown(["arm", "seeds", "top-1, %", *(f"from {base}, points" for base in bases)], rows)
+    return _table(["arm", "seeds", "top-1, %", *(f"from {base}, points" for base in bases)], rows)
 
 
 def milliseconds(estimate: Estimate | None) -> str:
@@ -110,19 +111,18 @@ def _peak(result: Result, arm: str) -> str:
     return "" if added is None else f"{added / 2**20:+z.1f} MiB"
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Return the lines of a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table as the text between its marks."""
+    return "\n".join([*markdown.table(head, rows), ""])
 
 
 def spectra_table(part: str) -> str:
     """Return vanilla's error at each rate on the validation blocks, or every arm's on the test blocks."""
     runs = spectra_results.read(RESULTS / "spectra.jsonl", part)
     if part == "test":
-        return markdown(spectra_results.HEAD, spectra_results.rows(runs))
+        return _table(spectra_results.HEAD, spectra_results.rows(runs))
     rates = [f"{rate:g}" for rate in spectra_results.rates_of(runs)]
-    return markdown(["learning rate", *rates], spectra_results.rate_rows(runs))
+    return _table(["learning rate", *rates], spectra_results.rate_rows(runs))
 
 
 def masked_table(folder: str) -> str:
@@ -133,7 +133,7 @@ def masked_table(folder: str) -> str:
     rows = [["vanilla", str(len(vanilla.loss)), vanilla.end, "", ""]]
     for arm, found in others.items():
         rows.append([arm, str(len(found.loss)), found.end, found.change, p_text(probabilities[arm])])
-    return markdown(["arm", "seeds", "test loss", "from vanilla", "p"], rows)
+    return _table(["arm", "seeds", "test loss", "from vanilla", "p"], rows)
 
 
 def lam_table() -> str:
@@ -143,7 +143,7 @@ def lam_table() -> str:
     gains = []
     for lam, experiment in experiments.items():
         gains.append(pair(experiment, f"TrAct {lam}").gain)
-    return markdown(["lam", *experiments], [["above vanilla", *gains]])
+    return _table(["lam", *experiments], [["above vanilla", *gains]])
 
 
 def rate_table() -> str:
@@ -157,7 +157,7 @@ def rate_table() -> str:
             seeds = len(arms("beyond_rates", setting)[arm].runs)
             cells.append(f"{final_interval('beyond_rates', arm, setting)} ({seeds})")
         rows.append(cells)
-    return markdown(["top-1, %", *settings], rows)
+    return _table(["top-1, %", *settings], rows)
 
 
 def range_table() -> str:
@@ -166,7 +166,7 @@ def range_table() -> str:
     rows = []
     for arm in arms("beyond_range", settings[0]):
         rows.append([arm, *(final("beyond_range", arm, setting) for setting in settings)])
-    return markdown(["top-1, %", *settings], rows)
+    return _table(["top-1, %", *settings], rows)
 
 
 def start_table() -> str:
@@ -186,7 +186,7 @@ def start_table() -> str:
     above = pair(STEP_SIZE, PLANNED_START)
     rows.append(_start_row("CIFAR-10, ViT, Adam 0.002, by a plan", above, pair(STEP_SIZE, PLANNED_START, "TrAct")))
     head = ["a whitened start with TrAct", "above vanilla", "seeds", "above TrAct alone", "seeds"]
-    return markdown(head, rows)
+    return _table(head, rows)
 
 
 def _start_row(title: str, above: Pair, alone: Pair) -> list[str]:
