@@ -49,7 +49,7 @@ import matplotlib as mpl
 import numpy as np
 import sklearn.datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -509,8 +509,11 @@ def describe_run() -> Record:
     for name in ("hf-tract", "torch", "transformers", "accelerate", "datasets"):
         versions[name] = version(name)
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
+    device = PartialState().device  # the one that the run has used
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    elif device.type != "cpu":
+        hardware = f"{platform.machine()}, {device.type}"
     return {"command": command, "versions": versions, "hardware": hardware}
 
 

@@ -244,7 +244,10 @@ def parse_arguments() -> tuple[Recipe, Run]:
     if file:
         arguments = [*recipe_arguments(file), *arguments]
     parser = HfArgumentParser([Recipe, Run], usage=usage, allow_abbrev=False)  # type: ignore[list-item]
-    parser.set_defaults(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    steps = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
+    parser.set_defaults(
+        mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), gradient_accumulation_steps=steps
+    )
     recipe, run, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         parser.error(f"there is no option {unknown[0]}")
@@ -610,7 +613,7 @@ def number_of_checkpoint(folder: Path) -> int:
 def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
     """Make what runs the model on all devices and processes."""
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             # torchrun's processes on a CPU do not find each other without this.
             cpu=run.cpu or not torch.accelerator.is_available(),
             mixed_precision=recipe.mixed_precision,
@@ -622,6 +625,11 @@ def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         stop(f"--mixed_precision {recipe.mixed_precision} or --report_to {run.report_to}: {one_line(error)}")
+    steps = accelerator.gradient_accumulation_steps
+    if steps != recipe.gradient_accumulation_steps:
+        given = f"--gradient_accumulation_steps {recipe.gradient_accumulation_steps}"
+        stop(f"{given}: accelerate's launcher was told {steps}. Tell both the same, or only one of them.")
+    return accelerator
 
 
 def make_named_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -1266,9 +1274,13 @@ def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions
     """Return the rows with the positions of their labels among `names`."""
     if not is_labelled(rows):
         stop(f"--eval_split {options.eval_split}: {options.dataset} has rows without a label there.")
-    if isinstance(rows.features["label"], datasets.ClassLabel):
+    feature = rows.features["label"]
+    has_numbers = isinstance(feature, datasets.ClassLabel)
+    if has_numbers and feature.names == names:
         return rows
     words = [str(label) for label in rows["label"]]
+    if has_numbers:  # Those of another list of names.
+        words = feature.int2str(list(map(int, words)))
     unknown = sorted(set(words) - set(names))
     if unknown:
         stop(f"--dataset {options.dataset}: no training image has the labels {unknown[:5]}, which are tested.")

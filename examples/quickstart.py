@@ -57,6 +57,7 @@ import numpy as np
 import skimage.data
 import sklearn.datasets
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
@@ -661,8 +662,11 @@ def describe_run() -> Record:
     for name in ("hf-tract", "torch", "transformers", "accelerate", "datasets"):
         versions[name] = version(name)
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
+    device = PartialState().device  # the one that the run has used
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    elif device.type != "cpu":
+        hardware = f"{platform.machine()}, {device.type}"
     return {"command": command, "versions": versions, "hardware": hardware}
 
 
@@ -1109,9 +1113,13 @@ def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions
     """Return the rows with the positions of their labels among `names`."""
     if not is_labelled(rows):
         stop(f"--eval_split {options.eval_split}: {options.dataset} has rows without a label there.")
-    if isinstance(rows.features["label"], datasets.ClassLabel):
+    feature = rows.features["label"]
+    has_numbers = isinstance(feature, datasets.ClassLabel)
+    if has_numbers and feature.names == names:
         return rows
     words = [str(label) for label in rows["label"]]
+    if has_numbers:  # Those of another list of names.
+        words = feature.int2str(list(map(int, words)))
     unknown = sorted(set(words) - set(names))
     if unknown:
         stop(f"--dataset {options.dataset}: no training image has the labels {unknown[:5]}, which are tested.")

@@ -70,7 +70,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_tract import TrActCallback, TrActError, find_first_layers
 from hf_tract.integrations import use_model_card
@@ -378,13 +377,12 @@ def check_runs(args: Arguments, training: TrainingArguments) -> None:
 
 
 def find_last_checkpoint(folder: Path) -> str:
-    """Return Trainer's last checkpoint in a folder."""
-    last: str | None = None
-    if folder.is_dir():
-        last = get_last_checkpoint(str(folder))
-    if last is None:
+    """Return the last checkpoint in a folder that Trainer has finished."""
+    # What Trainer writes last: without it, saving was cut off.
+    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    if not complete:
         stop(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}.")
-    return last
+    return str(max(complete, key=lambda path: int(path.name.partition("-")[2])))
 
 
 # Models
@@ -398,9 +396,12 @@ def describe_head(checkpoint: str, names: list[str]) -> str:
         stop(f"--checkpoint {checkpoint} is no folder and no model that the Hub gives: {one_line(error)}")
     if config.num_labels != len(names):
         return f"The head is new: {checkpoint} knows {config.num_labels} classes, the data set has {len(names)}."
-    if sorted(config.id2label.values()) == sorted(names):
+    saved = " ".join(config.architectures or ())  # the model's class; for timm's, the model's name
+    if saved and config.model_type != "timm_wrapper" and "ForImageClassification" not in saved:
+        return f"The head is new: {checkpoint} has none for images."
+    if list(config.id2label.values()) == names:
         return f"The head is kept: {len(names)} classes."
-    return f"The head is kept: {len(names)} classes, though they have other names."
+    return f"The head is kept, though its {len(names)} classes have other names or another order: it learns them anew."
 
 
 def load_processor(checkpoint: str) -> Any:
@@ -712,9 +713,13 @@ def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions
     """Return the rows with the positions of their labels among `names`."""
     if not is_labelled(rows):
         stop(f"--eval_split {options.eval_split}: {options.dataset} has rows without a label there.")
-    if isinstance(rows.features["label"], datasets.ClassLabel):
+    feature = rows.features["label"]
+    has_numbers = isinstance(feature, datasets.ClassLabel)
+    if has_numbers and feature.names == names:
         return rows
     words = [str(label) for label in rows["label"]]
+    if has_numbers:  # Those of another list of names.
+        words = feature.int2str(list(map(int, words)))
     unknown = sorted(set(words) - set(names))
     if unknown:
         stop(f"--dataset {options.dataset}: no training image has the labels {unknown[:5]}, which are tested.")

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,22 @@ def test_timm_says_which_it_is(name):
     first = model.pretrained_cfg["first_conv"]
     assert names(model) == ([first] if isinstance(first, str) else list(first))
     assert {layer.source for layer in find_first_layers(model)} == {"timm's first_conv"}
+
+
+def test_a_timm_model_whose_stem_was_exchanged_is_searched():
+    """Its config still names a layer that is there, behind those of the new stem."""
+    model = timm.create_model("test_vit", img_size=32, patch_size=8)
+    width = model.embed_dim
+    model.patch_embed = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 8, 4, 4), proj=nn.Conv2d(8, width, 2, 2)))
+    model.patch_embed.append(nn.Flatten(2)).append(Transposed())
+    assert names(model) == ["patch_embed.stem"]
+
+
+class Transposed(nn.Module):
+    """(batch, channels, patches) to (batch, patches, channels)."""
+
+    def forward(self, maps):
+        return maps.transpose(1, 2)
 
 
 def test_an_example_batch_is_tried_though_timm_names_the_layer():

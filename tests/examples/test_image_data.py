@@ -79,14 +79,18 @@ def test_words_in_a_metadata_file_are_classes(tmp_path, kind):
     assert sorted(data.train["label"]) == [0, 0, 1, 1]
 
 
+def grey_images(labels, feature=None, column: str = "label"):
+    """Rows with these labels."""
+    features = datasets.Features({"picture": datasets.Image(), column: feature or datasets.Value("string")})
+    columns = {"picture": [Image.new("L", (4, 4))] * len(labels), column: labels}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
 def write_parquet(folder, column: str = "label", feature=None, **splits):
     """Writes a data set whose images are grey, with these labels in each split."""
     folder.mkdir()
-    features = datasets.Features({"picture": datasets.Image(), column: feature or datasets.Value("string")})
     for split, labels in splits.items():
-        columns = {"picture": [Image.new("L", (4, 4))] * len(labels), column: labels}
-        rows = datasets.Dataset.from_dict(columns, features=features)
-        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        grey_images(labels, feature, column).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return folder
 
 
@@ -140,6 +144,23 @@ def test_words_to_test_on_that_training_does_not_have_are_refused(tmp_path):
     folder = write_parquet(tmp_path / "data", train=["a", "b"], test=["c"])
     with pytest.raises(SystemExit, match=r"no training image has the labels \['c'\]"):
         load(folder)
+
+
+def test_each_split_s_numbers_are_read_by_its_own_names(tmp_path):
+    """As of `class_encode_column`, which numbers the labels of each split by itself."""
+    splits = datasets.DatasetDict(
+        {
+            "train": grey_images([0, 1, 2], datasets.ClassLabel(names=["ant", "bee", "cat"])),
+            "test": grey_images([0, 1, 0], datasets.ClassLabel(names=["bee", "cat"])),
+        }
+    )
+    splits.save_to_disk(tmp_path / "some")
+    data = load(tmp_path / "some")
+    assert [data.names[number] for number in data.test["label"]] == ["bee", "cat", "bee"]
+    splits["test"] = grey_images([0, 1], datasets.ClassLabel(names=["bee", "dog"]))
+    splits.save_to_disk(tmp_path / "others")
+    with pytest.raises(SystemExit, match=r"no training image has the labels \['dog'\]"):
+        load(tmp_path / "others")
 
 
 def test_an_empty_class_folder_is_said(pets, capsys):

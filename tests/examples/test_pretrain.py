@@ -285,6 +285,18 @@ def test_the_precision_that_accelerate_launch_is_told_is_used_and_recorded(tmp_p
         run(monkeypatch, tmp_path, "--epochs", "1", "--mixed_precision", "no", "--resume_from_checkpoint", "latest")
 
 
+def test_the_micro_steps_that_accelerate_launch_is_told_are_used(tmp_path, monkeypatch):
+    options = ["--epochs", "1", "--train_samples", "48", "--batch_size", "12"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")  # which it sets for DeepSpeed
+    launched = run(monkeypatch, tmp_path / "launched", *options)
+    with pytest.raises(SystemExit, match=r"^--gradient_accumulation_steps 4: accelerate's launcher was told 2"):
+        run(monkeypatch, tmp_path / "both", *options, "--gradient_accumulation_steps", "4")
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    asked = run(monkeypatch, tmp_path / "asked", *options, "--gradient_accumulation_steps", "2")
+    assert history(launched)[-1]["step"] == history(asked)[-1]["step"] == 2
+    assert torch.equal(weights(launched), weights(asked))
+
+
 def test_an_epoch_s_last_step_is_the_mean_over_its_own_micro_steps(tmp_path, monkeypatch):
     """Of 3 micro-steps in place of 4, or of one whole batch, with TrAct's second moment."""
     options = ["--optimizer", "sgd", "--learning_rate", "1", "--epochs", "1", "--train_samples", "48"]

@@ -295,8 +295,24 @@ def test_a_hub_that_refuses_the_repository_is_told_in_one_line(checkpoint, tmp_p
 def test_a_head_for_the_same_classes_stays(checkpoint):
     names = ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert transfer.describe_head(str(checkpoint), names) == "The head is kept: 3 classes."
-    kept = "The head is kept: 3 classes, though they have other names."
-    assert transfer.describe_head(str(checkpoint), ["a", "b", "c"]) == kept
+    kept = "The head is kept, though its 3 classes have other names or another order: it learns them anew."
+    for others in (["a", "b", "c"], names[::-1]):
+        assert transfer.describe_head(str(checkpoint), others) == kept
+
+
+def test_a_checkpoint_without_a_head_gets_one(tmp_path):
+    """Of two classes, as many as transformers notes for it."""
+    ViTConfig(architectures=["ViTModel"]).save_pretrained(tmp_path)
+    told = transfer.describe_head(str(tmp_path), ["a", "b"])
+    assert told == f"The head is new: {tmp_path} has none for images."
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    for number in (9, 10, 11):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    for number in (9, 10):
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").touch()
+    assert transfer.find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_images_are_decoded_once_and_drawn_anew_in_each_epoch(monkeypatch):

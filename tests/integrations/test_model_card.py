@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_eval_result, metadata_load
 from PIL import Image
@@ -274,8 +275,22 @@ def test_a_path_below_the_working_folder_is_told_from_there(tmp_path, monkeypatc
     assert provenance.command(["train.py", str(tmp_path / "out" / "a")]) == "python train.py out/a"
 
 
+def test_several_processes_are_started_by_a_launcher(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert provenance.command(["train.py", "--lam", "1"]) == "accelerate launch --num_processes 2 train.py --lam 1"
+
+
+def test_the_device_that_accelerate_uses_is_the_hardware(monkeypatch):
+    """As of a run on the CPU of a machine with a GPU."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    PartialState(cpu=True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert provenance.hardware().endswith((" thread", " threads"))
+
+
 def test_another_accelerator_is_named_as_the_hardware(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert provenance.hardware().endswith(", mps")

@@ -120,7 +120,7 @@ def _is_lazy(module: nn.Module) -> bool:
 def _by_timm(model: nn.Module) -> list[FirstLayer]:
     """Return the first layers that the config of a timm model names; none for another model.
 
-    A timm model inside of another is not considered, since the pixels may reach other layers before it.
+    None either where other layers stand before them, as in a model that was changed, or that holds one of timm.
     """
     traits = getattr(model, "pretrained_cfg", None)
     if not isinstance(traits, Mapping) or not traits.get("first_conv"):
@@ -129,7 +129,7 @@ def _by_timm(model: nn.Module) -> list[FirstLayer]:
     if isinstance(names, str):
         names = [names]
     layers = layers_by_name(model)
-    if not layers.keys() >= set(names):
+    if set(names) != set(list(layers)[: len(names)]):
         return []
     return [FirstLayer(name, layers[name], BY_TIMM) for name in names]
 

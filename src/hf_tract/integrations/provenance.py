@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets", "timm")
 # What a notebook's kernel has in place of a script.
@@ -22,6 +23,8 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 def command(arguments: Sequence[str] | None = None) -> str:
     """Return the running command, without access tokens and without the folders of this machine.
+
+    Several processes are started by accelerate's launcher, whatever has started these.
 
     Args:
         arguments: the script and its arguments, by default those of this process.
@@ -34,6 +37,9 @@ def command(arguments: Sequence[str] | None = None) -> str:
     if Path(arguments[0]).name in NOTEBOOKS:
         return "# in a notebook"
     words = ["python"]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        words = ["accelerate", "launch", "--num_processes", processes]
     option = ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -60,12 +66,16 @@ def _without_folder(argument: str) -> str:
 
 
 def hardware() -> str:
-    """Return the name of the device that torch computes on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        return f"{_cpu()}, {accelerator}"
+    """Return the name of the device that torch computes on; the one that accelerate uses where it has begun."""
+    device = torch.device("cpu")
+    if PartialState._shared_state:
+        device = PartialState().device
+    elif torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{_cpu()}, {device.type}"
     threads = torch.get_num_threads()
     unit = "thread" if threads == 1 else "threads"
     return f"{_cpu()}, {os.cpu_count()} cores, {threads} {unit}"
