@@ -25,9 +25,10 @@ from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_firs
 logger = logging.getLogger(__name__)
 
 UNUSED_PARAMETERS = (
-    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first "
-    "layer's backward equally often, since they add up their second moments there; where one may skip the layer, use "
-    "`scope='local'`."
+    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. "
+    "Every rank must run the first layer's backward equally often, "
+    "since they add up their second moments there, and what only some ranks use "
+    "must not run before the layer. Where that may be otherwise, use `scope='local'`."
 )
 
 

@@ -62,6 +62,28 @@ def test_a_symbolic_trace_keeps_the_layer_whole(model):
     assert_close(model[0].weight.grad, expected(plain[0].weight.grad, part, plain[0], 0.1), 1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_several_backwards_at_once_give_ordinary_gradients_and_say_so(how, precision, caplog):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.Linear(16, 2))
+    model = copy.deepcopy(plain)
+    handle = apply_tract(model)
+    x, found = torch.randn(5, 3, 8, 8), []
+    for net in (plain, model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            losses = net(x).float().square().mean(0)
+        weights = list(net.parameters())
+        if how == "vmap":
+            rows = torch.vmap(lambda v, losses=losses, weights=weights: torch.autograd.grad(losses, weights, v))
+            found.append(rows(torch.eye(2)))
+        else:
+            found.append(torch.autograd.grad(losses, weights, torch.eye(2), is_grads_batched=True))
+    for got, wanted in zip(*found, strict=True):
+        assert_close(got, wanted, 1e-2 if precision == "bfloat16" else 1e-6)
+    assert handle.stats() == {}
+    assert "in several backwards at once" in caplog.text
+
+
 @pytest.mark.parametrize("what", ["torch.func", "forward mode"])
 def test_transforms_have_the_ordinary_gradient_and_say_so_once(model, what, caplog):
     _warned.clear()

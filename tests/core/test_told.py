@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.models import Airbench, Gated, small_vit, trainer
 from helpers.oracle import assert_close, expected
-from hf_tract import TrActCallback, apply_tract, remove_tract
+from hf_tract import TrActCallback, apply_tract, remove_tract, whiten_first_layer
 from hf_tract.core import attach, first_step, forward
 
 
@@ -230,6 +230,53 @@ def test_a_weight_that_its_parent_reads_is_preconditioned_there(layers, told):
     handle.remove()
     assert type(model) is Airbench
     assert sorted(vars(model)) == sorted(vars(plain))
+    assert told() == []
+
+
+class ReplacedLinear(torch.autograd.Function):
+    """What DeepSpeed's ZeRO-3 puts in the place of `F.linear`, for the whole process."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias=None):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t() + (0 if bias is None else bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x, grad.sum(0)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(48, 4)
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.stem.weight, self.stem.bias)
+
+
+@pytest.mark.parametrize("how", ["a layer", "own forward", "parent reads"])
+def test_where_a_library_replaces_linear_the_layer_is_found_and_preconditioned(how, monkeypatch, told):
+    plain = Reads() if how == "parent reads" else nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    if how == "own forward":
+        plain[1] = Scaled(48, 4)
+    model, x = copy.deepcopy(plain), torch.randn(6, 3, 4, 4)
+    monkeypatch.setattr(F, "linear", ReplacedLinear.apply)
+    whiten_first_layer(copy.deepcopy(model), x)
+    handle = apply_tract(model)
+    for net in (plain, model):
+        net(x).square().sum().backward()
+    (layer,) = handle.layers
+    ordinary = plain.get_submodule(layer.name)
+    wanted = expected(ordinary.weight.grad, x.flatten(1), ordinary, 0.1)
+    assert_close(layer.module.weight.grad, wanted, 1e-5)
+    assert F.linear == ReplacedLinear.apply
     assert told() == []
 
 

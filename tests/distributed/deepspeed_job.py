@@ -11,7 +11,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 import deepspeed
 import deepspeed.comm.torch
 
-from helpers.ranks import COLUMNS, STEPS, Net, images, loss_sum
+from helpers.ranks import COLUMNS, STEPS, Net, images, linear_net, loss_sum
 from hf_tract import apply_tract, whiten_first_layer
 
 deepspeed.comm.torch.build_shm_op = lambda: None  # else it compiles an operator that only inference uses
@@ -47,6 +47,17 @@ def whitened(rank: int, stage: int) -> list[torch.Tensor]:
     engine.backward(loss_sum(engine, mine) / 6)
     engine.step()
     return [start, weights_of(model, stage)]
+
+
+def train_linear(rank: int, stage: int) -> torch.Tensor:
+    """Under ZeRO-3 DeepSpeed replaces `F.linear`."""
+    model = linear_net()
+    apply_tract(model, lam=0.1)
+    engine = engine_of(model, stage)
+    mine = images(0, 12).float().chunk(2)[rank]
+    engine.backward(loss_sum(engine, mine) / 6)
+    engine.step()
+    return weights_of(model, stage)
 
 
 def train(rank: int, stage: int, when: str, micros: int) -> tuple[torch.Tensor, int]:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from helpers.oracle import assert_close
-from helpers.ranks import STEPS, Net, flat, images, loss_sum, on_two_ranks, one_process
-from hf_tract import whiten_first_layer
+from helpers.ranks import STEPS, Net, flat, images, linear_net, loss_sum, on_two_ranks, one_process
+from hf_tract import apply_tract, whiten_first_layer
 
 STAGES = {f"ZeRO-{stage}": stage for stage in (1, 2, 3)}
+LINEAR = {f"{name}, linear": stage for name, stage in STAGES.items() if stage > 1}
 SCENARIOS = {
     f"{name}, {when}, {micros} micro-steps": (stage, when, micros)
     for name, stage in STAGES.items()
@@ -23,6 +24,8 @@ def job(rank: int, name: str) -> Any:
     import deepspeed_job
 
     warnings.simplefilter("ignore")
+    if name in LINEAR:
+        return deepspeed_job.train_linear(rank, LINEAR[name])
     if name in STAGES:
         return deepspeed_job.whitened(rank, STAGES[name])
     return deepspeed_job.train(rank, *SCENARIOS[name])
@@ -30,7 +33,7 @@ def job(rank: int, name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("deepspeed"), job, [*SCENARIOS, *STAGES])[0]
+    return on_two_ranks(tmp_path_factory.mktemp("deepspeed"), job, [*SCENARIOS, *STAGES, *LINEAR])[0]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -38,6 +41,15 @@ def test_equals_one_process_with_one_collective_for_each_backward(results, name)
     (weights, collectives), (_, _, micros) = results[name], SCENARIOS[name]
     assert_close(weights, one_process(12), 1e-5)
     assert collectives == STEPS * micros
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_first_layer_equals_one_process(results, name):
+    model = linear_net()
+    apply_tract(model, lam=0.1)
+    (loss_sum(model, images(0, 12).float()) / 12).backward()
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    assert_close(results[name], flat(model), 1e-5)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -38,6 +38,11 @@ class Net(nn.Module):
         return self.head(self.embed(x))
 
 
+def linear_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.GELU(), nn.Linear(6, 4))
+
+
 def images(step: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     scale = torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float64)

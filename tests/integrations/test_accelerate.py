@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import DataLoader
 
-from helpers.models import Images, small_vit, stem_of, weights
+from helpers.models import Airbench, Images, small_vit, stem_of, weights
 from helpers.oracle import assert_close, expected, says
 from hf_tract import TrActError, TrActHook, apply_tract
 from hf_tract.core.attach import TrActLayer
@@ -139,6 +139,30 @@ def test_a_linear_layer_under_a_wrapped_forward_is_refused_by_name(accelerator_o
     ):
         apply_tract(layer)
     assert type(layer) is nn.Linear
+
+
+def test_a_model_that_reads_the_weight_itself_is_preconditioned_under_mixed_precision(accelerator_of):
+    """prepare sets a forward on the model, which has captured that of its class."""
+    x, wanted = torch.randn(4, 3, 8, 8), []
+    for when in ("before", "after", "after"):
+        accelerator, model = accelerator_of(mixed_precision="bf16"), Airbench()
+        handle = apply_tract(model) if when == "before" else None
+        prepared = accelerator.prepare(model)
+        if handle is None:
+            forward = vars(model)["forward"]
+            apply_tract(model)
+            handle = apply_tract(model)
+        prepared(x).square().sum().backward()
+        wanted.append(model.whiten.weight.grad)
+        assert handle.stats()
+        copied = copy.deepcopy(model)
+        copied.zero_grad()
+        copied(x).square().sum().backward()
+        assert_close(copied.whiten.weight.grad, model.whiten.weight.grad, 1e-5)
+        handle.remove()
+        if when == "after":
+            assert vars(model)["forward"] == forward
+    assert torch.equal(*wanted[:2])
 
 
 def test_save_state_and_load_state_carry_on_bit_exactly(accelerator_of, tmp_path):

@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.core.forward import is_preconditioned, run_preconditioned
-from hf_tract.core.patches import CONV_OPS, PatchOpMode
+from hf_tract.core.patches import CONV_OPS, LINEAR, PatchOpMode, torchs_linear
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import (
     PRECONDITIONER,
@@ -32,6 +34,8 @@ from hf_tract.core.tract_class import (
 from hf_tract.core.weights import is_weight_of
 
 _layer_classes: dict[type, type] = {}
+# What `_caller_forward` has made.
+_caller_forwards: WeakSet[Callable[..., Any]] = WeakSet()
 
 
 class TrActLayer(TrActClass):
@@ -74,6 +78,10 @@ def attach_caller(module: nn.Module, layers: Sequence[nn.Module | str]) -> None:
     names: dict[Any, str] = {child: name for name, child in module.named_modules()}
     module.__dict__[READ_LAYERS] = [names.get(layer, layer) for layer in layers]
     swap_class(module, _caller_class(original_class(type(module))))
+    captured = vars(module).get("forward")
+    # accelerate's, for mixed precision.
+    if isinstance(captured, MethodType) and not _is_around_ours(captured.__func__):
+        module.__dict__["forward"] = MethodType(_caller_forward(captured.__func__), module)
 
 
 def detach(module: nn.Module) -> None:
@@ -83,6 +91,10 @@ def detach(module: nn.Module) -> None:
     """
     if isinstance(module, TrActClass):
         swap_class(module, original_class(type(module)))
+        forward: Any = vars(module).get("forward")
+        if isinstance(forward, MethodType) and forward.__func__ in _caller_forwards:
+            wrapper: Any = forward.__func__
+            module.__dict__["forward"] = MethodType(wrapper.__wrapped__, module)
     module.__dict__.pop(READ_LAYERS, None)
     preconditioner = module.__dict__.pop(PRECONDITIONER, None)
     if preconditioner is not None:
@@ -130,7 +142,7 @@ def _layer_class(cls: Any) -> type:
 @functools.cache
 def _caller_class(cls: Any) -> type:
     """Return the TrAct class for callers of class `cls`."""
-    namespace = {"__module__": cls.__module__, "forward": _caller_forward_of(cls)}
+    namespace = {"__module__": cls.__module__, "forward": _caller_forward(cls.forward)}
     # It keeps its name, since transformers writes the name of a model's class into its config.
     return type(cls.__name__, (TrActCaller, cls), namespace)
 
@@ -160,7 +172,7 @@ def _conv_forward_of(cls: type) -> Callable[..., Any]:
 
 def _linear_forward(self: Any, input: Tensor) -> Any:
     """Run the operation of `nn.Linear.forward`, preconditioned."""
-    return run_preconditioned(preconditioner_of(self), F.linear, input, self.weight, self.bias)
+    return run_preconditioned(preconditioner_of(self), LINEAR, input, self.weight, self.bias)
 
 
 def _any_forward_of(cls: Any) -> Callable[..., Any]:
@@ -178,7 +190,7 @@ def _any_forward_of(cls: Any) -> Callable[..., Any]:
             return None
 
         mode = _PreconditionMode(owner_of)
-        with mode:
+        with torchs_linear(), mode:
             out = cls.forward(self, *args, **kwargs)
         if not mode.has_run_op:
             raise TrActError(
@@ -190,10 +202,10 @@ def _any_forward_of(cls: Any) -> Callable[..., Any]:
     return forward
 
 
-def _caller_forward_of(cls: Any) -> Callable[..., Any]:
-    """Return a forward for a module that uses the weights of other layers directly."""
+def _caller_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward for a module whose original one uses the weights of other layers directly."""
 
-    @functools.wraps(cls.forward)  # Trainer reads its signature.
+    @functools.wraps(original)  # Trainer reads its signature.
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         def owner_of(weight: Any) -> LayerPreconditioner | None:
             # If a library has captured this forward and TrAct was removed since, there are no layers.
@@ -203,10 +215,18 @@ def _caller_forward_of(cls: Any) -> Callable[..., Any]:
                     return preconditioner_of(layer)
             return None
 
-        with _PreconditionMode(owner_of):
-            return cls.forward(self, *args, **kwargs)
+        with torchs_linear(), _PreconditionMode(owner_of):
+            return original(self, *args, **kwargs)
 
+    _caller_forwards.add(forward)
     return forward
+
+
+def _is_around_ours(forward: Any) -> bool:
+    """Return whether a forward is one of `_caller_forward`, or a wrapper around one."""
+    while forward is not None and forward not in _caller_forwards:
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
 
 
 class _PreconditionMode(PatchOpMode):

@@ -23,6 +23,11 @@ from hf_tract.core.weight_grad import differentiable_weight_grad
 
 # Stands for the number of a forward call in a compiled graph, whose runs cannot be told apart.
 UNTRACKED = -1
+BATCHED = (
+    "TrAct: in several backwards at once (`is_grads_batched`, vmap) "
+    "the first layer has its ordinary gradient. "
+    "Run one backward at a time for a preconditioned one."
+)
 
 
 class PreconditionWeightGrad(torch.autograd.Function):
@@ -62,6 +67,15 @@ def _is_compiled(ctx: Any) -> bool:
     return ctx.call is None or torch.compiler.is_compiling()
 
 
+def _is_batched(grad: Tensor) -> bool:
+    """Return whether this holds the gradients of several backwards that run at once."""
+    kinds = torch._C._functorch
+    if kinds.is_legacy_batchedtensor(grad):
+        return True
+    is_batched: bool = kinds.is_batchedtensor(grad)
+    return is_batched
+
+
 def _number_of(call: ForwardCall | None) -> int:
     if call is None:
         return UNTRACKED
@@ -72,6 +86,9 @@ def _eager_backward(ctx: Any, grad: Tensor, x: Tensor) -> Any:
     call: ForwardCall = ctx.call
     preconditioner: LayerPreconditioner = call.preconditioner
     if not preconditioner.active:
+        return grad
+    if _is_batched(grad):
+        warn_once(preconditioner.warned, BATCHED)
         return grad
     if call.was_differentiated:
         # This pass differentiates a preconditioned gradient: `grad` is exact, and is not preconditioned again.
@@ -188,7 +205,7 @@ class PreconditionFromOutput(torch.autograd.Function):
 def _eager_from_output(ctx: Any, like: Tensor, x: Tensor, output_grad: Tensor) -> Any:
     call: ForwardCall = ctx.call
     has_second_order = torch.is_grad_enabled() and output_grad.requires_grad
-    if call.was_differentiated or has_second_order:
+    if call.was_differentiated or has_second_order or _is_batched(output_grad):
         with without_autocast(x):
             grad = differentiable_weight_grad(x, output_grad, ctx.spec, like)
         return _eager_backward(ctx, grad, x)

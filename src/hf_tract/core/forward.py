@@ -23,8 +23,9 @@ NESTED = (
     "TrAct: for nested tensors the first layer has its ordinary gradient. Give it their values, or a padded tensor."
 )
 TRANSFORMED = (
-    "TrAct: inside of torch.func's transforms (grad, vmap, vjp, ...) and of forward-mode differentiation the first "
-    "layer has its ordinary gradient. Use a backward of torch.autograd for a preconditioned one."
+    "TrAct: inside of torch.func's transforms (grad, vmap, vjp, ...) and of "
+    "forward-mode differentiation the first layer has its ordinary gradient. "
+    "Use a backward of torch.autograd for a preconditioned one."
 )
 PER_EXAMPLE = (
     "TrAct: where gradients are taken example by example, as Opacus does "

@@ -5,8 +5,9 @@ Shape letters as in core/README.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,13 +103,15 @@ def _per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return values
 
 
+# Libraries replace `F.linear`: DeepSpeed's ZeRO-3 does so for the whole process.
+LINEAR: Callable[..., Tensor] = torch._C._nn.linear
 CONV_OPS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: torch.conv1d,
     nn.Conv2d: torch.conv2d,
     nn.Conv3d: torch.conv3d,
 }
 PATCH_OPS: dict[Callable[..., Tensor], Callable[..., PatchSpec]] = {
-    F.linear: _linear_patches,
+    LINEAR: _linear_patches,
     torch.conv1d: _conv_patches,
     torch.conv2d: _conv_patches,
     torch.conv3d: _conv_patches,
@@ -116,7 +119,10 @@ PATCH_OPS: dict[Callable[..., Tensor], Callable[..., PatchSpec]] = {
 
 
 class PatchOpMode(TorchFunctionMode):
-    """Passes every operation of `PATCH_OPS` that runs inside this context to `run_op`."""
+    """Passes every operation of `PATCH_OPS` that runs inside this context to `run_op`.
+
+    It is to be entered in `torchs_linear()`.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, by `run_op` if it is in `PATCH_OPS`."""
@@ -128,6 +134,23 @@ class PatchOpMode(TorchFunctionMode):
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `op`, with whatever a subclass does around it; the arguments are named as in torch."""
         raise NotImplementedError
+
+
+def torchs_linear() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which `F.linear` is torch's own, since no mode sees what a library's may run instead."""
+    if F.linear is LINEAR:
+        return contextlib.nullcontext()
+    return _linear_put_back()
+
+
+@contextlib.contextmanager
+def _linear_put_back() -> Iterator[None]:
+    replaced = F.linear
+    F.linear = LINEAR
+    try:
+        yield
+    finally:
+        F.linear = replaced
 
 
 def is_supported(layer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_tract.core.attach import detach
+from hf_tract.core.patches import torchs_linear
 from hf_tract.discovery.calling import run_forward, tensors_in
 from hf_tract.discovery.inputs import pixel_argument_name
 from hf_tract.discovery.tracing import LayerInput, LayerOps, Mark, Meeting, PixelTrace
@@ -117,7 +118,7 @@ def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
     with warnings.catch_warnings(), torch.enable_grad(), _running_names(copied, trace.running):
         warnings.simplefilter("ignore")
         try:
-            with trace, LayerOps(trace):
+            with torchs_linear(), trace, LayerOps(trace):
                 run_forward(copied, batch)
         except Exception as problem:  # whatever a model's forward raises
             error = problem

@@ -117,7 +117,7 @@ class TrActCallback(TrainerCallback):
             model.add_model_tags(list(TAGS))  # Trainer's own card gets these.
         if self.whiten_init:
             self._whiten(args, state, model, handle, kwargs.get("train_dataloader"))
-        if args.ddp_find_unused_parameters:
+        if args.ddp_find_unused_parameters and args.world_size > 1:
             logger.warning(UNUSED_PARAMETERS)
         if state.is_world_process_zero:
             self._trackers[handle] = Trackers(args)

@@ -18,7 +18,7 @@ from hf_tract.config import TrActError
 from hf_tract.core.accumulation import ranks_of, sum_over_ranks
 from hf_tract.core.moments import PatchSums, patch_moments
 from hf_tract.core.ops import without_autocast
-from hf_tract.core.patches import PATCH_OPS, PatchOpMode, groups_of, patch_size
+from hf_tract.core.patches import PATCH_OPS, PatchOpMode, groups_of, patch_size, torchs_linear
 from hf_tract.core.sharding import is_sharded
 from hf_tract.core.solve import widest_dtype
 from hf_tract.core.weights import is_weight_of, weight_like
@@ -154,6 +154,7 @@ def _collect(model: nn.Module, batches: Iterable[Any], collectors: Sequence[_Mom
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_evaluating(model))
+        stack.enter_context(torchs_linear())
         for collector in collectors:
             stack.enter_context(collector.watching())
             # All ranks gather the weights of a sharded model together, so each runs all of its forward.
