@@ -134,7 +134,8 @@ def measure(job: Job, images: HeldOut, runs: Path) -> RunRecord:
     model.load_state_dict(load_file(weights))
     model.eval()
     curve: dict[str, list[float]] = {}
-    told = json.loads((weights.parents[2] / RUN_FILE).read_text(encoding="utf-8"))["curve"]["top1"][-1]
+    made = json.loads((weights.parents[2] / RUN_FILE).read_text(encoding="utf-8"))
+    told = made["curve"]["top1"][-1]
     for name, corrupt in corruptions():
         top1, error = score(model, images, corrupt)
         if name == CLEAN and abs(top1 - told) > TOLERANCE:
@@ -144,7 +145,8 @@ def measure(job: Job, images: HeldOut, runs: Path) -> RunRecord:
         curve.setdefault(name, []).append(top1)
         curve.setdefault(f"{name} ECE", []).append(error)
     seconds = [round(time.process_time() - start, 3)]
-    settings = {"run": job.key, "corruptions": CORRUPTIONS}
+    origin = {name: made[name] for name in ("commit", "hardware", "versions")}
+    settings = {"run": job.key, "corruptions": CORRUPTIONS, "trained": origin}
     key = key_of(job.key, CORRUPTIONS)
     data = fingerprint(images.splits)
     return RunRecord(key, job.arm, settings, job.seed, curve, seconds, data, command(), **environment())

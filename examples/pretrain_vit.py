@@ -98,7 +98,7 @@ SMALL_VIT = {
 }
 MAX_BYTES = 2 * 2**30  # of decoded images that a process keeps in memory; more are decoded when they are used
 HEADS = ("classifier.*", "head.*", "fc.*")  # what transformers and timm call the layer of the classes
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+MODELS = ("config.json", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".onnx", ".gguf", ".msgpack")  # in any form
 IGNORED = ("_*", "checkpoint-*", "checkpoints/*", "seed-*")  # what is not published
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
@@ -570,12 +570,15 @@ class Training:
         for row in history:
             rows.append({"epoch": row["epoch"], "loss": row["loss"], "accuracy": row["top1"], "top5": row["top5"]})
         settings = {name: value for name, value in dataclasses.asdict(recipe).items() if value and name != "lam"}
+        scores = {"accuracy": rows[-1]["accuracy"]}
+        if len(self.data.names) > 5:
+            scores["top5"] = rows[-1]["top5"]
         record = TrainingRecord(
             name=hub_id.split("/")[-1],
             library="transformers",
             dataset=recipe.dataset,
             license=self.run.license,
-            metrics={"accuracy": rows[-1]["accuracy"], "top5": rows[-1]["top5"]},
+            metrics=scores,
             history=rows,
             split=self.data.eval_split,
             seed=recipe.seed,
@@ -842,7 +845,7 @@ def prepare_repository(repo_id: str) -> str:
         files = api.list_repo_files(repo_id)
     except Exception as error:  # The errors of the Hub's client and of its connections have no common class.
         stop(f"--push_to_hub: {repo_id} cannot be written to: {one_line(error)}")
-    if set(files).intersection(WEIGHTS):
+    if any(name.endswith(MODELS) for name in files):
         advice = "name another by --hub_model_id, or push afterwards by push_to_hub.py --update"
         stop(f"{repo_id} holds a model already: {advice}.")
     return repo_id

@@ -30,6 +30,7 @@ from hf_tract.integrations import TrainingRecord
 
 RECORD_FILE = "training_record.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+MODELS = ("config.json", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".onnx", ".gguf", ".msgpack")  # in any form
 IGNORED = ("_*", "checkpoint-*", "checkpoints/*", "seed-*")  # what is not published
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
@@ -130,7 +131,8 @@ def push(folder: Path, args: argparse.Namespace) -> str:
     if is_new_branch:
         api.create_branch(repo.repo_id, branch=args.revision)  # It begins with main's model, if there is one.
     files = api.list_repo_files(repo.repo_id, revision=args.revision)
-    if not args.update and not is_new_branch and set(files).intersection(WEIGHTS):
+    holds_model = any(name.endswith(MODELS) for name in files)
+    if not args.update and not is_new_branch and holds_model:
         stop(f"{args.repo_id} holds a model already: name another, or a new --revision, or replace it by --update.")
     api.upload_folder(
         repo_id=repo.repo_id,

@@ -20,15 +20,15 @@ from hf_tract.core.patches import patch_size
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import original_class
 from hf_tract.core.weights import is_frozen
-from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers, find_functional_callers
+from hf_tract.discovery.callers import find_functional_callers
+from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
 
 logger = logging.getLogger(__name__)
 
 UNUSED_PARAMETERS = (
-    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. "
-    "Every rank must run the first layer's backward equally often, "
-    "since they add up their second moments there, and what only some ranks use "
-    "must not run before the layer. Where that may be otherwise, use `scope='local'`."
+    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first "
+    "layer's backward equally often, and what only some ranks use must not run before the layer, since all ranks add "
+    "up their second moments there. Where that may be otherwise, use `scope='local'`."
 )
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_tract.config import TrActError
+
 if TYPE_CHECKING:
     import evaluate
     from transformers import EvalPrediction
@@ -37,9 +39,18 @@ def _top_k(predictions: Any, references: Any) -> dict[str, float]:
     Args:
         predictions: scores, (images, classes).
         references: labels, (images,).
+
+    Raises:
+        TrActError: for other shapes, such as those of several labels for each image.
     """
     scores = np.asarray(predictions)
     labels = np.asarray(references)
+    if labels.ndim != 1 or scores.ndim != 2 or scores.shape[1] < 2:
+        raise TrActError(
+            f"`predictions` {scores.shape} and `references` {labels.shape} must "
+            "be scores (images, classes) and one class for each image: for "
+            "another task give Trainer another `compute_metrics`."
+        )
     best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     hits = best == labels[:, None]
     top1 = hits[:, 0].mean()
@@ -60,8 +71,8 @@ def _top_k_class() -> Any:
         import evaluate
     except ImportError as error:
         raise ImportError(
-            f"`hf_tract.metrics.TopK` needs the package {error.name}: `pip install evaluate` brings it. "
-            f"`compute_top_k` does without."
+            f"`hf_tract.metrics.TopK` needs the package {error.name}: `pip "
+            "install evaluate` brings it. `compute_top_k` does without."
         ) from error
 
     class TopK(evaluate.Metric):  # type: ignore[misc]  # evaluate is not typed
@@ -70,7 +81,9 @@ def _top_k_class() -> Any:
         __qualname__ = "TopK"  # where pickle finds it
 
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__(keep_in_memory=True, **kwargs)
+            # evaluate keeps the parts of several processes in files.
+            kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
+            super().__init__(**kwargs)
 
         def _info(self) -> evaluate.MetricInfo:
             scores = datasets.Sequence(datasets.Value("float32"))

@@ -65,7 +65,7 @@ def kept(tmp_path, monkeypatch):
         save_file(model.state_dict(), weights / "model.safetensors")
         images = robustness.read_images(job, argparse.Namespace(runs=tmp_path / "runs", dataset="photo_crops"))
         top1, _ = robustness.score(model.eval(), images, lambda pixels: pixels)
-        (folder / "run.json").write_text(json.dumps({"curve": {"top1": [0.0, top1]}}))
+        (folder / "run.json").write_text(json.dumps({"curve": {"top1": [0.0, top1]}, **ORIGIN}))
     monkeypatch.setattr(robustness, "jobs_of_the_plan", lambda: iter(JOBS))
     arguments = ["--dataset", "photo_crops", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "x.jsonl")]
     monkeypatch.setattr(sys, "argv", ["robustness", *arguments])
@@ -80,6 +80,7 @@ def test_kept_runs_are_tested_once(kept, capsys):
         assert len(record.curve["clean"]) == len(record.curve["clean ECE"]) == 1
         assert all(len(record.curve[name]) == len(record.curve[f"{name} ECE"]) == 5 for name in CORRUPTIONS)
         assert all(0 <= value <= 1 for values in record.curve.values() for value in values)
+        assert record.settings["trained"] == ORIGIN
     robustness.main()
     assert "All runs are tested already." in capsys.readouterr().out
     assert read_records(kept / "x.jsonl") == stored
@@ -111,6 +112,7 @@ def test_weights_that_are_not_those_of_the_stored_run_are_refused(kept):
         robustness.main()
 
 
+ORIGIN = {"commit": "abc", "hardware": "a CPU", "versions": {"torch": "2"}}
 OLD = {"corruptions": {"jpeg": [80]}}
 
 

@@ -196,6 +196,17 @@ def test_the_expected_mean_is_that_of_such_pixels():
     assert spectrum.mean == pytest.approx(normalization.expected_mean_eigenvalue(), rel=0.02)
 
 
+def test_grey_images_are_normalised_by_the_average_of_three_channels():
+    grey = Normalization((0.3, 0.4, 0.5), (0.1, 0.2, 0.3)).apply(torch.full((2, 1, 4, 4), 0.6))
+    assert grey.shape == (2, 1, 4, 4)
+    assert grey.mean() == pytest.approx(1)
+
+
+def test_pixels_that_are_not_finite_are_told():
+    with pytest.raises(TrActError, match="`dataset` has pixels that are not finite"):
+        spectrum_of_images(torch.full((1, 1, 4, 4), torch.nan), PatchSpec((2, 2), (2, 2), (0,) * 4, (1, 1)), lam=0.1)
+
+
 def test_the_spectrum_is_the_dense_moments():
     x, layer = torch.randn(6, 3, 12, 12), torch.nn.Conv2d(3, 4, 3, 2, 1)
     values = torch.linalg.eigvalsh(moment(x, layer))

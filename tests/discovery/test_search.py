@@ -470,7 +470,7 @@ def test_the_order_of_the_modules_is_followed_with_a_warning_only(caplog):
         ("stems.s2", "first in module order"),
     ]
     (record,) = caplog.records
-    assert "no forward of the model could be tried" in record.getMessage()
+    assert "no trial run of the model met one of its layers" in record.getMessage()
     assert "stems.s1, stems.s2" in record.getMessage()
     assert "`example_batch=`" in record.getMessage()
     assert names(Chosen(), example_batch=(torch.rand(1, 13, 32, 32), "s2")) == ["stems.s2"]
@@ -692,6 +692,68 @@ def test_a_model_whose_own_train_returns_nothing_is_tried():
             return self.decoder(self.stem(pixel_values))
 
     assert names(Quiet()) == ["stem"]
+
+
+def test_two_stems_may_share_a_stack_of_channels():
+    class Depth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rgb, self.depth = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(1, 8, 4, 4)
+
+        def forward(self, x):
+            return torch.cat([self.rgb(x[:, :3]), self.depth(x[:, 3:])], 1)
+
+    assert names(Depth()) == ["rgb", "depth"]
+
+
+def test_a_model_that_has_other_layers_in_evaluation_mode_is_followed_by_order(caplog):
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(3, 8, 4, 4)
+
+        def train(self, mode=True):
+            if not mode and hasattr(self, "wide"):
+                del self.wide, self.narrow
+                self.fused = nn.Conv2d(3, 8, 4, 4)
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.wide(x) + self.narrow(x) if self.training else self.fused(x)
+
+    model = Fused()
+    assert names(model) == ["wide"]
+    assert "in the order of the modules" in caplog.text
+    assert names(model, layers=["wide", "narrow"]) == ["wide", "narrow"]
+
+
+def test_a_named_weight_that_its_parent_reads_is_found_behind_a_guess_that_fails():
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.time, self.out = nn.Conv2d(3, 8, 4, 4), nn.Linear(3, 8), nn.Linear(8, 8)
+
+        def forward(self, x, t):
+            h = self.stem(x).flatten(2).mT + self.time(t)[:, None]
+            return F.linear(h, self.out.weight)
+
+    model = Timed()
+    handle = apply_tract(model, layers=["stem", "out"])
+    model(torch.randn(2, 3, 32, 32), torch.randn(2, 3)).square().mean().backward()
+    assert set(handle.stats()) == {"stem", "out"}
+
+
+def test_tokens_in_a_mapping_are_no_pixels():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.words = nn.Conv2d(3, 8, 8, 8), nn.Embedding(50, 8)
+
+        def forward(self, input_ids, picture=None):
+            return self.stem(picture).mean((2, 3))[:, None] + self.words(input_ids)
+
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "picture": torch.rand(2, 3, 32, 32)}
+    assert names(Reader(), example_batch=batch) == ["stem"]
 
 
 def test_words_in_a_second_argument_are_no_pixels(caplog):

@@ -4,7 +4,7 @@ import logging
 import sys
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http as http
 from huggingface_hub.utils import close_session
 
@@ -112,6 +112,13 @@ def test_a_repository_with_a_model_is_left_alone_unless_told(hub, folder, monkey
     assert hub.repos["tester/model"].files("main")["model.safetensors"] == b"weights" * 100
     publish(monkeypatch, folder, "--repo_id", "tester/model", "--update")
     assert hub.repos["tester/model"].files("main")["model.safetensors"] == b"other"
+
+
+def test_a_model_in_another_form_is_left_alone_too(hub, folder, monkeypatch):
+    HfApi().create_repo("tester/lora")
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="adapter_model.safetensors", repo_id="tester/lora")
+    with pytest.raises(SystemExit, match=r"^tester/lora holds a model already"):
+        publish(monkeypatch, folder, "--repo_id", "tester/lora")
 
 
 def test_a_dry_run_needs_no_token_and_shows_what_would_be_uploaded(hub, folder, monkeypatch, capsys):

@@ -3,10 +3,13 @@
 import pickle
 import subprocess
 import sys
+import threading
 
 import numpy as np
+import pytest
 from transformers import EvalPrediction
 
+from hf_tract import TrActError
 from hf_tract.metrics import TopK, compute_top_k
 
 # Six classes, worst to best in every row: the label 5 is the best, 1 is among the five best, 0 is not.
@@ -48,6 +51,33 @@ def test_without_evaluate_the_function_works_and_the_metric_names_what_to_instal
     done = subprocess.run([sys.executable, "-c", WITHOUT_EVALUATE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "`hf_tract.metrics.TopK` needs the package datasets: `pip install evaluate`" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [((4, 6), (4, 6)), ((4, 1), (4,)), ((4,), (4,)), ((4, 6, 2, 2), (4, 2, 2))],
+    ids=["several labels", "one number", "no classes", "maps"],
+)
+def test_scores_of_another_task_are_refused(scores, labels):
+    with pytest.raises(TrActError, match=r"`predictions` \(4.* must be scores \(images, classes\) and one class"):
+        compute_top_k(EvalPrediction(np.zeros(scores), np.zeros(labels, dtype=int)))
+
+
+def test_the_evaluate_metric_may_be_one_of_several_processes(tmp_path):
+    done = []
+
+    def run(rank):
+        metric = TopK(num_process=2, process_id=rank, experiment_id="x", cache_dir=str(tmp_path))
+        metric.add_batch(predictions=SCORES[2 * rank : 2 * rank + 2], references=LABELS[2 * rank : 2 * rank + 2])
+        done.append(metric.compute())
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert EXPECTED in done
+    assert len(done) == 2
 
 
 def test_of_several_outputs_the_first_are_the_scores():

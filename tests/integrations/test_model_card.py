@@ -262,6 +262,12 @@ def test_a_card_without_its_record_or_with_another_figure_would_be_found(tmp_pat
         (["transfer.py", "--hub_token", "sec=ret"], "python transfer.py --hub_token TOKEN"),
         (["transfer.py", "--hub_token=secret"], "python transfer.py --hub_token=TOKEN"),
         (["transfer.py", "--note", "my hf_AbCdEfGh12345 token"], "python transfer.py --note 'my TOKEN token'"),
+        (
+            ["train.py", "--wandb_api_key", "a1", "--password=b2"],
+            "python train.py --wandb_api_key TOKEN --password=TOKEN",
+        ),
+        (["train.py", "--label_key", "species"], "python train.py --label_key species"),
+        (["train.py", "--uri", "https://me:pw@host/x"], "python train.py --uri https://me:TOKEN@host/x"),
         (["train.py", "--dataset=/data/x", "--lam", "0.1"], "python train.py --dataset=PATH_TO/x --lam 0.1"),
         (["/x/ipykernel_launcher.py", "-f", "/me/kernel-1.json"], "# in a notebook"),
     ],

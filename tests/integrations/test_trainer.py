@@ -170,7 +170,7 @@ def test_layers_of_a_model_that_is_to_be_sharded_are_found_before(tmp_path, capl
     assert caplog.messages == []
     run.model = small_vit()
     callback.on_train_begin(run.args, run.state, run.control, model=run.model)
-    assert "no forward of the model could be tried" in caplog.text
+    assert "no trial run of the model met one of its layers" in caplog.text
 
 
 def test_a_model_without_a_first_layer_trains_on_with_a_warning(tmp_path, caplog):
@@ -282,10 +282,13 @@ def test_a_run_resumed_under_other_settings_says_so(tmp_path, caplog, lam):
     assert message == f"TrAct: this run resumes from step 4 of a run with other settings: {settings}. {advice}"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("flag", [None, False, True])
-def test_unused_parameters_are_told_where_a_user_sets_them(tmp_path, caplog, flag):
-    trainer(tmp_path, callbacks=[TrActCallback()], max_steps=1, ddp_find_unused_parameters=flag).train()
-    assert ("`find_unused_parameters=True`" in caplog.text) == (flag is True)
+def test_unused_parameters_are_told_where_a_user_sets_them(tmp_path, caplog, monkeypatch, flag, processes):
+    run = trainer(tmp_path, ddp_find_unused_parameters=flag)
+    monkeypatch.setattr(type(run.args), "world_size", processes)
+    TrActCallback().on_train_begin(run.args, run.state, run.control, model=run.model)
+    assert ("`find_unused_parameters=True`" in caplog.text) == (flag is True and processes > 1)
 
 
 def test_a_callback_is_pickled_without_what_it_has_of_this_process(tmp_path):

@@ -4,11 +4,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerState, ViTConfig, ViTForMaskedImageModeling, YolosConfig, YolosForObjectDetection
+from transformers import (
+    TrainerCallback,
+    TrainerState,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 from helpers.models import STEM, small_convnext, small_vit, trainer
 from hf_tract import TrActCallback, TrActConfig, apply_tract
-from hf_tract.integrations import TrainingRecord, trainer_callback, use_model_card
+from hf_tract.core.attach import TrActLayer
+from hf_tract.integrations import TrainingRecord, trainer_card, trainer_facts, use_model_card
 from hf_tract.integrations.trainer_facts import base_model_of, history_of, task_of
 from hf_tract.integrations.training_record import CONFIG_FILE, RECORD_FILE
 
@@ -166,11 +174,50 @@ def test_of_a_module_of_ones_own_the_card_claims_no_origin_and_the_state_dict_al
     assert TrainingRecord.from_trainer(run, base_model="me/base").base_model == "me/base"
 
 
-def test_a_model_of_transformers_has_an_origin(tmp_path):
+def test_weights_whose_origin_is_not_known_are_not_called_random(tmp_path):
+    """They may have come by `load_state_dict`."""
     run = trainer(tmp_path, callbacks=[TrActCallback()], save_strategy="epoch")
     run.train()
-    assert "A model, trained" not in (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "An image classifier, trained from random weights on" in (tmp_path / "README.md").read_text("utf-8")
+    assert "An image classifier, trained on a data set" in (tmp_path / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "told"),
+    [
+        ({"accuracy": {"accuracy": 0.5}}, {}, ""),
+        ({"accuracy": 91.3}, {}, "leaves out accuracy, which is 91.3 and no share of 1"),
+        ({"top1": 0.5, "top5": 1.0}, {"accuracy": 0.5}, ""),
+    ],
+    ids=["no number", "per cent", "all classes are among the best five"],
+)
+def test_a_card_has_no_score_that_says_nothing(tmp_path, monkeypatch, caplog, scores, kept, told):
+    monkeypatch.setattr(trainer_facts, "_warned", set())
+    run = trainer(tmp_path, callbacks=[TrActCallback()], save_strategy="epoch", **EVALUATED)
+    run.compute_metrics = lambda prediction: dict(scores)
+    run.train()
+    assert TrainingRecord.from_json_file(tmp_path / RECORD_FILE).metrics == kept
+    assert told in caplog.text
+
+
+def test_a_later_run_without_tract_takes_the_place_of_the_card(tmp_path):
+    trainer(tmp_path, callbacks=[TrActCallback(lam=0.3)], save_strategy="epoch").train()
+    frozen = small_vit()
+    frozen.get_submodule(STEM).requires_grad_(False)
+    later = trainer(tmp_path, frozen, [TrActCallback(), Unfreezes()], save_strategy="epoch")
+    callback = later.callback_handler.callbacks[-2]
+    callback.on_push_begin(later.args, later.state, later.control, model=frozen)
+    assert "lam = 0.3" in ModelCard.load(tmp_path / "README.md").text  # This one has trained nothing yet.
+    later.train()
+    assert "It was trained without TrAct" in ModelCard.load(tmp_path / "README.md").text
+    assert not (tmp_path / CONFIG_FILE).exists()
+
+
+class Unfreezes(TrainerCallback):
+    """After TrAct has said that it does nothing."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.get_submodule(STEM).requires_grad_(True)
+        assert not isinstance(model.get_submodule(STEM), TrActLayer)
 
 
 def test_tract_is_found_on_the_model_without_the_callback(tmp_path):
@@ -208,7 +255,7 @@ def test_a_trainer_that_only_pushes_keeps_the_record_of_the_one_that_trained(tmp
         record.tract,
         record.metrics,
         record.history,
-        None,
+        "",
     )
 
 
@@ -225,7 +272,7 @@ def test_a_record_that_cannot_be_made_ends_no_training(tmp_path, monkeypatch, ca
     def fail(*args):
         raise ValueError("no such fact")
 
-    monkeypatch.setattr(trainer_callback, "facts_of_run", fail)
+    monkeypatch.setattr(trainer_card, "facts_of_run", fail)
     trainer(tmp_path, callbacks=[TrActCallback()], save_strategy="epoch").train()
     assert "the model card could not be written: no such fact" in caplog.text
 

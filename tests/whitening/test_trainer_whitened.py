@@ -237,6 +237,7 @@ def test_it_is_whitened_once_also_when_training_begins_again(tmp_path, monkeypat
     assert len(calls) == 1
     said = "".join(capsys.readouterr())
     assert said.count("the first layer starts whitened") == 1
+    assert said.count("whitened before and goes on from there. A new model starts anew.") == 2
 
 
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
@@ -252,6 +253,27 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
     assert torch.equal(weights(second.model), weights(whole.model))
     monkeypatch.setattr("hf_tract.integrations.trainer_callback.whiten_first_layer", None)
     second.train()  # and goes on from there
+
+
+def test_a_run_that_resumes_from_one_that_was_not_whitened_says_so(tmp_path, caplog):
+    trainer(tmp_path, small_convnext(), [TrActCallback()], save_strategy="epoch").train()
+    rest = trainer(tmp_path, small_convnext(), [TrActCallback(**WHITENED)], num_train_epochs=2)
+    rest.train(resume_from_checkpoint=True)
+    (message,) = [text for text in caplog.messages if "of a run with other settings" in text]
+    assert message.count("'whiten_init': True") == 1
+
+
+def test_a_loader_that_changes_its_batches_as_it_goes_is_read_itself(caplog):
+    class Scaled(DataLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield {**batch, "pixel_values": 5 + batch["pixel_values"]}
+
+    (batch,) = first_batches(Scaled(Images(), 8), 1)
+    assert torch.equal(batch["pixel_values"], 5 + Images().pixels[:8])
+    assert "Scaled has an `__iter__` of its own" in caplog.text
+    with pytest.raises(TrActError, match="has a stream and an `__iter__` of its own, and training would miss"):
+        first_batches(Scaled(Stream(), 8))
 
 
 def test_a_fold_that_begins_from_the_same_fresh_weights_is_whitened_again(tmp_path):

@@ -95,8 +95,12 @@ def _make(config: Any, trust_remote_code: bool = False) -> nn.Module:
             if hasattr(transformers, name):
                 model = getattr(transformers, name)(config)
                 return model
+        auto = "AutoModel"
+        own_classes = getattr(config, "auto_map", None) or {}
+        if trust_remote_code and auto not in own_classes:
+            auto = next((name for name in own_classes if name.startswith(auto)), auto)
         try:
-            model = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            model = getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, ImportError) as error:
             raise TrActError(f"`model` (={config.model_type}) cannot be made: {one_line(error)}") from error
     return model

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_tract.config import TrActError
 from hf_tract.core.moments import patch_moments
 from hf_tract.core.patches import PatchSpec
 from hf_tract.whitening.spectrum import Spectrum, spectrum_of
@@ -20,9 +21,8 @@ class Normalization(NamedTuple):
 
     def apply(self, images: Tensor) -> Tensor:
         """Return images of values from 0 to 1, (N, c, H, W), normalised."""
-        mean = torch.tensor(self.mean).view(-1, 1, 1)
-        std = torch.tensor(self.std).view(-1, 1, 1)
-        return (images - mean) / std
+        channels = images.shape[1]
+        return (images - _by_channel(self.mean, channels)) / _by_channel(self.std, channels)
 
     def expected_mean_eigenvalue(self) -> float:
         """Return the mean eigenvalue of C for natural images: trace(C) / n, the mean square of a normalised pixel.
@@ -37,14 +37,27 @@ class Normalization(NamedTuple):
         return total / len(IMAGENET.mean)
 
 
+def _by_channel(values: tuple[float, ...], channels: int) -> Tensor:
+    """Return (c, 1, 1), or (1, 1, 1) with the average where the values are of another number of channels."""
+    if len(values) != channels:
+        values = (sum(values) / len(values),)
+    return torch.tensor(values).view(-1, 1, 1)
+
+
 # The mean and deviation of ImageNet's training images, which stand for natural images.
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNCHANGED = Normalization((0.0,), (1.0,))
 
 
 def spectrum_of_images(images: Tensor, spec: PatchSpec, lam: float) -> Spectrum:
-    """Return the spectrum of C over the patches that `spec` cuts out of normalised images (N, c, H, W)."""
+    """Return the spectrum of C over the patches that `spec` cuts out of normalised images (N, c, H, W).
+
+    Raises:
+        TrActError: for pixels that are not finite.
+    """
     n = spec.patch_size(images.shape)
     sums = torch.zeros(spec.groups, n, n, dtype=torch.float64)
     count = patch_moments(images.double(), spec, sums)
+    if not sums.isfinite().all():
+        raise TrActError("`dataset` has pixels that are not finite: set empty ones to a number.")
     return spectrum_of(sums / max(1, count), lam)

@@ -14,8 +14,7 @@ from hf_tract.core.sharding import is_sharded
 from hf_tract.discovery.inputs import pixel_argument_name
 from hf_tract.discovery.probe import Probe
 from hf_tract.discovery.requests import list_some, requested_layers
-from hf_tract.discovery.tracing import LayerInput
-from hf_tract.discovery.trials import probe_example, probe_guesses, trial_runs
+from hf_tract.discovery.trials import probe_example, probe_guesses
 from hf_tract.discovery.wrappers import layers_by_name, modules_by_name, unwrap, without_wrappers
 
 LayerSelection = str | nn.Module | Sequence[str | nn.Module]
@@ -100,16 +99,17 @@ def _check_searchable(model: nn.Module, example_batch: Any) -> None:
     """Raise an error for a model that reads no pixels, or has no layer for them."""
     if example_batch is None and pixel_argument_name(model) == "input_ids":
         raise TrActError(
-            f"`model` (={type(model).__name__}) reads `input_ids` and no pixels: its first layer is an embedding "
-            f"already. Name a layer with `layers=` if that is what you want."
+            f"`model` (={type(model).__name__}) reads `input_ids` and no "
+            "pixels: its first layer is an embedding already. Name a layer "
+            "with `layers=` if that is what you want."
         )
     modules = list(model.modules())
     if layers_by_name(model) or any(map(_is_lazy, modules)):
         return
     classes = [type(module).__name__ for module in modules[1:]]
     raise TrActError(
-        f"`model` (={type(model).__name__}) has no convolution or linear layer that TrAct could take; it has "
-        f"{list_some(classes)}."
+        f"`model` (={type(model).__name__}) has no convolution or linear layer "
+        f"that TrAct could take; it has {list_some(classes)}."
     )
 
 
@@ -140,6 +140,8 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     if probe is None:
         return []
     modules = dict(model.named_modules())
+    if not modules.keys() >= {meeting.module for meeting in probe.meetings}:
+        return []  # The model has other modules in evaluation mode, in which it was tried.
     _check_operations(type(model).__name__, modules, probe)
     found: dict[str, FirstLayer] = {}
     for meeting in probe.meetings:
@@ -161,10 +163,12 @@ def _check_operations(model: str, modules: Mapping[str, nn.Module], probe: Probe
         where = without_wrappers(meeting.module) or "the model itself"
         if place == 0:
             raise TrActError(
-                f"`model` (={model}): the first weight that the pixels meet is in {where} "
-                f"({type(modules[meeting.module]).__name__}), in an operation (`{meeting.operation}`) that is no "
-                f"convolution or linear layer's own. TrAct cannot act on it. Make that weight an nn.Linear's or "
-                f"nn.Conv2d's, or name another layer with `layers=` if that is what you want."
+                f"`model` (={model}): the first weight that the pixels meet is "
+                f"in {where} ({type(modules[meeting.module]).__name__}), in an "
+                f"operation (`{meeting.operation}`) that is no convolution or "
+                "linear layer's own. TrAct cannot act on it. Make that weight "
+                "an nn.Linear's or nn.Conv2d's, or name another layer with "
+                "`layers=` if that is what you want."
             )
         if meeting.operation == LOOK_UP:
             continue
@@ -198,9 +202,11 @@ def _by_order(model: nn.Module) -> list[FirstLayer]:
     if isinstance(modules[parent], nn.ModuleDict):
         taken = [name for name in layers if _parent(name) == parent]
     logger.warning(
-        "TrAct: no forward of the model could be tried, so its first convolution or linear layer in the order of the "
-        "modules is taken: %s. If that is not where the pixels come in, name the layer with `layers=`, or give a "
-        "batch with `example_batch=`.",
+        "TrAct: no trial run of the model met one of its layers, so the first "
+        "convolution or linear layer in the order of the modules is taken: %s. "
+        "If that is not where the pixels come in, name the layer with "
+        "`layers=`, or give "
+        "a batch with `example_batch=`.",
         ", ".join(taken),
     )
     return [FirstLayer(name, modules[name], BY_ORDER) for name in taken]
@@ -217,34 +223,3 @@ def _in_vision_tower(layers: list[str], modules: Mapping[str, nn.Module]) -> lis
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def find_functional_callers(
-    model: nn.Module, layers: Sequence[FirstLayer], example_batch: Any = None
-) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Return the modules whose own forward uses the weight of one of `layers` directly, each with those layers.
-
-    They are found in a trial run; if none reaches a layer, nothing is returned.
-    """
-    sharded = is_sharded(model)
-    model = unwrap(model)
-    # Layers that are known to run their own forward need no check.
-    names = [layer.name for layer in layers if layer.source not in (REACHED, BY_TIMM)]
-    if sharded or not names:
-        return []
-    modules = dict(model.named_modules())
-    callers: dict[nn.Module, list[nn.Module]] = {}
-    for each in _layer_inputs(model, example_batch):
-        if each.module != each.layer and without_wrappers(each.layer) in names:
-            read = callers.setdefault(modules[each.module], [])
-            if modules[each.layer] not in read:
-                read.append(modules[each.layer])
-    return list(callers.items())
-
-
-def _layer_inputs(model: nn.Module, example_batch: Any) -> list[LayerInput]:
-    """Return what the layers read in the first trial run that reaches one."""
-    for _, probe in trial_runs(model, example_batch):
-        if probe.inputs:
-            return probe.inputs
-    return []

@@ -20,8 +20,10 @@ PIXELS = (
     "pixel_values_videos",
     "input_values",
     "flattened_patches",
+    "image_pixel_values",
     "image",
     "images",
+    "img",
     "x",
     "hidden_states",
 )

@@ -129,7 +129,7 @@ def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:
     """Return the tensors that hold pixels: the argument named for them, or else all that may hold some."""
     if isinstance(batch, Mapping):
         argument = pixel_argument_name(copied)
-        if argument in batch and argument not in COMMON_NAMES:
+        if argument in batch and argument not in (*COMMON_NAMES, "input_ids"):
             batch = batch[argument]
     tensors = tensors_in(batch)
     if len(tensors) == 1:

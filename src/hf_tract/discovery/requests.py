@@ -28,14 +28,16 @@ def requested_layers(model: nn.Module, requests: Iterable[str | nn.Module]) -> d
             names = [name for name, module in modules.items() if module is request]
             if not names:
                 raise TrActError(
-                    f"`layers` (={type(request).__name__}) is no module of `model` (={type(model).__name__}); "
-                    f"give one of its own modules, or a name."
+                    f"`layers` (={type(request).__name__}) is no module of "
+                    f"`model` (={type(model).__name__}); give one of its own "
+                    "modules, or a name."
                 )
         for name in names:
             if name not in layers:
                 raise TrActError(
-                    f"`layers` (={name!r}) is {_described(modules[name])}, no convolution or linear layer with a "
-                    f"weight that can be trained; {_hint(name, layers)}"
+                    f"`layers` (={name!r}) is {_described(modules[name])}, no "
+                    "convolution or linear layer with a weight that can be "
+                    f"trained; {_hint(name, layers)}"
                 )
             found[name] = layers[name]
     return found

@@ -109,8 +109,9 @@ def probe_guesses(model: nn.Module) -> Probe | None:
             partial = probe
     if partial is not None and partial.layers and isinstance(partial.batch, tuple):
         logger.warning(
-            "TrAct: no guess of a batch fitted the forward of the model, which takes several arguments; one went far "
-            "enough to meet %s, which is taken. If that is not where the pixels come in, give a batch with "
+            "TrAct: no guess of a batch fitted the forward of the model, which "
+            "takes several arguments; one went far enough to meet %s, which is "
+            "taken. If that is not where the pixels come in, give a batch with "
             "`example_batch=`, or name the layer with `layers=`.",
             ", ".join(map(without_wrappers, partial.layers)),
         )
@@ -134,16 +135,19 @@ def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
     named = f"`example_batch` (={_described(example_batch)}): the forward of `model` (={type(model).__name__})"
     if probe.error is None and not probe.meetings:
         raise TrActError(
-            f"{named} ran, and no tensor of the batch met a weight. Give pixels as tensors, in tuples, lists or "
-            f"mappings, or name the layer with `layers=`."
+            f"{named} ran, and no tensor of the batch met a weight. Give pixels "
+            "as tensors, in tuples, lists or mappings, or name the layer with "
+            "`layers=`."
         )
     # On the meta device a forward may have failed only because it needs values.
     if probe.error is None or (device == "meta" and probe.meetings):
         return probe
     argument = next(iter(forward_parameters(model)), "batch")
     raise TrActError(
-        f"{named} failed on it with {type(probe.error).__name__}: {probe.error}. A tuple is passed as positional "
-        f"arguments and a mapping as keyword arguments; give {{{argument!r}: batch}} if the forward takes a mapping."
+        f"{named} failed on it with {type(probe.error).__name__}: "
+        f"{probe.error}. A tuple is passed as positional arguments and a "
+        f"mapping as keyword arguments; give {{{argument!r}: batch}} if the "
+        "forward takes a mapping."
     ) from probe.error
 
 

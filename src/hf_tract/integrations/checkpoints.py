@@ -9,27 +9,24 @@ from typing import Any, cast
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_tract.config import TrActConfig
-
 logger = logging.getLogger(__name__)
 
 # The key under which Trainer's state, which every checkpoint holds, has the settings.
 STATE_KEY = "hf_tract"
 
 
-def remember_settings(state: TrainerState, config: TrActConfig) -> None:
+def remember_settings(state: TrainerState, settings: dict[str, Any]) -> None:
     """Write the settings into Trainer's state."""
-    _states_of(state)[STATE_KEY] = {"args": config.to_dict(), "attributes": {}}
+    _states_of(state)[STATE_KEY] = {"args": settings, "attributes": {}}
 
 
-def compare_with_checkpoint(state: TrainerState, config: TrActConfig) -> None:
+def compare_with_checkpoint(state: TrainerState, now: dict[str, Any]) -> None:
     """Warn if a run resumes with other settings than those of its checkpoint, wherever that lies."""
     if not state.global_step:
         return
     then: Any = "no TrAct"
     if STATE_KEY in _states_of(state):
         then = _states_of(state)[STATE_KEY]["args"]
-    now = config.to_dict()
     if then != now:
         logger.warning(
             "TrAct: this run resumes from step %d of a run with other settings: %s then, %s now. To go on as before, "

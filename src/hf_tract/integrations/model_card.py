@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def is_replaceable(card: Path) -> bool:
 
 def is_hub_id(name: str | None) -> bool:
     """Return whether `name` has the form owner/name and is not a local path."""
-    if name is None or Path(name).exists():
+    if name is None or os.path.exists(name):  # Path raises an error for a long text.
         return False
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 

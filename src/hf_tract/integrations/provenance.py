@@ -19,10 +19,14 @@ PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets", "timm
 # What a notebook's kernel has in place of a script.
 NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+# In an address.
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
+# Ends of the names of options whose values are nobody else's.
+SECRETS = ("token", "secret", "password", "passwd", "api_key", "apikey", "access_key", "secret_key")
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
-    """Return the running command, without access tokens and without the folders of this machine.
+    """Return the running command, without tokens and passwords and without the folders of this machine.
 
     Several processes are started by accelerate's launcher, whatever has started these.
 
@@ -44,13 +48,19 @@ def command(arguments: Sequence[str] | None = None) -> str:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         word = _without_folder(name) + equals + _without_folder(value)
-        if equals and name.endswith("token"):
+        if equals and _is_secret(name):
             word = f"{name}=TOKEN"
-        if option.endswith("token"):
+        if _is_secret(option):
             word = "TOKEN"
-        words.append(shlex.quote(_TOKEN.sub("TOKEN", word)))
+        word = _TOKEN.sub("TOKEN", word)
+        words.append(shlex.quote(_PASSWORD.sub(r"\1TOKEN@", word)))
         option = argument
     return " ".join(words)
+
+
+def _is_secret(option: str) -> bool:
+    name = option.lower().replace("-", "_")
+    return option.startswith("-") and name.endswith(SECRETS)
 
 
 def _without_folder(argument: str) -> str:

@@ -22,8 +22,8 @@ from hf_tract.discovery.wrappers import unwrap
 from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, remember_settings
 from hf_tract.integrations.model_card import TAGS
 from hf_tract.integrations.trackers import Trackers, stats_to_log
-from hf_tract.integrations.trainer_facts import facts_of_run
-from hf_tract.integrations.training_record import CONFIG_FILE, TrainingRecord
+from hf_tract.integrations.trainer_card import has_record, write_card
+from hf_tract.integrations.training_record import CONFIG_FILE
 from hf_tract.whitening.batches import first_batches
 from hf_tract.whitening.fresh import mark_as_whitened, were_whitened
 from hf_tract.whitening.whiten import whiten_first_layer
@@ -31,6 +31,7 @@ from hf_tract.whitening.whiten import whiten_first_layer
 logger = logging.getLogger(__name__)
 # Ways of training in which Trainer shards the model before it calls `on_train_begin`.
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+WHITENED_BEFORE = "TrAct: the first layer was whitened before and goes on from there. A new model starts anew."
 
 
 class TrActCallback(TrainerCallback):
@@ -119,11 +120,12 @@ class TrActCallback(TrainerCallback):
             self._whiten(args, state, model, handle, kwargs.get("train_dataloader"))
         if args.ddp_find_unused_parameters and args.world_size > 1:
             logger.warning(UNUSED_PARAMETERS)
+        settings = {**handle.config.to_dict(), **self.hyperparameters}
         if state.is_world_process_zero:
             self._trackers[handle] = Trackers(args)
-            _tell(args, handle.summary())
-            compare_with_checkpoint(state, handle.config)
-        remember_settings(state, handle.config)
+            _tell(args, state, handle.summary())
+            compare_with_checkpoint(state, settings)
+        remember_settings(state, settings)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -188,6 +190,7 @@ class TrActCallback(TrainerCallback):
             logger.warning("TrAct is off: %s", error)
             return None
         if all(is_frozen(layer.module) for layer in handle.layers):
+            handle.remove()  # The warning of `apply_tract` stays true if somebody unfreezes it.
             return None
         if self.layers == "auto":
             handle.config = self.config  # without the names that were found before
@@ -202,7 +205,7 @@ class TrActCallback(TrainerCallback):
                 mark_as_whitened(layer)  # The checkpoint has whitened weights, but not this mark.
             return
         if were_whitened(model, layers):  # by an earlier `train()`, perhaps one that ran out of memory
-            logger.info("TrAct: the first layer was whitened before and goes on from there.")
+            _tell(args, state, WHITENED_BEFORE)
             return
         try:
             batches = send_to_device(first_batches(loader), args.device)
@@ -210,19 +213,15 @@ class TrActCallback(TrainerCallback):
         except BaseException:  # The model's forward may raise anything.
             self._forget(model)
             raise
-        if state.is_world_process_zero:
-            _tell(args, "TrAct: the first layer starts whitened, by the first batches of the training data.")
+        _tell(args, state, "TrAct: the first layer starts whitened, by the first batches of the training data.")
 
     def _write_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         handle = self.handle_of(model)
-        if model is None or handle is None or not state.is_world_process_zero:
+        if model is None or not state.is_world_process_zero:
             return
-        is_trained = handle not in self._trackers
-        try:
-            facts = facts_of_run(args, state, model, handle, self.hyperparameters, is_trained)
-            TrainingRecord(**facts).save(args.output_dir or ".", args.hub_model_id)
-        except (OSError, ValueError) as error:  # Weights that are not saved yet are worth more.
-            logger.warning("TrAct: the model card could not be written: %s", error)
+        # Without TrAct there is a card only in the place of an earlier run's.
+        if handle is not None or (state.global_step and has_record(args)):
+            write_card(args, state, model, handle, self.hyperparameters, is_trained=handle not in self._trackers)
 
     def _remove_tract(self, model: nn.Module) -> None:
         handle = self.handle_of(model)
@@ -231,7 +230,7 @@ class TrActCallback(TrainerCallback):
             if handle in self._trackers:
                 self._trackers.pop(handle).close()
         else:
-            remove_tract(model)  # A frozen first layer has TrAct and no handle here.
+            remove_tract(model)
 
     def _forget(self, model: nn.Module) -> None:
         """Remove TrAct from `model` and drop its handle, and the handles of models that no longer exist."""
@@ -244,7 +243,7 @@ class TrActCallback(TrainerCallback):
 TrActTrainerCallback = TrActCallback
 
 
-def _tell(args: TrainingArguments, message: str) -> None:
+def _tell(args: TrainingArguments, state: TrainerState, message: str) -> None:
     """Print a line beside the progress bar, where Trainer's own logs are, unless the user wants no warnings."""
-    if args.get_process_log_level() <= logging.WARNING:
+    if state.is_world_process_zero and args.get_process_log_level() <= logging.WARNING:
         tqdm.write(message)

@@ -1,14 +1,43 @@
-"""Replaces the model card that Trainer writes with hf-tract's."""
+"""Writes the card of a run of Trainer, also in the place of Trainer's own."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainerState, TrainingArguments
 
-from hf_tract.integrations.training_record import TrainingRecord
+from hf_tract.apply import TrActHandle
+from hf_tract.integrations.trainer_facts import facts_of_run
+from hf_tract.integrations.training_record import RECORD_FILE, TrainingRecord
+
+logger = logging.getLogger(__name__)
+
+
+def has_record(args: TrainingArguments) -> bool:
+    """Return whether the output folder has the record of a run, this one or an earlier one."""
+    return Path(args.output_dir or ".", RECORD_FILE).exists()
+
+
+def write_card(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    handle: TrActHandle | None,
+    settings: Mapping[str, Any],
+    is_trained: bool,
+) -> None:
+    """Write the record of a run and its card; the arguments are those of `facts_of_run`."""
+    try:
+        facts = facts_of_run(args, state, model, handle, settings, is_trained)
+        TrainingRecord(**facts).save(args.output_dir or ".", args.hub_model_id)
+    # Weights that are not saved yet are worth more.
+    except Exception as error:
+        logger.warning("TrAct: the model card could not be written: %s", error)
 
 
 def use_model_card(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_tract.apply import TrActHandle
 from hf_tract.core.attach import preconditioner_of
-from hf_tract.core.sharding import is_sharded
+from hf_tract.core.notices import warn_once
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import NAMED, FirstLayer
 from hf_tract.discovery.wrappers import modules_by_name, unwrap
@@ -36,6 +37,9 @@ HYPERPARAMETERS = {
     "bf16": False,
     "fp16": False,
 }
+# Of so many classes or fewer, all are among the best five.
+TOP = 5
+_warned: set[str] = set()
 # The names of scores in Trainer's log, and in a record.
 SCORES = {"eval_loss": "eval_loss", "eval_accuracy": "accuracy", "eval_top1": "accuracy", "eval_top5": "top5"}
 
@@ -62,14 +66,14 @@ def facts_of_run(
     reached = history
     if is_trained:
         reached = history_of(log_of_weights(args, state))
-    scores = reached[-1] if reached else {}
+    scores = shares_of(reached[-1] if reached else {}, model)
     model_id = args.hub_model_id or Path(args.output_dir or "model").absolute().name
     facts: dict[str, Any] = {
         "name": model_id.split("/")[-1],
         "library": library_of(model),
         "dataset": "a data set that its author did not name",
         "base_model": base_model_of(model, args),
-        "metrics": {name: scores[name] for name in METRICS if name in scores},
+        "metrics": scores,
         "history": history,
         "hyperparameters": {**hyperparameters_of(args, state), **settings},
         "split": "evaluation",
@@ -114,7 +118,7 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     loss = None
     for entry in log:
         loss = entry.get("loss", loss)
-        scores = {name: entry[key] for key, name in SCORES.items() if key in entry}
+        scores = {name: entry[key] for key, name in SCORES.items() if isinstance(entry.get(key), Real)}
         if not scores:
             continue
         row = {"epoch": round(entry.get("epoch", 0), 2)}
@@ -123,6 +127,20 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
         row.update(scores)
         rows.append(row)
     return rows
+
+
+def shares_of(row: Mapping[str, float], model: nn.Module) -> dict[str, float]:
+    """Return the scores of a row that a card shows, and warn of those that are no shares of 1."""
+    config = getattr(unwrap(model), "config", None)
+    scores = {}
+    for name in METRICS:
+        if name not in row or (name == "top5" and getattr(config, "num_labels", TOP) <= TOP):
+            continue
+        if 0 <= row[name] <= 1:
+            scores[name] = row[name]
+        else:
+            warn_once(_warned, f"TrAct: the model card leaves out {name}, which is {row[name]:g} and no share of 1.")
+    return scores
 
 
 def log_of_weights(args: TrainingArguments, state: TrainerState) -> list[dict[str, Any]]:
@@ -178,18 +196,14 @@ def library_of(model: nn.Module) -> str:
     return "transformers"
 
 
-def base_model_of(model: nn.Module, args: TrainingArguments) -> str | None:
-    """Return the checkpoint that `model` was loaded from; None for random weights, and "" if it is not known."""
-    whole = unwrap(model)
-    name = checkpoint_name(whole)
-    is_loaded = were_loaded(model.parameters())
-    if is_sharded(model):
-        # The parameters are shards now, and do not show it.
-        is_loaded = bool(name)
-    if not is_loaded and isinstance(whole, PreTrainedModel):
-        return None
-    if not is_loaded or not name:
-        return ""  # Other libraries may have loaded a module, and several checkpoints may be in it.
+def base_model_of(model: nn.Module, args: TrainingArguments) -> str:
+    """Return the checkpoint that `model` was loaded from; "" if it is not known.
+
+    Weights without transformers' mark may be random, loaded by `load_state_dict`, or shards.
+    """
+    name = checkpoint_name(unwrap(model))
+    if not name or not were_loaded(model.parameters()):
+        return ""
     path = Path(name).absolute()
     output = Path(args.output_dir or ".").absolute()
     if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and path.is_relative_to(output):

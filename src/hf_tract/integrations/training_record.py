@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def without_local_path(name: str) -> str:
     recorded = _recorded_name(path)
     if recorded is not None:
         return recorded
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+    if os.path.exists(name) or path.is_absolute() or name.startswith((".", "~")):
         return path.name
     return name
 

@@ -59,8 +59,9 @@ def _to_model_input(batch: Any, model: nn.Module) -> Any:
         )
     if not pixels.is_floating_point():
         raise TrActError(
-            f"`batches` has a tensor of {pixels.dtype}, and pixels are floats: normalise images as in training, and "
-            f"give one batch with its labels as [(pixels, labels)]."
+            f"`batches` has a tensor of {pixels.dtype}, and pixels are floats: "
+            "normalise images as in training, and give one batch with its "
+            "labels as [(pixels, labels)]."
         )
     return batch
 
@@ -69,8 +70,9 @@ def _keyword_arguments(batch: Mapping[str, Any], model: nn.Module) -> dict[str, 
     arguments: dict[str, Any] = filter_forward_kwargs(model, batch)
     if batch and not arguments:
         raise TrActError(
-            f"`batches` has a mapping of {', '.join(map(repr, batch))}, of which the forward of "
-            f"{type(model).__name__} takes none: give the pixels alone, or name them as the forward does."
+            f"`batches` has a mapping of {', '.join(map(repr, batch))}, of "
+            f"which the forward of {type(model).__name__} takes none: give the "
+            "pixels alone, or name them as the forward does."
         )
     return arguments
 
@@ -105,9 +107,20 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
         name = type(loader).__name__
         raise TrActError(f"`batches` (={name}) reads once, {READS_ONCE}")
     with preserved_random_state(), _preserved_generators(loader):
-        if isinstance(loader, DataLoader):
+        if not isinstance(loader, DataLoader):
+            return list(itertools.islice(loader, count))
+        if type(loader).__iter__ is DataLoader.__iter__:
             return _read_apart(loader, count)
-        return list(itertools.islice(loader, count))
+        return _read_here(loader, count)
+
+
+def _read_here(loader: DataLoader[Any], count: int) -> list[Any]:
+    """Return the first batches of a loader whose class changes them as it goes, so that no other one stands for it."""
+    name = type(loader).__name__
+    if isinstance(loader.dataset, IterableDataset):
+        raise TrActError(f"`batches` (={name}) has a stream and an `__iter__` of its own, {READS_ONCE}")
+    logger.warning("TrAct: %s has an `__iter__` of its own; it is read here, and what it counts moves on.", name)
+    return _first_of(loader, count)
 
 
 def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:

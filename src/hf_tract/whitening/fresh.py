@@ -40,16 +40,18 @@ def check_fresh(model: nn.Module, layer: FirstLayer, weight: Tensor, force: bool
     for name in COMPUTED_WEIGHTS:
         if hasattr(module, name):
             raise TrActError(
-                f"{subject} whose weight a hook computes from `{name}`: whiten it before it is pruned, or use "
-                f"torch.nn.utils.parametrizations for a norm."
+                f"{subject} whose weight a hook computes from `{name}`: whiten "
+                "it before it is pruned, or use "
+                "torch.nn.utils.parametrizations for a norm."
             )
     if force:
         return
     problem = _problem_with(unwrap(model), module, weight)
     if problem:
         raise TrActError(
-            f"{subject} that {problem}: a whitened start is for training from scratch. "
-            f"`whiten_first_layer(..., force=True)` does it all the same."
+            f"{subject} that {problem}: a whitened start is for training from "
+            "scratch. `whiten_first_layer(..., force=True)` does it all the "
+            "same."
         )
 
 
