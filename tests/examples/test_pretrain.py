@@ -532,7 +532,7 @@ def test_a_checkpoint_of_timm_s_on_the_hub_is_named_by_its_id_there(whole, monke
     training = pretrain_vit.Training.__new__(pretrain_vit.Training)
     training.recipe, training.run, training.handle = recipe, options, None
     training.accelerator = SimpleNamespace(num_processes=1)
-    training.data = SimpleNamespace(eval_split="test")
+    training.data = SimpleNamespace(eval_split="test", names=list("abc"))
     training.progress = SimpleNamespace(history=history(whole))
     assert training.record("me/x").base_model == "timm/resnet18.a1_in1k"
 
