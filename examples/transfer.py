@@ -37,6 +37,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import struct
 import sys
@@ -379,7 +380,8 @@ def check_runs(args: Arguments, training: TrainingArguments) -> None:
 def find_last_checkpoint(folder: Path) -> str:
     """Return the last checkpoint in a folder that Trainer has finished."""
     # What Trainer writes last: without it, saving was cut off.
-    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    found = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    complete = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
     if not complete:
         stop(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}.")
     return str(max(complete, key=lambda path: int(path.name.partition("-")[2])))
@@ -399,7 +401,7 @@ def describe_head(checkpoint: str, names: list[str]) -> str:
     saved = " ".join(config.architectures or ())  # the model's class; for timm's, the model's name
     if saved and config.model_type != "timm_wrapper" and "ForImageClassification" not in saved:
         return f"The head is new: {checkpoint} has none for images."
-    if list(config.id2label.values()) == names:
+    if [name for _, name in sorted(config.id2label.items())] == names:
         return f"The head is kept: {len(names)} classes."
     return f"The head is kept, though its {len(names)} classes have other names or another order: it learns them anew."
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from helpers.documents import ROOT
 from helpers.oracle import moment, says
 from hf_tract import apply_tract
+from hf_tract.cli import loading
 from hf_tract.cli.cost import moment_cost, solve_cost
 from hf_tract.cli.loading import LoadedModel, load
 from hf_tract.cli.main import app
@@ -102,6 +103,13 @@ def test_a_timm_model_in_a_folder_of_transformers_has_its_own_normalisation(tmp_
     config.architectures = ["TimmWrapperForImageClassification"]
     config.save_pretrained(tmp_path)
     assert load(str(tmp_path)).normalization == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_remote_code_may_have_a_classifier_alone(monkeypatch):
+    config, made = hf.ViTConfig(**SMALL), torch.nn.Linear(2, 2)
+    config.auto_map = {"AutoModelThatIsGone": "x.Y", "AutoModelForImageClassification": "x.Z"}
+    monkeypatch.setattr(hf.AutoModelForImageClassification, "from_config", lambda config, trust_remote_code: made)
+    assert loading._make(config, trust_remote_code=True) is made
 
 
 def test_timm_models_and_model_types_are_inspected_by_name():

@@ -75,7 +75,15 @@ def test_the_search_leaves_the_model_and_the_random_numbers_as_they_are(recwarn)
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto", "tf_mobilenetv3_small_075", "crossvit_tiny_240"]
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "resnet18",
+        "convnext_atto",
+        "tf_mobilenetv3_small_075",
+        "crossvit_tiny_240",
+        "crossvit_9_dagger_240",
+    ],
 )
 def test_timm_says_which_it_is(name):
     model = timm.create_model(name)

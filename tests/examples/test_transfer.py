@@ -308,9 +308,9 @@ def test_a_checkpoint_without_a_head_gets_one(tmp_path):
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
-    for number in (9, 10, 11):
+    for number in (9, 10, 11, "best"):
         (tmp_path / f"checkpoint-{number}").mkdir()
-    for number in (9, 10):
+    for number in (9, 10, "best"):
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").touch()
     assert transfer.find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 

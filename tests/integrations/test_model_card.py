@@ -266,8 +266,9 @@ def test_a_card_without_its_record_or_with_another_figure_would_be_found(tmp_pat
             ["train.py", "--wandb_api_key", "a1", "--password=b2"],
             "python train.py --wandb_api_key TOKEN --password=TOKEN",
         ),
+        (["train.py", "hub_token=a1", "logger.api_key=b2"], "python train.py hub_token=TOKEN logger.api_key=TOKEN"),
         (["train.py", "--label_key", "species"], "python train.py --label_key species"),
-        (["train.py", "--uri", "https://me:pw@host/x"], "python train.py --uri https://me:TOKEN@host/x"),
+        (["train.py", "--uri", "https://me:pw@host/x"], "python train.py --uri https://TOKEN@host/x"),
         (["train.py", "--dataset=/data/x", "--lam", "0.1"], "python train.py --dataset=PATH_TO/x --lam 0.1"),
         (["/x/ipykernel_launcher.py", "-f", "/me/kernel-1.json"], "# in a notebook"),
     ],
@@ -281,9 +282,9 @@ def test_a_path_below_the_working_folder_is_told_from_there(tmp_path, monkeypatc
     assert provenance.command(["train.py", str(tmp_path / "out" / "a")]) == "python train.py out/a"
 
 
-def test_several_processes_are_started_by_a_launcher(monkeypatch):
+def test_a_command_tells_of_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert provenance.command(["train.py", "--lam", "1"]) == "accelerate launch --num_processes 2 train.py --lam 1"
+    assert provenance.command(["train.py"]) == "python train.py   # by a launcher, on 2 processes"
 
 
 def test_the_device_that_accelerate_uses_is_the_hardware(monkeypatch):

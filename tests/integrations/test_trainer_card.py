@@ -196,7 +196,12 @@ def test_a_card_has_no_score_that_says_nothing(tmp_path, monkeypatch, caplog, sc
     run.compute_metrics = lambda prediction: dict(scores)
     run.train()
     assert TrainingRecord.from_json_file(tmp_path / RECORD_FILE).metrics == kept
+    assert ("no share of 1" in caplog.text) == bool(told)
     assert told in caplog.text
+
+
+def test_a_model_without_a_config_keeps_its_top_5(tmp_path):
+    assert trainer_facts.shares_of({"top5": 0.9}, torch.nn.Linear(2, 100)) == {"top5": 0.9}
 
 
 def test_a_later_run_without_tract_takes_the_place_of_the_card(tmp_path):

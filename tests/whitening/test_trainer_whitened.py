@@ -237,7 +237,7 @@ def test_it_is_whitened_once_also_when_training_begins_again(tmp_path, monkeypat
     assert len(calls) == 1
     said = "".join(capsys.readouterr())
     assert said.count("the first layer starts whitened") == 1
-    assert said.count("whitened before and goes on from there. A new model starts anew.") == 2
+    assert said.count("whitened before and goes on from there. A fresh start needs a new model.") == 2
 
 
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
@@ -274,6 +274,20 @@ def test_a_loader_that_changes_its_batches_as_it_goes_is_read_itself(caplog):
     assert "Scaled has an `__iter__` of its own" in caplog.text
     with pytest.raises(TrActError, match="has a stream and an `__iter__` of its own, and training would miss"):
         first_batches(Scaled(Stream(), 8))
+
+
+def test_workers_of_a_loader_that_is_read_itself_go_on(caplog):
+    class Counted(DataLoader):
+        epochs = 0
+
+        def __iter__(self):
+            self.epochs += 1
+            return super().__iter__()
+
+    loader = Counted(Images(), 8, num_workers=1, persistent_workers=True)
+    assert len(first_batches(loader, 2)) == 2
+    assert len(list(loader)) == 8
+    assert "Counted has an `__iter__` of its own" in caplog.text
 
 
 def test_a_fold_that_begins_from_the_same_fresh_weights_is_whitened_again(tmp_path):

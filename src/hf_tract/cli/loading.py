@@ -80,8 +80,9 @@ def _why_unknown(name: str) -> str:
 
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     return (
-        f"is no folder, no timm model (the nearest: {', '.join(near) or 'none'}), no model_type of transformers, "
-        f"and no model that the Hub gives"
+        "is no folder, no timm model (the nearest: "
+        f"{', '.join(near) or 'none'}), no model_type of transformers, and no "
+        "model that the Hub gives"
     )
 
 
@@ -98,7 +99,8 @@ def _make(config: Any, trust_remote_code: bool = False) -> nn.Module:
         auto = "AutoModel"
         own_classes = getattr(config, "auto_map", None) or {}
         if trust_remote_code and auto not in own_classes:
-            auto = next((name for name in own_classes if name.startswith(auto)), auto)
+            known = [name for name in own_classes if name.startswith(auto) and hasattr(transformers, name)]
+            auto = next(iter(known), auto)
         try:
             model = getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, ImportError) as error:

@@ -151,9 +151,9 @@ def _print_scale(console: Console, report: Report) -> None:
         console.print(f"Pixels: mean {mean}, std {std}.")
     if spectrum is not None:
         console.print(
-            f"C on these images: mean eigenvalue {spectrum.mean:.3g}, largest {spectrum.largest:.3g}, "
-            f"{spectrum.above} of {spectrum.n} above lam {lam:g}; "
-            f"condition of C + lam I {spectrum.condition:.1e}."
+            f"C on these images: mean eigenvalue {spectrum.mean:.3g}, largest "
+            f"{spectrum.largest:.3g}, {spectrum.above} of {spectrum.n} above "
+            f"lam {lam:g}; condition of C + lam I {spectrum.condition:.1e}."
         )
     elif normalization is not None:
         expected = normalization.expected_mean_eigenvalue()

@@ -190,7 +190,7 @@ def _any_forward_of(cls: Any) -> Callable[..., Any]:
             return None
 
         mode = _PreconditionMode(owner_of)
-        with torchs_linear(), mode:
+        with torchs_linear(mode.owns), mode:
             out = cls.forward(self, *args, **kwargs)
         if not mode.has_run_op:
             raise TrActError(
@@ -215,7 +215,8 @@ def _caller_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                     return preconditioner_of(layer)
             return None
 
-        with torchs_linear(), _PreconditionMode(owner_of):
+        mode = _PreconditionMode(owner_of)
+        with torchs_linear(mode.owns), mode:
             return original(self, *args, **kwargs)
 
     _caller_forwards.add(forward)
@@ -237,6 +238,10 @@ class _PreconditionMode(PatchOpMode):
         # Returns the preconditioner of a weight, or None.
         self.owner_of = owner_of
         self.has_run_op = False
+
+    def owns(self, weight: Any) -> bool:
+        """Return whether this is the weight of a layer that has TrAct."""
+        return self.owner_of(weight) is not None
 
     def run_op(self, op: Callable[..., Tensor], input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `op`, with the gradient of its weight preconditioned."""

@@ -69,10 +69,10 @@ def _is_compiled(ctx: Any) -> bool:
 
 def _is_batched(grad: Tensor) -> bool:
     """Return whether this holds the gradients of several backwards that run at once."""
-    kinds = torch._C._functorch
-    if kinds.is_legacy_batchedtensor(grad):
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(grad):
         return True
-    is_batched: bool = kinds.is_batchedtensor(grad)
+    is_batched: bool = functorch.is_batchedtensor(grad)
     return is_batched
 
 

@@ -42,10 +42,11 @@ def advice_on_lam(mean: float, lam: float) -> str:
         return ""
     least, most = (share * mean for share in LAM_SHARE)
     return (
-        f"the mean eigenvalue of C, the mean square of what the layer reads, is about {mean:.2g}. "
-        f"A lam of 0.05 to 0.2 is for standardised pixels, where it is 1; with lam={lam:g} {effect}. "
-        f"If these are pixels, standardise them (each band by itself, a CT's window, empty pixels set to 0 "
-        f"afterwards), or use a lam of {least:.2g} to {most:.2g}."
+        "the mean eigenvalue of C, the mean square of what the layer reads, is "
+        f"about {mean:.2g}. A lam of 0.05 to 0.2 is for standardised pixels, "
+        f"where it is 1; with lam={lam:g} {effect}. If these are pixels, "
+        "standardise them (each band by itself, a CT's window, empty pixels "
+        f"set to 0 afterwards), or use a lam of {least:.2g} to {most:.2g}."
     )
 
 

@@ -136,17 +136,29 @@ class PatchOpMode(TorchFunctionMode):
         raise NotImplementedError
 
 
-def torchs_linear() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which `F.linear` is torch's own, since no mode sees what a library's may run instead."""
+def _always(weight: Any) -> bool:
+    return True
+
+
+def torchs_linear(wants: Callable[[Any], bool] = _always) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which `F.linear` is torch's own for the weights that are wanted.
+
+    No mode sees what a library's may run instead.
+    """
     if F.linear is LINEAR:
         return contextlib.nullcontext()
-    return _linear_put_back()
+    return _linear_put_back(wants)
 
 
 @contextlib.contextmanager
-def _linear_put_back() -> Iterator[None]:
+def _linear_put_back(wants: Callable[[Any], bool]) -> Iterator[None]:
     replaced = F.linear
-    F.linear = LINEAR
+
+    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+        op = LINEAR if wants(weight) else replaced
+        return op(input, weight, bias)
+
+    F.linear = linear
     try:
         yield
     finally:

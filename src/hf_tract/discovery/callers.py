@@ -30,7 +30,9 @@ def find_functional_callers(
     modules = dict(model.named_modules())
     callers: dict[nn.Module, list[nn.Module]] = {}
     for each in _layer_inputs(model, names, example_batch):
-        if each.module != each.layer and without_wrappers(each.layer) in names:
+        # In evaluation mode, in which it is tried, a model may have other modules.
+        is_known = each.layer in modules and each.module in modules
+        if is_known and each.module != each.layer and without_wrappers(each.layer) in names:
             read = callers.setdefault(modules[each.module], [])
             if modules[each.layer] not in read:
                 read.append(modules[each.layer])
@@ -38,11 +40,16 @@ def find_functional_callers(
 
 
 def _layer_inputs(model: nn.Module, names: set[str], example_batch: Any) -> list[LayerInput]:
-    """Return what the layers read in the first trial run that reaches all of `names`, else in the one that got far."""
+    """Return what the layers read in the first trial run that reaches all of `names`, else in the longest one.
+
+    If it reaches any on the meta device, it is not tried with values.
+    """
     found: list[LayerInput] = []
-    for _, probe in trial_runs(model, example_batch):
+    for device, probe in trial_runs(model, example_batch):
+        if found and device != "meta":
+            break
+        if names <= {without_wrappers(each.layer) for each in probe.inputs}:
+            return probe.inputs
         if len(probe.inputs) > len(found):
             found = probe.inputs
-        if names <= {without_wrappers(each.layer) for each in found}:
-            break
     return found

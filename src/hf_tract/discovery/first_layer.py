@@ -120,7 +120,7 @@ def _is_lazy(module: nn.Module) -> bool:
 def _by_timm(model: nn.Module) -> list[FirstLayer]:
     """Return the first layers that the config of a timm model names; none for another model.
 
-    None either where other layers stand before them, as in a model that was changed, or that holds one of timm.
+    None either where another layer stands before them, as in a model that was changed, or that holds one of timm.
     """
     traits = getattr(model, "pretrained_cfg", None)
     if not isinstance(traits, Mapping) or not traits.get("first_conv"):
@@ -129,7 +129,7 @@ def _by_timm(model: nn.Module) -> list[FirstLayer]:
     if isinstance(names, str):
         names = [names]
     layers = layers_by_name(model)
-    if set(names) != set(list(layers)[: len(names)]):
+    if not layers.keys() >= set(names) or next(iter(layers)) not in names:
         return []
     return [FirstLayer(name, layers[name], BY_TIMM) for name in names]
 
@@ -140,7 +140,8 @@ def _by_probe(model: nn.Module, example_batch: Any) -> list[FirstLayer]:
     if probe is None:
         return []
     modules = dict(model.named_modules())
-    if not modules.keys() >= {meeting.module for meeting in probe.meetings}:
+    met = {meeting.module for meeting in probe.meetings}.union(probe.layers)
+    if not modules.keys() >= met:
         return []  # The model has other modules in evaluation mode, in which it was tried.
     _check_operations(type(model).__name__, modules, probe)
     found: dict[str, FirstLayer] = {}

@@ -133,9 +133,12 @@ def _layers(model: nn.Module) -> tuple[list[Any], list[nn.Linear]]:
 
 def _channel_counts(config: Any, convolutions: Sequence[Any]) -> list[int]:
     read = [layer.in_channels for layer in convolutions[:MOST_CHANNELS]]
-    # Two stems may share a stack of channels, such as colours and depth.
-    both = sum(list(dict.fromkeys(read))[:2])
-    counts = [*read[:1], 3, 1, both, *read]
+    counts = [*read[:1], 3, 1]
+    different = list(dict.fromkeys(read))
+    if len(different) > 1:
+        # Two stems may share a stack of channels, such as colours and depth.
+        counts.append(different[0] + different[1])
+    counts += read
     configured = _config_entry(config, CHANNELS)
     if isinstance(configured, int):
         counts.insert(0, configured)

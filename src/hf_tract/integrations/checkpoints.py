@@ -20,12 +20,17 @@ def remember_settings(state: TrainerState, settings: dict[str, Any]) -> None:
     _states_of(state)[STATE_KEY] = {"args": settings, "attributes": {}}
 
 
+def had_tract(state: TrainerState) -> bool:
+    """Return whether TrAct was on in this run, or in the one that it resumes."""
+    return STATE_KEY in _states_of(state)
+
+
 def compare_with_checkpoint(state: TrainerState, now: dict[str, Any]) -> None:
     """Warn if a run resumes with other settings than those of its checkpoint, wherever that lies."""
     if not state.global_step:
         return
     then: Any = "no TrAct"
-    if STATE_KEY in _states_of(state):
+    if had_tract(state):
         then = _states_of(state)[STATE_KEY]["args"]
     if then != now:
         logger.warning(

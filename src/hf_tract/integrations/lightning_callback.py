@@ -64,8 +64,10 @@ class TrActLightningCallback(Callback):
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED and trainer.accumulate_grad_batches > 1 and self.config.scope == "global":
             raise TrActError(
-                f"`accumulate_grad_batches` (={trainer.accumulate_grad_batches}) must be 1 under {strategy}, which "
-                f"hides where a step begins; use larger batches, or `scope='local'`."
+                "`accumulate_grad_batches` "
+                f"(={trainer.accumulate_grad_batches}) must be 1 under "
+                f"{strategy}, which hides where a step begins; use larger "
+                "batches, or `scope='local'`."
             )
         self.handle = apply_tract(pl_module, self.config.lam, self.layers, self.config.scope)
 

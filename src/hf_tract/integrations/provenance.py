@@ -20,15 +20,15 @@ PACKAGES = ("hf-tract", "torch", "transformers", "accelerate", "datasets", "timm
 NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 # In an address.
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
-# Ends of the names of options whose values are nobody else's.
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+# Ends of the names of options whose values are private.
 SECRETS = ("token", "secret", "password", "passwd", "api_key", "apikey", "access_key", "secret_key")
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
     """Return the running command, without tokens and passwords and without the folders of this machine.
 
-    Several processes are started by accelerate's launcher, whatever has started these.
+    How several processes were started is not known: a comment says how many there were.
 
     Args:
         arguments: the script and its arguments, by default those of this process.
@@ -41,26 +41,25 @@ def command(arguments: Sequence[str] | None = None) -> str:
     if Path(arguments[0]).name in NOTEBOOKS:
         return "# in a notebook"
     words = ["python"]
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        words = ["accelerate", "launch", "--num_processes", processes]
     option = ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
         word = _without_folder(name) + equals + _without_folder(value)
         if equals and _is_secret(name):
             word = f"{name}=TOKEN"
-        if _is_secret(option):
+        if option.startswith("-") and _is_secret(option):
             word = "TOKEN"
         word = _TOKEN.sub("TOKEN", word)
-        words.append(shlex.quote(_PASSWORD.sub(r"\1TOKEN@", word)))
+        words.append(shlex.quote(_LOGIN.sub("TOKEN@", word)))
         option = argument
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        words.append(f"  # by a launcher, on {processes} processes")
     return " ".join(words)
 
 
-def _is_secret(option: str) -> bool:
-    name = option.lower().replace("-", "_")
-    return option.startswith("-") and name.endswith(SECRETS)
+def _is_secret(name: str) -> bool:
+    return name.lower().replace("-", "_").endswith(SECRETS)
 
 
 def _without_folder(argument: str) -> str:

@@ -22,7 +22,7 @@ from hf_tract.discovery.wrappers import unwrap
 from hf_tract.integrations.checkpoints import checkpoint_folder, compare_with_checkpoint, remember_settings
 from hf_tract.integrations.model_card import TAGS
 from hf_tract.integrations.trackers import Trackers, stats_to_log
-from hf_tract.integrations.trainer_card import has_record, write_card
+from hf_tract.integrations.trainer_card import replace_card, write_card
 from hf_tract.integrations.training_record import CONFIG_FILE
 from hf_tract.whitening.batches import first_batches
 from hf_tract.whitening.fresh import mark_as_whitened, were_whitened
@@ -31,7 +31,7 @@ from hf_tract.whitening.whiten import whiten_first_layer
 logger = logging.getLogger(__name__)
 # Ways of training in which Trainer shards the model before it calls `on_train_begin`.
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-WHITENED_BEFORE = "TrAct: the first layer was whitened before and goes on from there. A new model starts anew."
+WHITENED_BEFORE = "TrAct: the first layer was whitened before and goes on from there. A fresh start needs a new model."
 
 
 class TrActCallback(TrainerCallback):
@@ -177,6 +177,8 @@ class TrActCallback(TrainerCallback):
             self._remove_tract(model)
         if args.save_strategy != SaveStrategy.NO:
             self._write_card(args, state, model)
+            if self.handle_of(model) is None and model is not None:
+                replace_card(args, state, model)
 
     def _apply_tract(self, model: nn.Module) -> TrActHandle | None:
         layers = self.layers
@@ -190,7 +192,7 @@ class TrActCallback(TrainerCallback):
             logger.warning("TrAct is off: %s", error)
             return None
         if all(is_frozen(layer.module) for layer in handle.layers):
-            handle.remove()  # The warning of `apply_tract` stays true if somebody unfreezes it.
+            handle.remove()  # So it stays off if the layer is unfrozen later, as `apply_tract` has warned.
             return None
         if self.layers == "auto":
             handle.config = self.config  # without the names that were found before
@@ -219,8 +221,7 @@ class TrActCallback(TrainerCallback):
         handle = self.handle_of(model)
         if model is None or not state.is_world_process_zero:
             return
-        # Without TrAct there is a card only in the place of an earlier run's.
-        if handle is not None or (state.global_step and has_record(args)):
+        if handle is not None:
             write_card(args, state, model, handle, self.hyperparameters, is_trained=handle not in self._trackers)
 
     def _remove_tract(self, model: nn.Module) -> None:

@@ -12,15 +12,11 @@ from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_tract.apply import TrActHandle
+from hf_tract.integrations.checkpoints import had_tract
 from hf_tract.integrations.trainer_facts import facts_of_run
 from hf_tract.integrations.training_record import RECORD_FILE, TrainingRecord
 
 logger = logging.getLogger(__name__)
-
-
-def has_record(args: TrainingArguments) -> bool:
-    """Return whether the output folder has the record of a run, this one or an earlier one."""
-    return Path(args.output_dir or ".", RECORD_FILE).exists()
 
 
 def write_card(
@@ -38,6 +34,13 @@ def write_card(
     # Weights that are not saved yet are worth more.
     except Exception as error:
         logger.warning("TrAct: the model card could not be written: %s", error)
+
+
+def replace_card(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    """Write the card of a run without TrAct in the place of an earlier run's, which tells of other weights."""
+    record = Path(args.output_dir or ".", RECORD_FILE)
+    if state.is_world_process_zero and record.exists() and not had_tract(state):
+        write_card(args, state, model, None, {}, is_trained=True)
 
 
 def use_model_card(

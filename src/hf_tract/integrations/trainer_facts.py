@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -134,7 +135,7 @@ def shares_of(row: Mapping[str, float], model: nn.Module) -> dict[str, float]:
     config = getattr(unwrap(model), "config", None)
     scores = {}
     for name in METRICS:
-        if name not in row or (name == "top5" and getattr(config, "num_labels", TOP) <= TOP):
+        if name not in row or (name == "top5" and getattr(config, "num_labels", math.inf) <= TOP):
             continue
         if 0 <= row[name] <= 1:
             scores[name] = row[name]

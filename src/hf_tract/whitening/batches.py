@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # For one batch, read by another process.
 MAX_SECONDS = 300
+# Libraries whose loaders hand on the batches as they are.
+PASS_ON = {"torch", "torchdata", "timm", "accelerate"}
 READS_ONCE = "and training would miss what is read of it here: call `whiten_first_layer` with a few batches before."
 
 
@@ -91,7 +93,8 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
 
     Those of a `DataLoader` are read by another process from a new loader over the same data, so that streams,
     samplers, augmentations and their random numbers keep their state; or from a copy of the data in this process,
-    where another one would run the user's script again. Where accelerate dispatches batches, each rank gets the same
+    where another one would run the user's script again. A loader whose class has an `__iter__` of its own, which may
+    change the batches, is read itself, with a warning. Where accelerate dispatches batches, each rank gets the same
     ones.
 
     Args:
@@ -99,7 +102,8 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
         count: the largest number of batches to return.
 
     Raises:
-        TrActError: for a loader that can be read only once, since training would miss its first batches.
+        TrActError: for a loader that can be read only once, and for a stream in a loader that is read itself, since
+            training would miss the first batches.
     """
     # Iterating over accelerate's loader would set its `GradientState` for the whole process.
     loader = getattr(loader, "base_dataloader", loader)
@@ -109,7 +113,7 @@ def first_batches(loader: Iterable[Any], count: int = 4) -> list[Any]:
     with preserved_random_state(), _preserved_generators(loader):
         if not isinstance(loader, DataLoader):
             return list(itertools.islice(loader, count))
-        if type(loader).__iter__ is DataLoader.__iter__:
+        if type(loader).__iter__.__module__.partition(".")[0] in PASS_ON:
             return _read_apart(loader, count)
         return _read_here(loader, count)
 
@@ -120,7 +124,7 @@ def _read_here(loader: DataLoader[Any], count: int) -> list[Any]:
     if isinstance(loader.dataset, IterableDataset):
         raise TrActError(f"`batches` (={name}) has a stream and an `__iter__` of its own, {READS_ONCE}")
     logger.warning("TrAct: %s has an `__iter__` of its own; it is read here, and what it counts moves on.", name)
-    return _first_of(loader, count)
+    return list(itertools.islice(loader, count))
 
 
 def _read_apart(loader: DataLoader[Any], count: int) -> list[Any]:
