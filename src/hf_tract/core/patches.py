@@ -121,7 +121,8 @@ PATCH_OPS: dict[Callable[..., Tensor], Callable[..., PatchSpec]] = {
 class PatchOpMode(TorchFunctionMode):
     """Passes every operation of `PATCH_OPS` that runs inside this context to `run_op`.
 
-    It is to be entered in `torchs_linear()`.
+    It is to be entered in `torchs_linear()`, which is not its own `__enter__`: inside of a mode that has one,
+    torch.compile cannot go on after a graph break.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
