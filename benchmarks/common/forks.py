@@ -6,9 +6,14 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+# An exit code can be read once, and a start reads those of all that have ended: not both at a time.
+_READS_EXIT_CODES = threading.Lock()
 
 
 def can_fork(command: Sequence[str], modules: Sequence[str]) -> bool:
@@ -32,8 +37,18 @@ def start(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(modules))
     process = context.Process(target=_run, args=(list(command[2:]), str(log), dict(variables)))
-    process.start()
+    with _READS_EXIT_CODES:
+        process.start()
     return process
+
+
+def wait(process: ForkServerProcess) -> int:
+    """Wait for the end of a started command; return its exit code."""
+    wait_for([process.sentinel])
+    with _READS_EXIT_CODES:
+        process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def _run(words: list[str], log: str, variables: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from types import FrameType
 from rich.progress import track
 
 from benchmarks import ROOT
-from benchmarks.common.forks import can_fork, start
+from benchmarks.common.forks import can_fork, start, wait
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,9 @@ class _Runner:
     def _wait_for_fork(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> int:
         process = start(command, self.imported, log, variables)
         self.alive.add(process)
-        process.join()
+        code = wait(process)
         self.alive.discard(process)
-        assert process.exitcode is not None
-        return process.exitcode
+        return code
 
     def stop(self, futures: Sequence[Future[str | None]]) -> None:
         """End the processes that are alive, and start no other."""

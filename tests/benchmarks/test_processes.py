@@ -78,6 +78,22 @@ print(run_all("runs", works, 2, devices=["5"], imported=["job"]))
         assert (f"job {number} failed with {number};" in printed) == (number > 0)
 
 
+@linux
+def test_each_of_many_short_runs_has_its_own_exit_code(tmp_path):
+    (tmp_path / "short.py").write_text("if __name__ == '__main__':\n    raise SystemExit(7)\n")
+    code = f"""
+import sys
+from pathlib import Path
+from benchmarks.common.processes import Work, run_all
+works = [Work([[sys.executable, "-m", "short"]], Path({str(tmp_path)!r}) / str(n)) for n in range(300)]
+print({{text.split(";")[0] for text in run_all("runs", works, 8, imported=["short"])}})
+"""
+    printed = subprocess.run(
+        python(code), env=environment(tmp_path), capture_output=True, text=True, check=True
+    ).stdout
+    assert f"{{'{sys.executable} -m short failed with 7'}}" in printed
+
+
 @pytest.mark.parametrize("imported", [False, pytest.param(True, marks=linux)])
 def test_a_killed_runner_leaves_no_process_behind(tmp_path, imported):
     (tmp_path / "sleeper.py").write_text(
