@@ -28,7 +28,7 @@ from benchmarks import overhead_results
 from benchmarks.cases import CASES, Case
 from benchmarks.common.bootstrap import UNDECIDED
 from benchmarks.common.options import new_parser
-from benchmarks.common.records import RunRecord, add_record, command, environment
+from benchmarks.common.records import RunRecord, add_record, command, environment, read_records
 from benchmarks.common.timing import Arms, interleaved, peak_bytes
 from benchmarks.overhead_results import AGAIN, ARMS, OURS, THEIRS, VANILLA, key_of, read_results
 from hf_tract import apply_tract
@@ -45,6 +45,7 @@ def main() -> None:
     path = args.output_dir / "overhead.jsonl"
     if args.fresh:
         path.unlink(missing_ok=True)
+    refuse_other_origin(path)
     asked = measurements(args)
     keys = [key_of(settings) for settings in asked]
     measure_missing(asked, path, args, deadline)
@@ -58,6 +59,22 @@ def main() -> None:
     overhead_results.plot(results, path.with_suffix(".png"))
     if args.check:
         sys.exit(overhead_results.print_verdicts(results, keys))
+
+
+def refuse_other_origin(path: Path) -> None:
+    """Refuse a file with turns of other code or another machine, with which new ones may not be pooled or judged.
+
+    Raises:
+        SystemExit: for such a file.
+    """
+    now = environment()
+    for record in read_records(path, latest=True).values():
+        for name, value in now.items():
+            other = getattr(record, name)
+            if other != value:
+                raise SystemExit(
+                    f"{path} holds measurements of {name} {other!r}: name another --output_dir, or use --fresh."
+                )
 
 
 def measurements(args: Namespace) -> list[Settings]:

@@ -153,17 +153,21 @@ def measure(job: Job, images: HeldOut, runs: Path) -> RunRecord:
 
 
 def corruptions() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Yield functions of float images from 0 to 1, (B, 3, H, W): none, then each corruption at each strength."""
+    """Yield functions of float images from 0 to 1, (B, 3, H, W): none, then each corruption at each strength.
+
+    Each is for one pass over all images in batches, in which every image has noise of its own.
+    """
     yield CLEAN, lambda pixels: pixels
     for name, strengths in CORRUPTIONS.items():
         for strength in strengths:
-            yield name, partial(corrupted, name=name, strength=strength)
+            generator = torch.Generator().manual_seed(NOISE_SEED)
+            yield name, partial(corrupted, name=name, strength=strength, generator=generator)
 
 
-def corrupted(pixels: Tensor, name: str, strength: float) -> Tensor:
-    """Return images with one corruption; those of one name and strength are the same for all models."""
+def corrupted(pixels: Tensor, name: str, strength: float, generator: torch.Generator) -> Tensor:
+    """Return images with one corruption, which is the same for all models."""
     if name == "gaussian noise":
-        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        noise = torch.randn(pixels.shape, generator=generator)
         return (pixels + strength * noise).clamp(0, 1)
     if name == "jpeg":
         return torch.stack([compressed(image, int(strength)) for image in pixels])

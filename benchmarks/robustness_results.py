@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.common.records import RunRecord, read_records
-from benchmarks.common.statistics import Interval, interval, p_text
+from benchmarks.common.statistics import LEVEL, Interval, interval, p_text
 from benchmarks.paper.summary import corrected_by_name
 from benchmarks.robustness import ARMS, CLEAN, CORRUPTIONS, SEEDS
 
@@ -18,7 +18,6 @@ BASE = ARMS[0]
 CHANCE = 10
 FROM_BASE = ["from vanilla", "p"]
 HEAD = ["arm", "clean", "corrupted", *FROM_BASE, "points lost", *FROM_BASE, "share lost, %", *FROM_BASE]
-LEVEL = 0.05
 ERROR_HEAD = ["arm", "ECE of clean images, %", "of corrupted ones, %"]
 
 

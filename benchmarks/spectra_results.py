@@ -10,9 +10,10 @@ import numpy as np
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.paper.summary import corrected_by_name
-from benchmarks.spectra import ARMS, CHOSEN_RATE, EPOCHS, PLS, VANILLA, settings_of
+from benchmarks.spectra import ARMS, CHOSEN_RATE, EPOCHS, FIRST_SEED, PLS, TUNING_SEEDS, VANILLA, settings_of
 
 DIGITS = 3
+FINAL_SEEDS = range(FIRST_SEED, FIRST_SEED + 8)
 HEAD = ["arm", "seeds", "test error", "from vanilla", "p", "seconds of training"]
 
 
@@ -27,12 +28,15 @@ def read(path: Path, part: str) -> dict[str, list[RunRecord]]:
 
 
 def _is_planned(record: RunRecord) -> bool:
-    """Return whether a run has the plan's settings; final runs have the chosen rate."""
+    """Return whether a run has the plan's settings and seeds; final runs have the chosen rate."""
     settings = record.settings
     if record.arm == PLS:
         return True
-    rate = settings["rate"] if settings["part"] == "validation" else CHOSEN_RATE
-    return rate is not None and settings == settings_of(rate, EPOCHS, settings["part"])
+    is_final = settings["part"] == "test"
+    rate = CHOSEN_RATE if is_final else settings["rate"]
+    if rate is None or record.seed not in (FINAL_SEEDS if is_final else TUNING_SEEDS):
+        return False
+    return bool(settings == settings_of(rate, EPOCHS, settings["part"]))
 
 
 def errors(records: Iterable[RunRecord]) -> np.ndarray:

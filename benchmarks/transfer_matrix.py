@@ -42,20 +42,30 @@ class Run(NamedTuple):
     recipe: dict[str, Any]
     tract: bool
     seed: int
-    folder: Path
+    # Holds the folders of all runs.
+    parent: Path
+    # The key of the pre-training that a fine-tuning starts from.
+    pretraining: str = ""
 
     @property
     def key(self) -> str:
         """Return the same for runs that are the same."""
         return key_of(self.arm, self.settings(), self.seed)
 
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the run: another for other settings, since a run goes on from what it finds there."""
+        name = Path(self.recipe["dataset"]).name if self.pretraining else f"pretrain-{self.arm}"
+        return self.parent / f"{name}-{self.key}"
+
     def settings(self) -> dict[str, Any]:
         """Return what tells the run apart, without folders of this machine."""
         settings = {**self.recipe, "dataset": without_local_path(self.recipe["dataset"])}
         settings.pop("seed", None)
-        if self.arm in CELLS:
+        if self.pretraining:
             # The model is in a folder of this machine.
             del settings["model"]
+            settings["pretraining"] = self.pretraining
         return settings
 
     def command(self) -> list[str]:
@@ -63,7 +73,7 @@ class Run(NamedTuple):
         words = [sys.executable, *TRAIN, *write_recipe(self.folder, self.recipe)]
         if not self.tract:
             words.append("--no_tract")
-        if self.arm in ARMS:
+        if not self.pretraining:
             words.append("--save_model")
         return words
 
@@ -76,33 +86,33 @@ def main() -> None:
     """Run what is not done yet, and report."""
     args = parse()
     file = args.output_dir / "matrix.jsonl"
-    pretrainings = [pretraining(arm, args) for arm in ARMS]
-    run_missing("pre-training", pretrainings, file, args.jobs)
+    pretrainings = {arm: pretraining(arm, args) for arm in ARMS}
+    run_missing("pre-training", list(pretrainings.values()), file, args.jobs)
     todo = []
     for dataset in args.datasets:
         for seed in range(args.seeds):
             for cell in CELLS:
-                todo.append(fine_tuning(dataset, cell, seed, args))
+                todo.append(fine_tuning(dataset, cell, seed, pretrainings, args))
     run_missing("fine-tuning", todo, file, args.jobs)
-    report(list(read_records(file).values()), args.output_dir)
+    have = read_records(file)
+    report([have[run.key] for run in [*pretrainings.values(), *todo]], args.output_dir)
 
 
 def pretraining(arm: str, args: argparse.Namespace) -> Run:
     """Return the pre-training of an arm."""
     recipe = read_yaml(args.pretrain_recipe) | {"dataset": args.pretrain_dataset}
-    return Run(arm, recipe, arm == "TrAct", 0, args.output_dir / f"pretrain-{arm}")
+    return Run(arm, recipe, arm == "TrAct", 0, args.output_dir)
 
 
-def fine_tuning(dataset: str, cell: str, seed: int, args: argparse.Namespace) -> Run:
+def fine_tuning(dataset: str, cell: str, seed: int, pretrainings: dict[str, Run], args: argparse.Namespace) -> Run:
     """Return the fine-tuning of a cell, which sees images as its model was trained to."""
     before, after = cell.split(" → ")
-    model = args.output_dir / f"pretrain-{before}" / "model"
+    model = pretrainings[before].folder / "model"
     look = json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
     recipe = read_yaml(args.transfer_recipe)
     recipe |= {"dataset": dataset, "model": str(model), "seed": seed}
     recipe |= {"mean": look["image_mean"], "std": look["image_std"]}
-    folder = args.output_dir / f"{Path(dataset).name}-{before}-{after}-{seed}"
-    return Run(cell, recipe, after == "TrAct", seed, folder)
+    return Run(cell, recipe, after == "TrAct", seed, args.output_dir, pretrainings[before].key)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Recipe(DataOptions):
         "cosine", "of the learning rate, by timm; constant is for schedule_free."
     )
     warmup_epochs: int = option(0, "epochs in which the learning rate rises from 0.")
-    clip_grad_norm: float = option(0.0, "largest norm of the gradient, in which TrAct is included; 0 for none.")
+    clip_grad_norm: float = option(0.0, "largest norm of the gradient, which TrAct has changed; 0 for none.")
     label_smoothing: float = option(0.0, "share of a label that goes to all classes.")
     mixup: float = option(0.0, "alpha of timm's mixup; 0 for none.")
     cutmix: float = option(0.0, "alpha of timm's cutmix; 0 for none.")

@@ -677,7 +677,11 @@ def read_records(folder: Path) -> list[Record]:
         return []
     lines = file.read_text(encoding="utf-8").splitlines()
     say(f"{file} holds {len(lines)} finished runs; those with the same settings and images are not trained again.")
-    return [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
+    versions = describe_run()["versions"]
+    if any(record["versions"] != versions for record in records):
+        say("Some of them were made with other versions of libraries; with another --output_dir all are trained anew.")
+    return records
 
 
 def find_record(records: list[Record], arm: str, seed: int, settings: Record) -> Record | None:

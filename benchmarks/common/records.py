@@ -45,7 +45,7 @@ def key_of(*told: Any) -> str:
 
 def environment() -> Row:
     """Return the commit, the versions and the hardware of this process, as fields of a record."""
-    return {"commit": commit(), "versions": provenance.versions(PACKAGES), "hardware": provenance.hardware()}
+    return {"commit": COMMIT, "versions": provenance.versions(PACKAGES), "hardware": provenance.hardware()}
 
 
 def command() -> str:
@@ -57,7 +57,7 @@ def command() -> str:
     return provenance.command(["-m", module.removesuffix(".__main__"), *sys.argv[1:]])
 
 
-def commit() -> str:
+def _commit() -> str:
     """Return the commit of this checkout, with a plus sign where the code has changed since."""
     if not shutil.which("git"):
         return ""
@@ -70,6 +70,10 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+# The code that runs is that of the import; somebody may commit while a long series goes on.
+COMMIT = _commit()
 
 
 def read_rows(path: Path, latest: bool = False) -> dict[str, Row]:

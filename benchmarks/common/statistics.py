@@ -6,6 +6,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+# Of a corrected p, below which a difference is shown.
+LEVEL = 0.05
 # Smaller probabilities are printed as below it.
 SMALLEST_P = 0.001
 

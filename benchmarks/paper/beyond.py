@@ -22,7 +22,7 @@ def rule(variant: str, lam: float = 0.1) -> Changes:
     return NO_TRACT | {"variant": variant, "lam": lam}
 
 
-MATCHED = {"whiten_init": True, "lam": 0.1}
+MATCHED: Changes = {"whiten_init": True, "lam": 0.1}
 WINNER = {"matched start, TrAct 0.1": MATCHED}
 START = MATCHED | {"whiten_unscaled": True}
 ALONE = {

@@ -52,9 +52,9 @@ def refuse_stale_choice(name: str, scale: str, have: Mapping[str, RunRecord]) ->
 
 def edges(name: str) -> list[str]:
     """Return the arms of final runs whose chosen rate is the lowest or the highest that was tried."""
-    tuned = tuning_of(name)
     found = []
-    for arm, cell in read().get(tuned, {}).items():
-        if is_at_edge(ALL[tuned], cell):
-            found.append(arm)
+    for tuned, told in {tuning_of(name): "", goal_of(name): " in its longest runs"}.items():
+        for arm, cell in read().get(tuned, {}).items():
+            if is_at_edge(ALL[tuned], cell):
+                found.append(arm + told)
     return found

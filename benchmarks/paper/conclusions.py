@@ -9,7 +9,7 @@ from typing import NamedTuple
 from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord
-from benchmarks.common.statistics import Interval, p_text
+from benchmarks.common.statistics import LEVEL, Interval, p_text
 from benchmarks.paper import evidence_layers, evidence_time
 from benchmarks.paper.catalogue import ALL
 from benchmarks.paper.choices import name_at, split_name
@@ -24,7 +24,6 @@ FIRST = "first layer"
 # The choice of layers by which E4 decides.
 DEEPER = "all layers"
 PRIMARY_OPTIMIZER = "muon_split"
-LEVEL = 0.05
 ABOUT_TIME = """\
 Vanilla's seconds to the accuracy of its longest run over those of the arm. Each end of the 95 % interval is the wider
 of the jackknife's and that of resampled seeds. Vanilla's longest run has a rate of its own, and where its shorter ones

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.paper.beyond import MATCHED
 from benchmarks.paper.choices import FINALISTS, final_runs, known
-from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TRACT, TUNING_EPOCHS, TUNING_SEED, VALIDATION
+from benchmarks.paper.evidence import SMOKE_VALIDATION, TRACT, TUNING_EPOCHS, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, VANILLA, VIT_SMALL, VIT_SMOKE
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from benchmarks.paper.beyond import MATCHED
 from benchmarks.paper.choices import FINALISTS, final_runs, known, name_at, read
-from benchmarks.paper.evidence import MATCHED, SMOKE_VALIDATION, TUNING_EPOCHS, TUNING_SEED, VALIDATION
+from benchmarks.paper.evidence import SMOKE_VALIDATION, TUNING_EPOCHS, TUNING_SEED, VALIDATION
 from benchmarks.paper.experiment import Changes, Experiment
 from benchmarks.paper.experiments import NO_TRACT, NORMS, VIT_SMALL, VIT_SMOKE
 

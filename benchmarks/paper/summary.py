@@ -42,12 +42,12 @@ class Arm:
 
     @property
     def milliseconds(self) -> float:
-        """Return those of a step, the mean over runs."""
+        """Return those of a step behind the first epoch, before which a start may stand; the mean over runs."""
         found = []
         for run in self.runs.values():
             settings = run.settings
-            steps = settings["epochs"] * (settings["train_samples"] // settings["batch_size"])
-            found.append(1000 * run.seconds[-1] / steps)
+            steps = (settings["epochs"] - 1) * (settings["train_samples"] // settings["batch_size"])
+            found.append(1000 * (run.seconds[-1] - run.seconds[0]) / steps)
         return float(np.mean(found))
 
     def with_seeds_of(self, other: Arm) -> Arm:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate, estimate
-from benchmarks.common.statistics import Interval, interval, p_text
+from benchmarks.common.statistics import LEVEL, Interval, interval, p_text
 from benchmarks.paper.summary import Arm, Arms, corrected, gain
 
 PRIMARY_P = 0.01
@@ -27,7 +27,6 @@ NOT_MORE = "A learning rate of the first layer does as much here, as far as thes
 # What would become an option of the library.
 CHALLENGERS = ("TrAct, grafted", "eigenvectors, lam 0.001", "eigenvectors, lam 0.01", "eigenvectors, lam 0.1")
 INCUMBENTS = ("TrAct", "matched start, TrAct")
-LEVEL = 0.05
 
 
 class StepSize(NamedTuple):

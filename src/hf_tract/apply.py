@@ -90,7 +90,7 @@ class TrActHandle:
             For each layer that has had a backward: `grad_norm_raw` and `grad_norm`, the norm of the weight's gradient
             before and after preconditioning (before clipping and before ranks are averaged, in the loss's scale);
             `condition`, an estimate of the condition number of C + lam I; `mean_eigenvalue` of C, the mean square of
-            what the layer reads.
+            what the layer reads. Empty once TrAct is off.
         """
         stats = {name: preconditioner.stats() for name, preconditioner in self._preconditioners()}
         return {name: figures for name, figures in stats.items() if figures}
@@ -137,8 +137,8 @@ def apply_tract(
     """Train the first layer of `model` by TrAct from now on, whatever the optimizer and the training loop.
 
     Its weight's gradient, (m, n), is then `grad_W @ inv(C + lam I)`, C = (1/b) sum of p p^T over all b patches p since
-    `.grad` was last empty, on all ranks. Nothing else about the model changes. Call it before or after `prepare`,
-    `torch.compile` and DDP (before FSDP and DeepSpeed), and again for new settings, which replace all old ones.
+    `.grad` was last empty, on all ranks. Nothing else about the model changes. Call it before the model is
+    sharded (FSDP, DeepSpeed), so before `prepare` there, and again for new settings, which replace all old ones.
 
     Args:
         model: any model.

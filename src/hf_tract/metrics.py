@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def compute_top_k(prediction: EvalPrediction) -> dict[str, float]:
     """Return `top1` and `top5`, as shares of 1; pass this function to Trainer as `compute_metrics`.
 
-    Of a model with several outputs the first are the scores, as transformers orders them.
+    Where a model has several outputs, the first one holds the scores, as transformers orders them.
     """
     scores = prediction.predictions
     if isinstance(scores, tuple):

@@ -238,7 +238,7 @@ def test_the_report_of_a_choice_shows_every_cell_and_what_is_chosen(tmp_path):
 
 def test_whole_runs_are_compared_at_equal_lengths_without_a_speed_up_along_a_run(monkeypatch):
     monkeypatch.setitem(report.OF_WHOLE_RUNS, "evidence_cifar10", TUNING)
-    settings = {"epochs": 10, "train_samples": 20_000, "batch_size": 128}
+    settings = {"epochs": 2, "train_samples": 20_000, "batch_size": 128}
     arms = {}
     for share in (100, 33):
         for name, top1 in (("vanilla", 0.5), ("TrAct", 0.51)):
@@ -253,7 +253,7 @@ def test_whole_runs_are_compared_at_equal_lengths_without_a_speed_up_along_a_run
     assert len(gained) == 2
     for line in gained:
         assert "| +1.0 ± 0.0 |" in line
-        assert line.endswith("| 100 | 2.6 |")
+        assert line.endswith("| 500 | 2.6 |")
 
 
 def test_runs_that_shared_devices_tell_no_times(tmp_path, monkeypatch):
@@ -303,6 +303,9 @@ def test_arms_at_the_edge_of_their_grid_are_told(monkeypatch):
     monkeypatch.setattr(catalogue, "read", lambda: {NAME: BEST})
     assert catalogue.edges("evidence_cifar10") == ["DualPatchNorm", "matched start, TrAct"]
     assert catalogue.edges("evidence_step_size") == []
+    goal = {"evidence_goal_cifar10": {"vanilla": next(iter(catalogue.ALL["evidence_goal_cifar10"].arms))}}
+    monkeypatch.setattr(catalogue, "read", lambda: goal)
+    assert catalogue.edges("evidence_cifar10") == ["vanilla in its longest runs"]
 
 
 def test_the_command_writes_the_choices(tmp_path, monkeypatch, capsys):

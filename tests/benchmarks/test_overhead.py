@@ -130,6 +130,18 @@ def test_overhead_measures_prints_and_keeps_its_results(tmp_path, monkeypatch, c
     assert row["turns"] == 7
 
 
+def test_turns_of_other_code_are_neither_judged_nor_pooled(tmp_path, monkeypatch, without_timing):
+    options = ["--scopes", "layer", "--no_memory"]
+    run(monkeypatch, tmp_path, *options)
+    monkeypatch.setattr(overhead, "environment", lambda: {"commit": "another"})
+    with pytest.raises(
+        SystemExit, match=r"overhead.jsonl holds measurements of commit '.*': name another --output_dir"
+    ):
+        run(monkeypatch, tmp_path, *options)
+    run(monkeypatch, tmp_path, *options, "--fresh")
+    assert {record.commit for record in read_records(tmp_path / "overhead.jsonl").values()} == {"another"}
+
+
 def test_what_is_undecided_gets_more_turns_until_the_time_is_over(tmp_path, monkeypatch, capsys, without_timing):
     said = iter(["undecided", "undecided", "pass", "pass"])
 

@@ -24,6 +24,10 @@ JOBS = [job for job in EVIDENCE["evidence_step_size"].jobs("smoke") if job.arm i
 PIXELS = 0.2 + 0.2 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+def corrupted(pixels, name, strength):
+    return robustness.corrupted(pixels, name, strength, torch.Generator().manual_seed(0))
+
+
 def test_the_plans_runs_are_those_of_four_arms_and_five_seeds():
     jobs = list(robustness.jobs_of_the_plan())
     assert {(job.arm, job.seed) for job in jobs} == {(arm, seed) for arm in ARMS for seed in SEEDS}
@@ -33,23 +37,34 @@ def test_the_plans_runs_are_those_of_four_arms_and_five_seeds():
 def test_every_corruption_grows_with_its_strength_and_is_the_same_each_time(name):
     distances = []
     for strength in CORRUPTIONS[name]:
-        changed = robustness.corrupted(PIXELS, name, strength)
+        changed = corrupted(PIXELS, name, strength)
         assert changed.shape == PIXELS.shape
         assert 0 <= changed.min() <= changed.max() <= 1
-        assert torch.equal(changed, robustness.corrupted(PIXELS, name, strength))
+        assert torch.equal(changed, corrupted(PIXELS, name, strength))
         distances.append(float((changed - PIXELS).square().mean()))
     assert distances == sorted(distances)
     assert distances[0] > 0
 
 
 def test_corruptions_are_what_they_are_called():
-    noise = robustness.corrupted(torch.full((50, 3, 32, 32), 0.5), "gaussian noise", 0.1) - 0.5
+    noise = corrupted(torch.full((50, 3, 32, 32), 0.5), "gaussian noise", 0.1) - 0.5
     assert float(noise.std()) == pytest.approx(0.1, rel=0.01)
-    assert torch.allclose(robustness.corrupted(PIXELS, "brightness", 1.5), 1.5 * PIXELS)
-    assert float(robustness.corrupted(PIXELS, "contrast", 0.5).std()) < 0.6 * float(PIXELS.std())
-    blurred = robustness.corrupted(PIXELS, "gaussian blur", 1.0)
+    assert torch.allclose(corrupted(PIXELS, "brightness", 1.5), 1.5 * PIXELS)
+    assert float(corrupted(PIXELS, "contrast", 0.5).std()) < 0.6 * float(PIXELS.std())
+    blurred = corrupted(PIXELS, "gaussian blur", 1.0)
     assert torch.allclose(blurred.mean((2, 3)), PIXELS.mean((2, 3)), atol=0.01)
     assert float(blurred.std()) < 0.5 * float(PIXELS.std())
+
+
+def test_no_two_images_have_the_same_noise(monkeypatch):
+    seen = []
+    for name, corrupt in robustness.corruptions():
+        if name == "gaussian noise":
+            grey = torch.full((2, 3, 8, 8), 0.5)
+            seen.append([*(corrupt(grey) - 0.5), *(corrupt(grey) - 0.5)])
+    assert len(seen) == 5
+    for images in seen:
+        assert not any(torch.equal(images[0], other) for other in images[1:])
 
 
 @pytest.fixture

@@ -103,6 +103,8 @@ def test_the_table_compares_seed_by_seed(tmp_path):
     # Not the plan's.
     add_record(path, record("TrAct", 100, 0.1, rate=1e-3))
     add_record(path, record("TrAct", 100, 0.1, epochs=2))
+    add_record(path, record("TrAct", 108, 0.1))
+    add_record(path, record("vanilla", 100, 0.1, "validation", 2e-3))
     runs = spectra_results.read(path, "test")
     found = {row[0]: dict(zip(spectra_results.HEAD, row, strict=True)) for row in spectra_results.rows(runs)}
     assert list(found) == [*spectra.ARMS, spectra.PLS]

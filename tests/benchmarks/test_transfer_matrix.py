@@ -59,6 +59,20 @@ def test_the_matrix_runs_each_cell_from_each_seed_once(tmp_path, monkeypatch, ra
     assert len(ran) == 2 + 4 * 2
 
 
+def test_another_pretraining_makes_another_matrix(tmp_path, monkeypatch, ran):
+    for epochs in (1, 2):
+        recipe = tmp_path / f"{epochs}.yaml"
+        recipe.write_text(yaml.safe_dump({"epochs": epochs}))
+        arguments = ["--pretrain_dataset", "photo_crops", "--datasets", "/data/digits", "--seeds", "2"]
+        options = [*arguments, "--pretrain_recipe", str(recipe), "--output_dir", str(tmp_path / "m")]
+        monkeypatch.setattr(sys, "argv", [transfer_matrix.__file__, *options])
+        transfer_matrix.main()
+    assert len(ran) == 2 * (2 + 4 * 2)
+    assert len({option(command, "--output_dir") for command in ran}) == len(ran)
+    lines = (tmp_path / "m" / "matrix.md").read_text().splitlines()
+    assert lines[2] == "| digits | 50.5 ± 6.4 | 60.5 ± 6.4 | 70.5 ± 6.4 | 80.5 ± 6.4 |"
+
+
 def test_the_matrix_ends_where_a_run_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["transfer_matrix", "--output_dir", str(tmp_path / "m")])
     monkeypatch.setattr(transfer_matrix, "run_all", lambda what, works, at_once, done: ["why"])

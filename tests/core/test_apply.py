@@ -453,3 +453,13 @@ def test_config_goes_to_json_and_back(tmp_path):
         TrActConfig.from_dict({"lambda_": 0.1})
     with pytest.raises(TrActError, match=says("`layers` (=())", "must be 'auto'")):
         TrActConfig(layers=())
+
+
+def test_a_layer_made_by_the_class_of_a_preconditioned_one_is_ordinary():
+    """Libraries call `type(layer)(...)` to build a similar one."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, 2))
+    apply_tract(model, layers=["0"])
+    made = type(model[0])(3, 5, 2, 2)
+    assert type(made) is nn.Conv2d
+    made(torch.randn(1, 3, 4, 4)).sum().backward()
+    assert made.weight.grad is not None

@@ -99,6 +99,17 @@ def test_a_delayed_flag_comes_from_any_device(monkeypatch):
             assert flag.send(torch.empty((), dtype=torch.bool, device=device))
 
 
+def test_a_delayed_flag_on_its_way_is_neither_replaced_nor_read(monkeypatch):
+    monkeypatch.setattr(torch, "Event", Event)
+    flag = DelayedFlag()
+    with FakeTensorMode():
+        value = torch.empty((), dtype=torch.bool, device="cuda")
+        assert flag.send(value)
+        monkeypatch.setattr(Event, "query", lambda self: False)
+        assert not flag.send(value)
+        assert not flag.read()
+
+
 def test_a_delayed_flag_stays_out_of_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(torch, "Event", Event)
     flag = DelayedFlag()

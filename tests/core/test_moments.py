@@ -7,6 +7,7 @@ from torch import nn
 from benchmarks.common.timing import peak_bytes
 from helpers import oracle
 from helpers.strategies import cases
+from hf_tract.core import pieces
 from hf_tract.core.moments import MEMORY_LIMIT, patch_moments
 from hf_tract.core.patches import PATCH_OPS, PatchSpec
 
@@ -115,3 +116,12 @@ def test_is_the_input_factor_of_curvlinops_forward_only_kfac(layer, shape):
     (factor,) = kfac.state_dict()["input_covariances"].values()
     sums, count = moments(x, spec_of(layer, x), torch.float64)
     oracle.assert_close(sums[0] / count, factor, 1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("b", [10, 11, 12, 15])
+def test_a_long_product_in_parts_is_the_product(groups, b, monkeypatch):
+    monkeypatch.setattr(pieces, "MAX_PRODUCT_LENGTH", 10)
+    monkeypatch.setattr(pieces, "PART_LENGTH", 4)
+    left, right = (torch.randn(groups, b, n, dtype=torch.float64) for n in (3, 5))
+    oracle.assert_close(pieces.long_product(left, right, torch.float64), left.mT @ right, 1e-12)

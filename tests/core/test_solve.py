@@ -101,3 +101,14 @@ def test_the_condition_number_is_that_of_the_eigenvalues(n):
     inverse = damped_inverse(moment, 0.1)
     eigenvalues = torch.linalg.eigvalsh(moment[0].double()) + 0.1
     assert inverse.condition() == pytest.approx(float(eigenvalues[-1] / eigenvalues[0]), rel=0.05)
+
+
+def test_the_figures_are_over_all_groups():
+    moment = torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, 5.0]))])
+    inverse = damped_inverse(moment, 1.0)
+    assert inverse.mean_eigenvalue == pytest.approx(2)
+    assert inverse.condition() == pytest.approx(3, rel=1e-3)
+    # The trace of each group is at the limit.
+    limit = torch.eye(2).expand(2, 2, 2) * hf_tract.core.solve.max_trace(0.1) / 2
+    assert not damped_inverse(0.75 * limit, 0.1).needs_float64
+    assert damped_inverse(1.5 * limit, 0.1).needs_float64

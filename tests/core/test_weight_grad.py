@@ -59,7 +59,7 @@ def check(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> None:
 @given(cases(torch.float32), st.sampled_from([torch.bfloat16, torch.float16]))
 def test_is_the_exact_gradient_for_every_layer(case, dtype):
     if getattr(case.layer, "padding_mode", "zeros") != "zeros":
-        return
+        case.layer.padding_mode = "zeros"
     check(case.layer, case.x, dtype)
 
 

@@ -9,8 +9,22 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.oracle import assert_close, expected
-from helpers.ranks import COLUMNS, STEPS, Net, Pairs, flat, images, loss_sum, on_two_ranks, one_process, train
+from helpers.ranks import (
+    COLUMNS,
+    STEPS,
+    Net,
+    Pairs,
+    Sizes,
+    flat,
+    images,
+    loss_sum,
+    on_two_ranks,
+    one_process,
+    optimizer_of,
+    train,
+)
 from hf_tract import apply_tract, whiten_first_layer
+from hf_tract.core import accumulation
 
 # The images' parts; what differs from a DDP of default settings, TrAct applied before it.
 SCENARIOS = {
@@ -73,10 +87,48 @@ def test_equals_one_process_with_one_collective_for_each_backward(results, name)
     assert collectives == [COLUMNS**2 + 1] * STEPS * len(sizes[0]) * calls
 
 
-def test_local_scope_communicates_nothing_and_differs(results):
-    (weights, collectives), alone = results[0]["local"], one_process(12)
+def by_parts(sizes: Sizes) -> torch.Tensor:
+    """Returns the weights where each micro-batch's gradient is multiplied by the inverse of its own C."""
+    model, total = Net(), sum(map(sum, sizes))
+    optimizer, stem = optimizer_of(model), model.embed[0]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        added = torch.zeros_like(stem.weight)
+        for part in images(step, total).split([count for counts in sizes for count in counts]):
+            stem.weight.grad = None
+            (loss_sum(model, part) / total).backward()
+            added += expected(stem.weight.grad, part, stem, 0.1).detach()
+        stem.weight.grad = added
+        optimizer.step()
+    return flat(model)
+
+
+def test_local_scope_communicates_nothing_and_takes_each_part_by_itself(results):
+    (weights, collectives), (others, _) = (rank["local"] for rank in results)
     assert collectives == []
-    assert (weights - alone).norm() > 1e-4 * alone.norm()
+    assert torch.equal(weights, others)
+    assert_close(weights, by_parts(SCENARIOS["local"][0]), 1e-10)
+    assert (weights - one_process(12)).norm() > 1e-4 * weights.norm()
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_sums_and_counts_are_added_up_in_the_group_that_was_given(host, monkeypatch):
+    """Also on an accelerator, whose count stays there."""
+    group, asked = object(), []
+
+    def all_reduce(tensor, group=None):
+        asked.append(group)
+        tensor.mul_(2)
+
+    monkeypatch.setattr(accumulation, "ranks_of", lambda of: 2 if of is group else 1)
+    monkeypatch.setattr(accumulation, "on_host", lambda tensor: host)
+    monkeypatch.setattr(accumulation.dist, "all_reduce", all_reduce)
+    mine = torch.randn(2, 5, 5, dtype=torch.float64)
+    sums, count = accumulation.sum_over_ranks(accumulation.PatchSums(mine, 3), group)
+    assert asked == [group]
+    assert torch.equal(sums, 2 * mine)
+    assert float(count) == 6
+    assert isinstance(count, torch.Tensor) is not host
 
 
 def nan_job(rank: int, name: str) -> dict[str, bool]:

@@ -58,6 +58,11 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def stem(folder: Path) -> torch.Tensor:
+    model = AutoModelForImageClassification.from_pretrained(folder / "model")
+    return model.vit.embeddings.patch_embeddings.projection.weight.detach()
+
+
 def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
@@ -89,8 +94,20 @@ def test_the_model_has_a_card_of_its_run(whole):
     assert "lam = 0.1" in card.text
 
 
-def test_without_tract_another_model_comes_out(whole, tmp_path, monkeypatch):
-    vanilla = run(monkeypatch, tmp_path, "--no_tract")
+def test_lam_reaches_the_layer(tmp_path, monkeypatch):
+    handles, original = [], pretrain_vit.apply_tract
+    monkeypatch.setattr(pretrain_vit, "apply_tract", lambda *args: handles.append(original(*args)) or handles[-1])
+    run(monkeypatch, tmp_path, "--lam", "0.02", "--epochs", "1")
+    assert [handle.config.lam for handle in handles] == [0.02]
+
+
+@pytest.fixture(scope="module")
+def vanilla(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run(monkeypatch, tmp_path_factory.mktemp("vanilla"), "--no_tract")
+
+
+def test_without_tract_another_model_comes_out(whole, vanilla):
     assert "lam" not in (vanilla / "model" / "README.md").read_text()
     assert (weights(vanilla) - weights(whole)).norm() > 1e-3 * weights(whole).norm()
 
@@ -560,6 +577,12 @@ def two(tmp_path_factory):
     runs = [[str(folder / "straight")], [str(folder / "resumed"), "--resume_from_checkpoint", "latest"]]
     on_two_ranks(folder, on_a_rank, [json.dumps(each) for each in runs])
     return folder
+
+
+@pytest.mark.parametrize("name", ["straight", "resumed"])
+def test_two_processes_train_the_first_layer_as_one_does(whole, vanilla, two, name):
+    effect = (stem(whole) - stem(vanilla)).norm()
+    assert (stem(two / name) - stem(whole)).norm() < 0.02 * effect
 
 
 def test_two_processes_end_where_one_does(whole, two):

@@ -115,8 +115,15 @@ def test_all_arms_run_once_and_leave_a_table_and_a_plot(case, tmp_path, monkeypa
     assert "seed 0:" not in again
     assert again.count("seed 1:") == 3
     assert "mean ± 95 % interval (t distribution) over 2 seeds" in again
+    assert "other versions" not in again
+    made, original = [], quickstart.TrActCallback
+    monkeypatch.setattr(quickstart, "TrActCallback", lambda **options: made.append(options) or original(**options))
+    file = tmp_path / "records.jsonl"
+    file.write_text(file.read_text().replace('"torch": "', '"torch": "0.'))
     other_lam = run(monkeypatch, capsys, *arguments, "--lam", "0.2")
     assert [arm for arm in ARMS if f"{arm}, seed 0:" in other_lam] == ARMS[1:]
+    assert [options["lam"] for options in made] == [0.2, 0.2]
+    assert "Some of them were made with other versions of libraries" in other_lam
 
 
 def test_another_model_trains_on_a_folder_of_images(tmp_path, monkeypatch, capsys):

@@ -85,8 +85,9 @@ def test_digits_are_fine_tuned_from_several_seeds(checkpoint, tmp_path, monkeypa
 
 def test_any_folder_of_images_trains_with_tract_or_without(checkpoint, images, tmp_path, monkeypatch, capsys):
     options = ["--checkpoint", checkpoint, "--dataset", images, "--output_dir"]
-    run(monkeypatch, capsys, *options, tmp_path / "tract")
+    run(monkeypatch, capsys, *options, tmp_path / "tract", "--lam", "0.02")
     run(monkeypatch, capsys, *options, tmp_path / "vanilla", "--no_tract")
+    assert TrainingRecord.from_json_file(tmp_path / "tract" / RECORD_FILE).tract.lam == 0.02
     stems = [
         AutoModelForImageClassification.from_pretrained(tmp_path / arm).state_dict()[STEM]
         for arm in ("tract", "vanilla")

@@ -233,3 +233,12 @@ def test_removing_the_hook_of_a_copy_leaves_the_original():
     remove_hook_from_module(copied)
     assert isinstance(model[0], TrActLayer)
     assert not isinstance(copied[0], TrActLayer)
+
+
+def test_the_hook_hands_every_option_on():
+    model, group = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), object()
+    add_hook_to_module(model, TrActHook(0.2, ["1"], "local", process_group=group))
+    assert not isinstance(model[0], TrActLayer)
+    preconditioner = model[1]._tract_preconditioner
+    assert (preconditioner.config.lam, preconditioner.config.scope) == (0.2, "local")
+    assert preconditioner.process_group is group

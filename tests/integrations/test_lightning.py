@@ -162,8 +162,9 @@ def test_the_callback_refuses_accumulation_under_a_strategy_that_hides_where_a_s
         (TrActLightningCallback(scope="local"), accumulating),
         (TrActLightningCallback(), plain),
     ):
-        callback.on_fit_start(trainer, Automatic(small_vit()))
-        assert callback.handle is not None
+        module = Automatic(small_vit())
+        callback.on_fit_start(trainer, module)
+        assert find_stem(module)._tract_preconditioner.config.scope == callback.config.scope
 
 
 def ranks_job(rank: int, name: str) -> torch.Tensor:

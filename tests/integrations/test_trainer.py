@@ -41,6 +41,18 @@ def test_both_names_are_one_class_without_training_state():
     assert not issubclass(TrActCallback, ExportableState)
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_the_scope_reaches_the_layer(tmp_path, scope):
+    seen = set()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.add(stem_of(model)._tract_preconditioner.config.scope)
+
+    trainer(tmp_path, callbacks=[TrActCallback(scope=scope), Look()], max_steps=1).train()
+    assert seen == {scope}
+
+
 def test_it_is_on_in_training_and_off_after_it(tmp_path):
     watch, callback = Watch(), TrActCallback()
     run = trainer(tmp_path, callbacks=[callback, watch])

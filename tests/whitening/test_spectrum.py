@@ -55,6 +55,13 @@ def test_batches_of_three_dimensions_are_no_lists_of_images(columns, kind):
     assert torch.allclose(net[0].weight, expected[0].weight, atol=1e-5)
 
 
+def test_a_synchronised_batch_norm_stays_in_evaluation_mode():
+    """Else it would wait for other processes."""
+    net, x = nn.Sequential(nn.SyncBatchNorm(3), nn.Conv2d(3, 6, 4, 4)), 5 + torch.randn(16, 3, 8, 8)
+    found = first_layer_spectrum(net, x, layers=["1"])["1"]
+    assert found.mean == pytest.approx(float(x.square().mean()), rel=1e-3)
+
+
 def test_a_weight_that_its_parent_reads_is_measured_there():
     net, x = Airbench(), torch.randn(16, 3, 8, 8)
     found = first_layer_spectrum(net, x)

@@ -32,7 +32,7 @@ def _print_version(requested: bool) -> None:
 def main(
     _: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print versions and leave.")] = False,
 ) -> None:
-    """Look at what TrAct, by which the first layer learns like an embedding, would take of a model."""
+    """Show which layers of a model TrAct would act on, and at what cost."""
 
 
 # Options may be written with underscores too, as in the scripts of transformers.
@@ -49,12 +49,12 @@ def inspect(  # noqa: PLR0913 each is an option
         str | None,
         typer.Option(help="A folder of images, .npy arrays or parquet, or a Hub id: to measure C's eigenvalues on."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images to draw from all over it.")] = 64,
-    split: Annotated[str, typer.Option(help="Split of it.")] = "train",
+    samples: Annotated[int, typer.Option(min=1, help="Images to draw from the data set.")] = 64,
+    split: Annotated[str, typer.Option(help="Their split.")] = "train",
     trust_remote_code: Annotated[bool, typer.Option(help="Run a model's own code from the Hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Show the layers that TrAct would take of MODEL and why, its cost, and warnings. No weights are loaded."""
+    """Show the layers of MODEL that TrAct would act on and why, the cost, and warnings. No weights are loaded."""
     try:
         TrActConfig(lam=lam)  # raises for a lam that is not positive
         loaded = load(model, trust_remote_code)

@@ -26,7 +26,7 @@ METRICS = {"accuracy": "top-1 accuracy", "top5": "top-5 accuracy"}
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MAX_ROWS = 20  # of the card's table
 CURVE_FILE = "training_curve.png"
-CURVES = {"loss": "training loss", "eval_loss": "test loss", "accuracy": "test accuracy"}
+CURVES = {"loss": "training loss", "eval_loss": "evaluation loss", "accuracy": "accuracy"}
 
 
 def is_replaceable(card: Path) -> bool:

@@ -48,7 +48,7 @@ class TrActCallback(TrainerCallback):
 
     Args:
         lam: as in `TrActConfig`.
-        layers: names or glob patterns as in `TrActConfig`, or modules.
+        layers: as in `TrActConfig`, or modules. Where "auto" finds none, a warning says "TrAct is off".
         scope: as in `TrActConfig`.
         whiten_init: for training from scratch, start with the first layer as `whiten_first_layer` makes it from the
             first batches of Trainer's own loader. A resumed run has whitened weights already.
