@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_tract.config import Scope, TrActConfig, TrActError
-from hf_tract.core.attach import attach, attach_caller, detach, foreign_forward, preconditioner_of
+from hf_tract.core.attach import attach, attach_caller, detach, preconditioner_of
 from hf_tract.core.first_step import FirstStepWatch
 from hf_tract.core.patches import patch_size
 from hf_tract.core.preconditioner import LayerPreconditioner
-from hf_tract.core.tract_class import original_class
+from hf_tract.core.tract_class import foreign_forward, original_class
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.callers import find_functional_callers
 from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
@@ -239,7 +239,7 @@ def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
             "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
             "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors "
             "freeze it unless `trainable_backbone_layers` counts it, transformers' DETR where its backbone is a "
-            "ResNet), or name another layer with `layers=`.",
+            "ResNet), or name the layer that you train with `layers=` (if this is a teacher's, or a fixed transform).",
             ", ".join(layer.name for layer in handle.layers),
             full_names[handle.layers[0].module],
         )

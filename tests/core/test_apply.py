@@ -463,3 +463,25 @@ def test_a_layer_made_by_the_class_of_a_preconditioned_one_is_ordinary():
     assert type(made) is nn.Conv2d
     made(torch.randn(1, 3, 4, 4)).sum().backward()
     assert made.weight.grad is not None
+
+
+class Sparse(nn.Conv2d):
+    """Calls its base class as SparK's layers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super(type(self), self).forward(x) * (x.mean() > -9)
+
+
+def test_a_forward_that_means_its_base_class_by_its_own_type_runs():
+    torch.manual_seed(0)
+    plain, x = network(Sparse(3, 4, 2, 2)), torch.randn(5, 3, 8, 8)
+    model = copy.deepcopy(plain)
+    apply_tract(model, layers=["0"])
+    assert torch.equal(model(x), plain(x))
+    model(x).sum().backward()
+    plain(x).sum().backward()
+    assert_close(model[0].weight.grad, expected(plain[0].weight.grad, x, plain[0], 0.1), 1e-4)
+    assert_close(copy.deepcopy(model)(x), plain(x), 1e-6)
+    assert type(pickle.loads(pickle.dumps(model))[0]) is Sparse
+    remove_tract(model)
+    assert type(model[0]) is Sparse

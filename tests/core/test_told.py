@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.checkpoint import checkpoint
 
@@ -137,6 +138,7 @@ def test_a_watch_ends_with_what_it_watches(told, end):
     elif end == "again":
         apply_tract(model, lam=0.2)
     else:
+        step(model)
         gone = weakref.ref(model)
         del model, handle
         gc.collect()
@@ -147,6 +149,70 @@ def test_a_watch_ends_with_what_it_watches(told, end):
     if end != "again":
         assert not [watch for watch in first_step._watches if watch._model() in (None, model)]
     remove_tract(model)
+
+
+def train_a_hundred_steps(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(first_step.STEPS_ELSEWHERE):
+        model(torch.randn(4, 3, 8, 8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_that_is_made_anew_after_tract_was_applied_is_told(told, monkeypatch, again):
+    """As by skorch's `fit()`, or where a script resumes by `model = torch.load(...)`."""
+    monkeypatch.setattr(first_step, "PRECONDITIONERS", weakref.WeakValueDictionary())
+    model = Net()
+    apply_tract(model)
+    model = Net()
+    gc.collect()
+    if again:
+        apply_tract(model)
+        monkeypatch.setattr(first_step, "PRECONDITIONERS", {0: attach.preconditioner_of(model.stem)})
+    train_a_hundred_steps(model)
+    if again:
+        assert told() == []
+        return
+    (message,) = told()
+    assert "none of them holds stem of the model that TrAct was applied to" in message
+    train_a_hundred_steps(model)
+    assert len(told()) == 1
+    assert not [watch for watch in first_step._watches if watch._model() is None]
+
+
+class Masked(nn.Conv2d):
+    """Predicts pixels from those before them, as PixelCNN does."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3, padding=1)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.mask[:, :, 1:] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["in the forward", "pruned", "not at all"])
+def test_a_masked_weight_is_told(told, kind):
+    layer = Masked()
+    if kind == "pruned":
+        layer = prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 20)
+    elif kind == "not at all":
+        layer.mask.fill_(1)
+    model = nn.Sequential(layer, nn.ReLU())
+    apply_tract(model, layers=["0"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(4, 3, 8, 8)).sum().backward()
+        optimizer.step()
+    if kind == "not at all":
+        assert told() == []
+        return
+    (message,) = told()
+    name = "mask" if kind == "in the forward" else "weight_mask"
+    assert f"the weight of 0 seems to be masked (by {name})" in message
 
 
 def test_trainer_looks_after_its_first_step_whatever_the_optimizer(tmp_path, told):
@@ -465,8 +531,10 @@ def test_a_watch_ends_with_its_model_even_if_no_optimizer_of_torch_steps():
     preconditioner = weakref.ref(attach.preconditioner_of(model.stem))
     del model, handle
     gc.collect()
-    assert watch() is None
     assert preconditioner() is None
+    other = Net()
+    apply_tract(other)
+    assert watch() is None
 
 
 def test_the_name_in_the_advice_on_a_frozen_layer_is_that_of_the_wrapped_model(told):

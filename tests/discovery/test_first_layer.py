@@ -365,6 +365,13 @@ def test_a_frozen_layer_warns_and_acts_once_it_is_unfrozen(caplog):
     assert list(handle.stats()) == ["0"]
 
 
+def test_a_frozen_teacher_is_not_to_be_unfrozen(caplog):
+    apply_tract(nn.Sequential(nn.Conv2d(3, 4, 4, 4).requires_grad_(False), nn.Conv2d(4, 4, 1)))
+    assert (
+        "or name the layer that you train with `layers=` (if this is a teacher's, or a fixed transform)" in caplog.text
+    )
+
+
 def test_a_frozen_layer_asked_for_by_name_is_an_error():
     model = net()
     model.stem[0].weight.requires_grad_(False)

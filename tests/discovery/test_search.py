@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 
 from helpers.oracle import assert_close, expected, says
 from hf_tract import TrActError, apply_tract, find_first_layers
+from hf_tract.discovery.inputs import MAX_NUMBERS
 
 REACHED = "reached first by the pixels"
 
@@ -315,7 +316,7 @@ def test_a_guess_whose_forward_completes_is_preferred():
                 wanted = self.teacher(x)
             return self.student(x), wanted
 
-    assert names(Distillation()) == ["teacher.0", "student.0"]
+    assert names(Distillation()) == ["student.0"]
     assert [layer.name for layer in apply_tract(Distillation()).layers] == ["student.0"]
 
 
@@ -768,3 +769,60 @@ def test_words_in_a_second_argument_are_no_pixels(caplog):
     assert names(Captioner()) == ["stem"]
     (record,) = caplog.records
     assert "no guess of a batch fitted" in record.getMessage()
+
+
+class Distilled(nn.Module):
+    """Has a teacher that is trained no more, and is not frozen."""
+
+    def __init__(self, with_student: bool = True) -> None:
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten())
+        self.student = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten()) if with_student else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.teacher(x)
+        return target if self.student is None else (self.student(x) - target).square().mean()
+
+
+@pytest.mark.parametrize("with_student", [True, False])
+def test_a_teacher_without_gradients_counts_where_nothing_else_does(with_student):
+    found = find_first_layers(Distilled(with_student))
+    assert [layer.name for layer in found] == ["student.0" if with_student else "teacher.0"]
+
+
+class Detector(nn.Module):
+    """Takes images as detectron2's do, and has a later layer registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lateral = nn.Conv2d(8, 4, 1)
+        self.stem = nn.Conv2d(3, 8, 7, 2, 3)
+
+    def forward(self, batched_inputs: list) -> list:
+        images = [row["image"] for row in batched_inputs]
+        sizes = [(row["height"], row["width"], *row["original_size"]) for row in batched_inputs]
+        return [self.lateral(self.stem(torch.stack(images))), sizes]
+
+
+def test_a_list_with_a_dictionary_for_each_image_is_guessed():
+    (layer,) = find_first_layers(Detector())
+    assert layer.name == "stem"
+
+
+class Refusing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(64, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("not this size")
+
+
+def test_guesses_with_values_take_little_memory(monkeypatch):
+    made, original = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: made.append(original(*args, **kwargs)) or made[-1])
+    (layer,) = find_first_layers(Refusing())
+    assert layer.name == "stem"
+    assert made
+    assert max(tensor.numel() for tensor in made) <= MAX_NUMBERS

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from hf_tract.config import TrActConfig, TrActError
 from hf_tract.core.forward import is_preconditioned, run_preconditioned
-from hf_tract.core.patches import CONV_OPS, LINEAR, PatchOpMode, torchs_linear
+from hf_tract.core.patches import CONV_OPS, LINEAR, PatchOpMode, has_torchs_conv_forward, torchs_linear
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import (
     PRECONDITIONER,
     READ_LAYERS,
     TrActClass,
-    is_own_forward,
     original_class,
     swap_class,
 )
@@ -48,6 +47,15 @@ class TrActLayer(TrActClass):
         if preconditioner is not None:
             attach(copied, preconditioner.config, preconditioner.process_group)
         return copied
+
+
+class TrActOddLayer(TrActLayer, TrActClass):
+    """Is a layer with TrAct whose class has a forward of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what that forward means by `super(type(self), self)`."""
+        above: Any = super(original_class(type(self)), self)
+        return above.forward(*args, **kwargs)
 
 
 class TrActCaller(TrActClass):
@@ -107,35 +115,21 @@ def preconditioner_of(layer: Any) -> LayerPreconditioner | None:
     return preconditioner
 
 
-def foreign_forward(layer: nn.Module) -> str:
-    """Return the name of a forward that another library has set on the layer, if it bypasses TrAct; "" otherwise.
-
-    It does not if it still calls a convolution's `_conv_forward`, nor under accelerate's hooks, in which `swap_class`
-    replaces the captured forward.
-    """
-    forward = vars(layer).get("forward")
-    if forward is None or is_own_forward(layer, forward):
-        return ""
-    if "_old_forward" in vars(layer):  # accelerate's hooks
-        return ""
-    if _has_torchs_conv_forward(original_class(type(layer))):
-        return ""
-    return getattr(forward, "__qualname__", None) or repr(forward)
-
-
 def _layer_class(cls: Any) -> type:
     """Return the TrAct class for layers of class `cls`, which is created once."""
     if cls in _layer_classes:
         return _layer_classes[cls]
     # `__module__` is that of the original, so that torch.fx treats the layer as a leaf, like the original.
     namespace: dict[str, Any] = {"__module__": cls.__module__}
-    if _has_torchs_conv_forward(cls):
+    base: type = TrActLayer
+    if has_torchs_conv_forward(cls):
         namespace["_conv_forward"] = _conv_forward_of(cls)
     elif cls.forward is nn.Linear.forward:
         namespace["forward"] = _linear_forward
     else:
+        base = TrActOddLayer
         namespace["forward"] = _any_forward_of(cls)
-    _layer_classes[cls] = type(f"TrAct{cls.__name__}", (TrActLayer, cls), namespace)
+    _layer_classes[cls] = type(f"TrAct{cls.__name__}", (base, cls), namespace)
     return _layer_classes[cls]
 
 
@@ -145,14 +139,6 @@ def _caller_class(cls: Any) -> type:
     namespace = {"__module__": cls.__module__, "forward": _caller_forward(cls.forward)}
     # It keeps its name, since transformers writes the name of a model's class into its config.
     return type(cls.__name__, (TrActCaller, cls), namespace)
-
-
-def _has_torchs_conv_forward(cls: Any) -> bool:
-    kind: Any
-    for kind in CONV_OPS:
-        if issubclass(cls, kind):
-            return cls.forward is kind.forward and cls._conv_forward is kind._conv_forward
-    return False
 
 
 def _conv_forward_of(cls: type) -> Callable[..., Any]:

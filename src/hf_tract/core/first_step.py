@@ -15,7 +15,7 @@ from hf_tract.core.attach import preconditioner_of
 from hf_tract.core.notices import advice_on_lam
 from hf_tract.core.optimizer_hook import call_after_steps, has_gradients, updated_by
 from hf_tract.core.preconditioner import PRECONDITIONERS
-from hf_tract.core.weights import is_frozen, weight_parameters
+from hf_tract.core.weights import is_frozen, mask_of, weight_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,15 @@ class FirstStepWatch:
             model: the model that TrAct was applied to; only a weak reference to it is kept.
             layers: the names and modules of the layers that have TrAct.
         """
-        self._model = ref(model, lambda _: self.stop())
+        self._model = ref(model, lambda _: self._lose_model())
         self._layers = [(name, ref(layer), preconditioner_of(layer)) for name, layer in layers]
+        # The layers of a model that is gone.
+        self._lost: list[str] = []
         # Of each optimizer: some loops have one for each parameter.
         self._steps: Any = WeakIdKeyDictionary()
         self._looked_elsewhere = False
         for watch in list(_watches):
-            if watch._model() is model:
+            if watch._model() in (model, None):
                 watch.stop()
         _watches.append(self)
         call_after_steps(_after_step)
@@ -49,6 +51,20 @@ class FirstStepWatch:
         """Stop waiting."""
         if self in _watches:
             _watches.remove(self)
+
+    def _lose_model(self) -> None:
+        """Wait on, with names alone, if nothing has trained the model: a script may have made it anew."""
+        self._lost = [name for name, _ in self._layers_now()]
+        if self._has_acted():
+            self.stop()
+        self._layers = []
+
+    def _has_acted(self) -> bool:
+        """Return whether a layer has had a preconditioned gradient."""
+        for _, _, preconditioner in self._layers:
+            if preconditioner is not None and preconditioner.last_step is not None:
+                return True
+        return False
 
     def look(self) -> None:
         """Check each layer, unless this has been done already."""
@@ -71,19 +87,10 @@ class FirstStepWatch:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Check the layers if `optimizer` holds the weight of one."""
-        model = self._model()
-        if model is None:
-            return
-        layers = [layer for _, layer in self._layers_now()]
-        weights: list[nn.Parameter] = []
-        for layer in layers:
-            weights += weight_parameters(layer)
-        if None in layers or not weights:
-            # A layer was replaced, or an engine keeps the weight elsewhere: then any parameter of the model will do.
-            weights = list(model.parameters())
         steps = self._steps.get(optimizer, 0) + 1
         self._steps[optimizer] = steps
-        if updated_by(optimizer, weights):
+        model = self._model()
+        if model is not None and updated_by(optimizer, self._weights_of(model)):
             # A step without gradients only makes the optimizer's state, as torch does before it loads one.
             if steps == STEPS_ELSEWHERE or has_gradients(model.parameters()):
                 self.look()
@@ -91,23 +98,34 @@ class FirstStepWatch:
             self._looked_elsewhere = True
             self._look_elsewhere()
 
+    def _weights_of(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the layers' weights; all of the model's where a layer was replaced or an engine keeps its weight."""
+        layers = [layer for _, layer in self._layers_now()]
+        weights: list[nn.Parameter] = []
+        for layer in layers:
+            weights += weight_parameters(layer)
+        if None in layers or not weights:
+            return list(model.parameters())
+        return weights
+
     def _look_elsewhere(self) -> None:
         """Check layers whose weights an optimizer holds in another form, and warn if TrAct has acted on no model."""
-        names = [name for name, _ in self._layers_now()]
+        names = self._lost + [name for name, _ in self._layers_now()]
+        if self._model() is None:
+            self.stop()
         if not names:
             return
-        for _, _, preconditioner in self._layers:
-            if preconditioner is not None and preconditioner.last_step is not None:
-                self.look()
-                return
+        if self._has_acted():
+            self.look()
+            return
         for preconditioner in PRECONDITIONERS.values():
             if preconditioner.last_step is not None:
                 return
         logger.warning(
-            "TrAct: optimizers have taken %d steps, and none of them holds "
-            "%s of the model that TrAct was applied to. Some libraries "
-            "train a copy, or a model that they build themselves "
-            "(skorch, ultralytics): apply TrAct to that one, behind its "
+            "TrAct: optimizers have taken %d steps, and none of them holds %s "
+            "of the model that TrAct was applied to. Some libraries train a "
+            "copy, or a model that they build themselves (skorch, "
+            "ultralytics): apply TrAct to that one, behind its "
             "construction. This is shown once.",
             STEPS_ELSEWHERE,
             " or ".join(names),
@@ -144,16 +162,29 @@ class FirstStepWatch:
 
 
 def _check(name: str, layer: nn.Module) -> None:
-    """Warn if the layer has produced no preconditioned gradient, or if the scale of its pixels does not fit `lam`."""
+    """Warn if the layer has had no preconditioned gradient, if it is masked, or if its pixels do not fit `lam`."""
     preconditioner = preconditioner_of(layer)
     if preconditioner is None:
         return
     step = preconditioner.last_step
+    mask = mask_of(layer)
+    if mask:
+        logger.warning(
+            "TrAct: the weight of %s seems to be masked (by %s). "
+            "Preconditioning mixes its entries, so the gradient of those "
+            "behind the mask moves the others, and the layer does not end "
+            "where it would without TrAct. Name another layer with "
+            "`layers=`, or train without TrAct. This is shown once.",
+            name,
+            mask,
+        )
     if step is None:
         logger.warning(
-            "TrAct: the first optimizer step has ended, and %s has returned no preconditioned gradient (%s). "
-            "Usually the forward did not run the layer with gradients on (a batch without images, a frozen part), "
-            "another library replaced its forward after TrAct was applied (apply TrAct after it), or its weight is "
+            "TrAct: the first optimizer step has ended, and %s has returned no "
+            "preconditioned gradient (%s). Usually the forward did not run the "
+            "layer with gradients on (a batch without images, a frozen part), "
+            "another library replaced its forward after TrAct was applied "
+            "(apply TrAct after it), or its weight is "
             "used outside of the layer. This is shown once.",
             name,
             _reason(layer),

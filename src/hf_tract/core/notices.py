@@ -55,8 +55,9 @@ def warn_if_unsolved(warned: set[str], inverse: DampedInverse, lam: float) -> No
     if inverse.failed and inverse.finite:
         warn_once(
             warned,
-            "TrAct: C + lam I (lam=%g) could not be factorised, in float64 neither: the first layer keeps its "
-            "ordinary gradient in such steps. Standardise the pixels or raise lam.",
+            "TrAct: C + lam I (lam=%g) could not be factorised, in float64 "
+            "neither: the first layer keeps its ordinary gradient in such "
+            "steps. Standardise the pixels or raise lam.",
             lam,
         )
 
@@ -66,16 +67,20 @@ def warn_of_failure(warned: set[str], lam: float, tried: torch.dtype, widest: to
     if tried == widest:
         warn_once(
             warned,
-            "TrAct: C + lam I (lam=%g) could not be factorised in %s, the widest precision of this device: the first "
-            "layer keeps its ordinary gradient in such steps. Standardise the pixels or raise lam.",
+            "TrAct: C + lam I (lam=%g) could not be factorised in %s, the "
+            "widest precision of this device: the first layer keeps its "
+            "ordinary gradient in such steps. Standardise the pixels or raise "
+            "lam.",
             lam,
             widest,
         )
         return
     warn_once(
         warned,
-        "TrAct: C + lam I (lam=%g) could not be factorised in %s: the first layer kept its ordinary gradient in a "
-        "step or two. From now on it is factorised in %s, which is slower. Standardise the pixels or raise lam.",
+        "TrAct: C + lam I (lam=%g) could not be factorised in %s: the first "
+        "layer kept its ordinary gradient in a step or two. From now on it is "
+        "factorised in %s, which is slower. Standardise the pixels or raise "
+        "lam.",
         lam,
         tried,
         widest,
@@ -104,8 +109,9 @@ def warn_of_other_uses(
         if bool(difference.norm() > 0.02 * expected.norm()):
             warn_once(
                 warned,
-                "TrAct: the first layer's weight also gets a gradient from outside of its layer (it is tied, or "
-                "another module uses it, or a hook changes it). That part is not preconditioned.",
+                "TrAct: the first layer's weight also gets a gradient from "
+                "outside of its layer (it is tied, or another module uses it, "
+                "or a hook changes it). That part is not preconditioned.",
             )
 
     if torch._C._current_graph_task_id() >= 0:

@@ -204,3 +204,12 @@ def out_features(layer: nn.Module) -> int:
         return int(layer.out_features)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return layer.out_channels
+
+
+def has_torchs_conv_forward(cls: Any) -> bool:
+    """Return whether a class runs a convolution by torch's own methods."""
+    kind: Any
+    for kind in CONV_OPS:
+        if issubclass(cls, kind):
+            return cls.forward is kind.forward and cls._conv_forward is kind._conv_forward
+    return False

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hf_tract.core.notices import warn_once
+from hf_tract.core.patches import has_torchs_conv_forward
 
 _warned: set[str] = set()
 PRECONDITIONER = "_tract_preconditioner"
@@ -91,6 +92,22 @@ def is_own_forward(module: nn.Module, forward: Any) -> bool:
     if not isinstance(forward, MethodType) or forward.__self__ is not module:
         return False
     return any(vars(cls).get("forward") is forward.__func__ for cls in type(module).__mro__)
+
+
+def foreign_forward(layer: nn.Module) -> str:
+    """Return the name of a forward that another library has set on the layer, if it bypasses TrAct; "" otherwise.
+
+    It does not if it still calls a convolution's `_conv_forward`, nor under accelerate's hooks, in which `swap_class`
+    replaces the captured forward.
+    """
+    forward = vars(layer).get("forward")
+    if forward is None or is_own_forward(layer, forward):
+        return ""
+    if "_old_forward" in vars(layer):  # accelerate's hooks
+        return ""
+    if has_torchs_conv_forward(original_class(type(layer))):
+        return ""
+    return getattr(forward, "__qualname__", None) or repr(forward)
 
 
 def _ordinary(module: Any) -> Any:

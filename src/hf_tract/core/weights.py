@@ -19,6 +19,18 @@ def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
     return parameters
 
 
+def mask_of(layer: nn.Module) -> str:
+    """Return the name of a buffer that seems to mask a part of the weight of `layer`, or ""; this may wait."""
+    shapes = [parameter.shape for parameter in weight_parameters(layer)]
+    for name, buffer in layer.named_buffers():
+        if buffer.shape not in shapes:
+            continue
+        hides = buffer == 0
+        if bool((hides | (buffer == 1)).all()) and bool(hides.any()):
+            return name
+    return ""
+
+
 def weight_like(layer: nn.Module) -> Tensor:
     """Return a tensor of the weight's device and dtype.
 

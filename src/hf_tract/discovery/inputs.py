@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_tract.discovery.calling import forward_parameters
+from hf_tract.discovery.calling import forward_parameters, map_tensors, tensors_in
 from hf_tract.discovery.shapes import GRID, Shape, guess_shapes, guess_shapes_of_several
 
 # The names that forwards give the argument with the pixels.
@@ -29,6 +29,10 @@ PIXELS = (
 )
 
 TOKENS = 8
+# How many numbers a guess with values may have.
+MAX_NUMBERS = 4 * 10**6
+# The arguments of detectors that take a list with a dictionary for each image.
+LISTS = ("batched_inputs", "batched_input")
 PATCH_POSITIONS = list(itertools.product(range(GRID), range(GRID)))
 
 # Values for the arguments that some forwards need beside the pixels.
@@ -56,29 +60,53 @@ EXTRA_INPUTS: dict[str, list[Any]] = {
 def guess_inputs(model: nn.Module, device: str = "meta") -> Iterator[Any]:
     """Guess batches of one image, clip or row of patches, the likeliest first.
 
-    Each is a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+    Each is a tensor, a tuple of positional arguments, a mapping of keyword arguments, or detectron2's list.
 
     Args:
         model: any model, unwrapped.
-        device: "meta" for pixels without values; elsewhere they are random numbers from 0 to 1.
+        device: "meta" for pixels without values; elsewhere they are random numbers from 0 to 1, and not too many.
     """
+    if device == "meta":
+        return _guesses(model)
+    # A separate generator leaves the user's random numbers as they are.
+    generator = torch.Generator().manual_seed(0)
+
+    def with_values(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            tensor = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
+        return tensor.to(device)
+
+    small = filter(_is_small, _guesses(model))
+    return (map_tensors(guess, with_values) for guess in small)
+
+
+def _is_small(batch: Any) -> bool:
+    return sum(map(torch.numel, tensors_in(batch))) <= MAX_NUMBERS
+
+
+def _guesses(model: nn.Module) -> Iterator[Any]:
     parameters = forward_parameters(model)
     required = _required_arguments(parameters)
     argument = pixel_argument_name(model)
-    make_pixels = _pixel_maker(model, device)
-    if argument is not None and getattr(model, "config", None) is not None:
-        for shape in guess_shapes(model, parameters):
+    make_pixels = partial(torch.empty, device="meta", dtype=precision(model))
+    shapes = guess_shapes(model, parameters)
+    if not parameters.keys().isdisjoint(LISTS):
+        for shape in shapes:
+            height, width = shape[-2:]
+            image = {"image": make_pixels(shape[1:]), "height": height, "width": width}
+            yield [image | {"original_size": (height, width)}]
+    elif argument is not None and getattr(model, "config", None) is not None:
+        for shape in shapes:
             # What cannot be guessed is None: the forward may not use it before the pixels reach their layer.
             unknown = dict.fromkeys(required)
-            extra = _extra_inputs(parameters, argument, shape, device)
+            extra = _extra_inputs(parameters, argument, shape)
             yield {**unknown, **extra, argument: make_pixels(shape)}
     elif len(required) <= 1:
-        for shape in guess_shapes(model, parameters):
-            yield make_pixels(shape)
+        yield from map(make_pixels, shapes)
     else:
-        for shapes in guess_shapes_of_several(model, len(required)):
-            yield tuple(map(make_pixels, shapes))
-        for shape in guess_shapes(model, parameters):
+        for several in guess_shapes_of_several(model, len(required)):
+            yield tuple(map(make_pixels, several))
+        for shape in shapes:
             yield make_pixels(shape), *[None] * (len(required) - 1)
 
 
@@ -110,35 +138,14 @@ def _required_arguments(parameters: Mapping[str, inspect.Parameter]) -> list[str
     return required
 
 
-def _pixel_maker(model: nn.Module, device: str) -> Callable[[Shape], Tensor]:
-    # A separate generator leaves the user's random numbers as they are.
-    generator = torch.Generator().manual_seed(0)
-    dtype = precision(model)
-
-    def make_pixels(shape: Shape) -> Tensor:
-        if device == "meta":
-            return torch.empty(shape, device=device, dtype=dtype)
-        return torch.rand(shape, generator=generator, device="cpu").to(device, dtype)
-
-    return make_pixels
-
-
-def _extra_inputs(
-    parameters: Mapping[str, Any],
-    pixels: str,
-    shape: Shape,
-    device: str,
-) -> dict[str, Tensor]:
+def _extra_inputs(parameters: Mapping[str, Any], pixels: str, shape: Shape) -> dict[str, Tensor]:
     """Return values for the other arguments of a forward that takes pixels of `shape` as its argument `pixels`."""
-    # Forwards slice and loop by integers, so these need values even on the meta device, where pixels have none.
-    integer_device = "cpu" if device == "meta" else device
     extra = {}
     for name, values in EXTRA_INPUTS.items():
         if name in parameters and name != pixels:
-            extra[name] = torch.tensor(values, device=integer_device)
+            # Forwards slice and loop by integers, so these have values on the meta device too.
+            extra[name] = torch.tensor(values, device="cpu")
     if "prompt_depth" in parameters:
         # This is a map of the image's size, and the forward divides by its range.
-        size = shape[-2:]
-        depths = torch.linspace(1, 2, math.prod(size), device=device)
-        extra["prompt_depth"] = depths.view(1, 1, *size)
+        extra["prompt_depth"] = torch.empty(1, 1, *shape[-2:], device="meta")
     return extra

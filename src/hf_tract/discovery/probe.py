@@ -122,7 +122,8 @@ def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
                 run_forward(copied, batch)
         except Exception as problem:  # whatever a model's forward raises
             error = problem
-    return Probe(batch, trace.meetings, trace.inputs, error)
+    learned = [meeting for meeting in trace.meetings if meeting.is_learned]
+    return Probe(batch, learned or trace.meetings, trace.inputs, error)
 
 
 def _pixels(copied: nn.Module, batch: Any) -> list[Tensor]:

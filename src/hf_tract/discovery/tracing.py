@@ -47,6 +47,7 @@ class Meeting(NamedTuple):
     operation: str
     module: str  # the name of the module that ran it
     layer: str | None  # the name of the layer whose convolution or linear operation it is
+    is_learned: bool  # whether gradients were on, as they are not for the teacher of a student
 
 
 class LayerInput(NamedTuple):
@@ -116,7 +117,8 @@ class PixelTrace(TorchDispatchMode):
 
     def note_meeting(self, operation: str, layer: str | None) -> None:
         """Record that pixels met a weight in an operation."""
-        self.meetings.append(Meeting(operation, self.running[-1], layer))
+        meeting = Meeting(operation, self.running[-1], layer, torch.is_grad_enabled())
+        self.meetings.append(meeting)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, mark its results, and record whether pixels meet a weight in it."""

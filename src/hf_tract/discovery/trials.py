@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_tract.config import TrActError
-from hf_tract.discovery.calling import forward_parameters, map_tensors, tensors_in
+from hf_tract.discovery.calling import forward_parameters, map_tensors
 from hf_tract.discovery.inputs import guess_inputs, precision
 from hf_tract.discovery.probe import Probe, copy_with_values, layers_reached_first, meta_copy
 from hf_tract.discovery.wrappers import without_wrappers
@@ -20,9 +20,8 @@ from hf_tract.discovery.wrappers import without_wrappers
 MAX_PROBE_PARAMETERS = 5 * 10**8
 # How many guesses that reach a weight are tried on the meta device, and how many guesses in all with values.
 MAX_GUESSES = 24
-# How many guesses that reach a weight are tried with values, and how many numbers such a batch may have.
+# How many guesses that reach a weight are tried with values.
 MAX_TRIES_WITH_VALUES = 3
-MAX_NUMBERS = 4 * 10**6
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +74,7 @@ def _batches(copied: nn.Module, device: str, example_batch: Any) -> Iterator[Any
     guesses = guess_inputs(copied, device)
     if device == "meta":
         return guesses
-    return itertools.islice(filter(_is_small, guesses), MAX_GUESSES)
-
-
-def _is_small(batch: Any) -> bool:
-    return sum(map(torch.numel, tensors_in(batch))) <= MAX_NUMBERS
+    return itertools.islice(guesses, MAX_GUESSES)
 
 
 def _moved(batch: Any, device: str, dtype: torch.dtype) -> Any:
