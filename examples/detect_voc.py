@@ -37,6 +37,7 @@ import platform
 import shlex
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,7 +51,7 @@ import numpy as np
 import sklearn.datasets
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast, gather_object, set_seed
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from rich.console import Console
@@ -225,6 +226,8 @@ Record = dict[str, Any]  # of a finished run: arm, seed, settings, epochs, comma
 def main() -> None:
     """Train what has not been trained yet, and report."""
     options = parse_detection_options()
+    folder = Path(options.output_dir)
+    make_folder(folder)
     data = load_detections(options)
     images = options.batch_size * PROCESSES
     if images > len(data.train):
@@ -236,8 +239,6 @@ def main() -> None:
     if Path(options.dataset).is_dir():
         shared["checksum"] = checksum_of_files(options.dataset, options.output_dir)
     arms = {VANILLA: shared, TRACT: {**shared, "lam": options.lam}}
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     records = read_records(folder)
     found: dict[str, list[dict[str, Any]]] = {VANILLA: [], TRACT: []}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
@@ -254,7 +255,7 @@ def main() -> None:
 def parse_detection_options() -> DetectionOptions:
     """Read the command line; each wrong value ends the script with one line."""
     usage = "detect_voc.py [options]; --help lists them"
-    parser = HfArgumentParser(DetectionOptions, usage=usage)  # type: ignore[arg-type]
+    parser = HfArgumentParser(DetectionOptions, usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     if parser.parse_args().paper:
         parser.set_defaults(**PAPER)
@@ -339,13 +340,16 @@ def train_detector(
 
 def make_run_accelerator(folder: Path, seed: int, options: DetectionOptions) -> Accelerator:
     """Make the accelerator of one run, whose checkpoints go into its folder."""
-    return Accelerator(
-        cpu=options.cpu or not torch.accelerator.is_available(),
-        mixed_precision=options.mixed_precision,
-        project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=2),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-        step_scheduler_with_optimizer=False,
-    )
+    try:
+        return Accelerator(
+            cpu=options.cpu or not torch.accelerator.is_available(),
+            mixed_precision=options.mixed_precision,
+            project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=2),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        stop(f"--mixed_precision {options.mixed_precision}: {error}")
 
 
 def train_step(
@@ -422,6 +426,12 @@ def checkpoint_number(folder: Path) -> int:
     return int(folder.name.rpartition("_")[2])
 
 
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give each process the buffers of the first, which are saved: each has seen other images."""
+    for buffer in model.buffers():
+        broadcast(buffer)
+
+
 class TrainingImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Yields images and targets as torchvision's detectors take them, mirrored by seed, epoch and index alone."""
 
@@ -436,12 +446,14 @@ class TrainingImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         image, boxes, labels, difficult = self.examples[index]
+        # torchvision refuses boxes without an area, which annotations may hold.
+        is_used = ~difficult & (boxes[:, 2:] > boxes[:, :2]).all(1)
         pixels = to_pixels(image)
         if np.random.default_rng([self.seed, self.epoch, index]).random() < self.flip:
             left, top, right, bottom = boxes.unbind(1)
             pixels = pixels.flip(-1)
             boxes = torch.stack([image.width - right, top, image.width - left, bottom], 1)
-        return pixels, {"boxes": boxes[~difficult], "labels": labels[~difficult] + 1}
+        return pixels, {"boxes": boxes[is_used], "labels": labels[is_used] + 1}
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -464,6 +476,7 @@ class Seen(NamedTuple):
 def measure_precision(model: FasterRCNN, examples: Any, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
     """Return the mean average precisions on all test images, of which each process looks at its share."""
     model.eval()
+    share_buffers(model)
     mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
     seen: list[Seen] = []
     for first in range(0, len(mine), batch_size):
@@ -538,7 +551,7 @@ def read_records(folder: Path) -> list[Record]:
     say(f"{file} holds {len(lines)} finished runs; those with the same settings and images are not trained again.")
     records = [json.loads(line) for line in lines]
     versions = describe_run()["versions"]
-    if any(record["versions"] != versions for record in records):
+    if any(record.get("versions", versions) != versions for record in records):
         say("Some of them were made with other versions of libraries; with another --output_dir all are trained anew.")
     return records
 
@@ -633,6 +646,16 @@ def say(message: str) -> None:
     """Print a line, in the main process only."""
     if IS_MAIN_PROCESS:
         print(message, flush=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of results, and end the script now if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        stop(f"--output_dir {folder} cannot be written to: {error}")
 
 
 def stop(message: str) -> NoReturn:
@@ -766,6 +789,8 @@ def class_names_of_objects(rows: datasets.Dataset, options: DetectionOptions) ->
     feature: Any = getattr(objects[category], "feature", objects[category])
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
+    if "int" not in getattr(feature, "dtype", ""):
+        stop(f"--dataset {options.dataset}: {category} must be numbers or a ClassLabel, and is {feature}.")
     numbers = np.concatenate([each[category] for each in rows["objects"]])
     return [str(number) for number in range(int(numbers.max()) + 1)]
 

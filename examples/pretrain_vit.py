@@ -46,6 +46,7 @@ import shlex
 import shutil
 import struct
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ import torch
 import yaml
 from accelerate import Accelerator, skip_first_batches
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast, set_seed
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from PIL import Image, ImageOps
@@ -198,6 +199,7 @@ class Run:
     license: str | None = option(None, "of the model, for its card.")
     push_to_hub: bool = option(False, "publish the model at the end, in a repository that holds none yet.")
     hub_model_id: str | None = option(None, "OWNER/NAME on the Hub; by default the name of output_dir.")
+    hub_private_repo: bool = option(False, "make the repository a private one.")
 
 
 def main() -> None:
@@ -207,7 +209,8 @@ def main() -> None:
     if run.push_to_hub:
         check_token(hub_id)
         if IS_MAIN_PROCESS:
-            hub_id = prepare_repository(hub_id)
+            hub_id = prepare_repository(hub_id, run.hub_private_repo)
+    make_folder(Path(run.output_dir))
     try:
         training = Training(recipe, run)
         training.run_epochs()
@@ -497,6 +500,7 @@ class Training:
         model = self.model
         if self.ema:
             model = self.ema.module
+            share_buffers(model)
         model.eval()
         scores, labels = [], []
         for pixels, numbers in self.test_loader:
@@ -573,10 +577,14 @@ class Training:
         scores = {"accuracy": rows[-1]["accuracy"]}
         if len(self.data.names) > 5:
             scores["top5"] = rows[-1]["top5"]
+        base = None
+        if is_checkpoint(recipe.model):
+            base = without_prefix(recipe.model)
         record = TrainingRecord(
             name=hub_id.split("/")[-1],
             library="transformers",
             dataset=recipe.dataset,
+            base_model=base,
             license=self.run.license,
             metrics=scores,
             history=rows,
@@ -585,7 +593,9 @@ class Training:
         )
         if self.accelerator.num_processes > 1:
             settings["processes"] = self.accelerator.num_processes
-        changes: dict[str, Any] = {"hyperparameters": {**settings, "dataset": record.dataset}}
+        # The record has left out the folders of this machine.
+        settings |= {"dataset": record.dataset, "model": record.base_model or recipe.model}
+        changes: dict[str, Any] = {"hyperparameters": settings}
         # It makes no difference to the result that a run was resumed.
         changes["command"] = re.sub(r" --resume_from_checkpoint[ =]\S+", "", record.command)
         if self.handle:
@@ -593,9 +603,13 @@ class Training:
             changes["layers"] = [layer.name for layer in self.handle.layers]
         if is_timm(recipe.model):
             changes["library"] = "timm"
-        elif recipe.model not in CONFIG_MAPPING:
-            changes["base_model"] = without_prefix(recipe.model)
         return dataclasses.replace(record, **changes)
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give each process the buffers of the first, which are saved: each has seen other images."""
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 def settings_of(recipe: Recipe, run: Run, processes: int) -> dict[str, Any]:
@@ -727,6 +741,10 @@ def make_model(recipe: Recipe, names: list[str]) -> nn.Module:
             model = timm.create_model(name, num_classes=len(names), **settings)
         else:
             model = load_checkpoint(name, names)
+            say(
+                f"--model {name} gets images of --image_size {recipe.image_size}, standardised as this data set needs "
+                f"it. transfer.py gives a checkpoint what its own processor makes."
+            )
         freeze_unused(model.eval(), torch.zeros(1, 3, recipe.image_size, recipe.image_size))
     except MODEL_ERRORS as error:
         kinds = "a model type of transformers (vit, ...), a name of timm or a checkpoint"
@@ -754,6 +772,11 @@ def freeze_unused(model: nn.Module, pixels: Tensor) -> None:
 def is_timm(model: str) -> bool:
     """Return whether timm makes the model; a type of transformers comes first."""
     return model not in CONFIG_MAPPING and bool(timm.is_model(model))
+
+
+def is_checkpoint(model: str) -> bool:
+    """Return whether a model has weights already."""
+    return model not in CONFIG_MAPPING and not is_timm(model)
 
 
 def model_settings(recipe: Recipe) -> dict[str, Any]:
@@ -832,8 +855,8 @@ def check_token(repo_id: str) -> None:
         stop(f"{repo_id} cannot be pushed to without a token: set HF_TOKEN or run `hf auth login`.")
 
 
-def prepare_repository(repo_id: str) -> str:
-    """Return a repository's whole id, and make it if there is none; refuse one that holds a model.
+def prepare_repository(repo_id: str, private: bool = False) -> str:
+    """Return a repository's whole id, and make it if there is none; refuse one that is public or holds a model.
 
     It is made before the training, as Trainer does it, since that shows a token that may not write.
     """
@@ -841,10 +864,13 @@ def prepare_repository(repo_id: str) -> str:
     try:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        api.create_repo(repo_id, exist_ok=True)
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         files = api.list_repo_files(repo_id)
+        is_public = not api.model_info(repo_id).private
     except Exception as error:  # The errors of the Hub's client and of its connections have no common class.
         stop(f"--push_to_hub: {repo_id} cannot be written to: {one_line(error)}")
+    if private and is_public:
+        stop(f"--hub_private_repo: {repo_id} exists and is public. Change it on the Hub, or name another.")
     if any(name.endswith(MODELS) for name in files):
         advice = "name another by --hub_model_id, or push afterwards by push_to_hub.py --update"
         stop(f"{repo_id} holds a model already: {advice}.")
@@ -1129,6 +1155,16 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of results, and end the script now if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        stop(f"--output_dir {folder} cannot be written to: {error}")
+
+
 def stop(message: str) -> NoReturn:
     """End the script with one line, which only the main process prints."""
     raise SystemExit(message if IS_MAIN_PROCESS else 1)
@@ -1165,7 +1201,7 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
     """Read a built-in data set, a folder that `save_to_disk` wrote, or what `datasets.load_dataset` reads."""
     name = options.dataset
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        return make_built_in(name)
     folder = Path(name).expanduser()
     is_path = folder.is_absolute() or name.startswith((".", "~"))
     if is_path and not folder.exists():
@@ -1190,6 +1226,13 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         expected = "a folder of images by class or of parquet files, or a Hub id"
         stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def make_built_in(name: str) -> datasets.DatasetDict:
+    """Make a built-in data set; a folder of its name needs a path before it."""
+    if Path(name).is_dir():
+        say(f"--dataset {name} is built in; the folder of that name is ./{name}.")
+    return BUILT_IN[name]()
 
 
 def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
@@ -1268,9 +1311,12 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
     if not is_labelled(train):
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
+    names = [str(label) for label in sorted(labels_in(train))]
     if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    return [str(label) for label in sorted(labels_in(train))]
+        names = list(feature.names)
+    if len(names) < 2:
+        stop(f"--dataset {options.dataset} has one class, {names[0]}: a classifier needs two or more.")
+    return names
 
 
 def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:

@@ -125,6 +125,8 @@ def push(folder: Path, args: argparse.Namespace) -> str:
     api = HfApi()
     repo = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
     args.repo_id = repo.repo_id
+    if args.private and not api.model_info(repo.repo_id).private:
+        stop(f"--private: {args.repo_id} exists and is public. Change it on the Hub, or name another.")
     write_card(folder, args)  # Its lines that load the model need the owner's name.
     branches = [branch.name for branch in api.list_repo_refs(repo.repo_id).branches]
     is_new_branch = args.revision is not None and args.revision not in branches

@@ -24,7 +24,7 @@
     python quickstart.py --seeds 5                  # means with their 95 % intervals
     python quickstart.py --dataset PATH_TO_IMAGES   # classifies them: a folder for each class, parquet, or a Hub id
     python quickstart.py --dataset PATH_TO_IMAGES --task masked   # learns from them without their classes
-    python quickstart.py --save_dataset photo_crops # writes crops as a folder of images by class, for other scripts
+    python quickstart.py --save_dataset my_crops    # writes crops as a folder of images by class, for other scripts
 
 In masked image modelling a vision transformer sees some patches of an image and predicts the pixels of the others. It
 is tested on photographs of which it has seen nothing, and each crop is standardised by the pixels that the model sees.
@@ -42,6 +42,7 @@ import platform
 import shlex
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -209,12 +210,12 @@ def main() -> None:
     if options.save_dataset:
         save_photo_crops(Path(options.save_dataset))
         return
+    folder = Path(options.output_dir)
+    make_folder(folder)
     data = load_data(options)
     if options.task == "masked":
         say(f"Predicting the mean of each image's visible pixels: test loss {trivial_loss(data, options):.4f}")
     arms = settings_of_arms(options, data)
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     records = read_records(folder)
     measure = MEASURES[options.task]
     curves: dict[str, list[list[float]]] = {arm: [] for arm in arms}
@@ -237,7 +238,7 @@ def main() -> None:
 def parse_options() -> Options:
     """Read the command line; each wrong value ends the script with one line."""
     usage = "quickstart.py [options]; --help lists them"
-    parser = HfArgumentParser(Options, usage=usage)  # type: ignore[arg-type]
+    parser = HfArgumentParser(Options, usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
     options, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"there is no option {unknown[0]}")
@@ -679,7 +680,7 @@ def read_records(folder: Path) -> list[Record]:
     say(f"{file} holds {len(lines)} finished runs; those with the same settings and images are not trained again.")
     records = [json.loads(line) for line in lines]
     versions = describe_run()["versions"]
-    if any(record["versions"] != versions for record in records):
+    if any(record.get("versions", versions) != versions for record in records):
         say("Some of them were made with other versions of libraries; with another --output_dir all are trained anew.")
     return records
 
@@ -942,6 +943,16 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of results, and end the script now if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        stop(f"--output_dir {folder} cannot be written to: {error}")
+
+
 def stop(message: str) -> NoReturn:
     """End the script with one line, which only the main process prints."""
     raise SystemExit(message if IS_MAIN_PROCESS else 1)
@@ -1005,7 +1016,7 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
     """Read a built-in data set, a folder that `save_to_disk` wrote, or what `datasets.load_dataset` reads."""
     name = options.dataset
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        return make_built_in(name)
     folder = Path(name).expanduser()
     is_path = folder.is_absolute() or name.startswith((".", "~"))
     if is_path and not folder.exists():
@@ -1030,6 +1041,13 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         expected = "a folder of images by class or of parquet files, or a Hub id"
         stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def make_built_in(name: str) -> datasets.DatasetDict:
+    """Make a built-in data set; a folder of its name needs a path before it."""
+    if Path(name).is_dir():
+        say(f"--dataset {name} is built in; the folder of that name is ./{name}.")
+    return BUILT_IN[name]()
 
 
 def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
@@ -1108,9 +1126,12 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
     if not is_labelled(train):
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
+    names = [str(label) for label in sorted(labels_in(train))]
     if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    return [str(label) for label in sorted(labels_in(train))]
+        names = list(feature.names)
+    if len(names) < 2:
+        stop(f"--dataset {options.dataset} has one class, {names[0]}: a classifier needs two or more.")
+    return names
 
 
 def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:

@@ -51,6 +51,7 @@ parser.add_argument("--model", help="a checkpoint to fine-tune; a small ViT of r
 parser.add_argument("--lam", type=float, default=0.1, help="TrAct's damping")
 parser.add_argument("--epochs", type=int, default=10, help="passes over the training images")
 parser.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, ...")
+parser.add_argument("--resume_from_checkpoint", help="OUTPUT_DIR/checkpoint-N, to go on from there")
 parser.add_argument("--output_dir", default="outputs/minimal", help="folder of the trained model")
 
 
@@ -63,7 +64,7 @@ def main() -> None:
         trainer = make_trainer(args)
     except (TrActError, OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, DatasetsError) as error:
         parser.error(" ".join(str(error).split()))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
@@ -77,7 +78,11 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     set_seed(42)  # Trainer's seed, which it sets after the model is made
     callback = TrActCallback(lam=args.lam)
     splits = load_splits(args)
-    processor, model = load_model(args.model, splits["train"].features["label"].names)
+    names = splits["train"].features["label"].names
+    if len(names) < 2:
+        parser.error(f"--dataset {args.dataset} has one class, {names[0]}: a classifier needs two or more")
+    # Trainer itself passes over a ViT's weights in a checkpoint (transformers 5.24).
+    processor, model = load_model(args.resume_from_checkpoint or args.model, names)
     splits = splits.cast_column("image", datasets.Image(decode=False))  # prepare decodes them, and names corrupt files
     splits = splits.with_transform(partial(prepare, processor=processor))
     settings = TrainingArguments(
@@ -119,9 +124,11 @@ def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
         splits = splits.cast_column("label", datasets.Value("string"))
         names = sorted(splits["train"].unique("label"))
         splits = splits.cast_column("label", datasets.ClassLabel(names=names))
-    if "validation" in splits:
-        splits["test"] = splits["validation"]
-    if "test" not in splits:
+    tested = [name for name in ("validation", "valid", "val", "dev", "test") if name in splits]
+    with_labels = [name for name in tested if -1 not in splits[name].unique("label")]
+    if with_labels:
+        splits["test"] = splits[with_labels[0]]
+    else:
         splits = splits["train"].train_test_split(0.2, seed=0)
         print(f"No images are set aside to test on, so {len(splits['test'])}, drawn at random, are now.")
     return splits

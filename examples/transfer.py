@@ -41,6 +41,7 @@ import re
 import shlex
 import struct
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -206,10 +207,16 @@ class Arguments(DataOptions):
 def main() -> None:
     """Fine-tune from each seed, and report the accuracy."""
     args, training = parse_arguments()
+    output = Path(str(training.output_dir))
+    make_folder(output)
     data = load_images(args)
     say(describe_head(args.checkpoint, data.names))
+    if training.load_best_model_at_end:
+        say(
+            f"The best weights are chosen on {data.eval_split}, so their score there is too high: test the saved "
+            f"model on images that chose nothing. --eval_split names those that choose."
+        )
     results = []
-    output = Path(str(training.output_dir))
     for seed in range(training.seed, training.seed + args.seeds):
         folder = output
         if args.seeds > 1:
@@ -331,7 +338,7 @@ def print_accuracy(results: list[dict[str, float]]) -> None:
 def parse_arguments() -> tuple[Arguments, TrainingArguments]:
     """Read the command line; each wrong value ends the script with one line."""
     usage = "transfer.py [options]; --help lists them"
-    parser = HfArgumentParser([Arguments, TrainingArguments], usage=usage)  # type: ignore[list-item]
+    parser = HfArgumentParser([Arguments, TrainingArguments], usage=usage, allow_abbrev=False)  # type: ignore[list-item]
     parser.set_defaults(**DEFAULTS)
     try:
         args, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -365,6 +372,9 @@ def check_runs(args: Arguments, training: TrainingArguments) -> None:
     """Refuse folders and checkpoints that are not there, and a push without a token."""
     resume = training.resume_from_checkpoint
     folder = Path(str(training.output_dir))
+    for name in ("do_train", "do_predict", "prediction_loss_only", "batch_eval_metrics"):
+        if getattr(training, name):
+            stop(f"--{name} has no use here: this script trains, tests after each epoch, and saves.")
     if folder.is_file():
         stop(f"--output_dir {folder} is a file: name a folder.")
     if args.seeds > 1 and (training.push_to_hub or resume):
@@ -567,6 +577,16 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of results, and end the script now if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        stop(f"--output_dir {folder} cannot be written to: {error}")
+
+
 def stop(message: str) -> NoReturn:
     """End the script with one line, which only the main process prints."""
     raise SystemExit(message if IS_MAIN_PROCESS else 1)
@@ -603,7 +623,7 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
     """Read a built-in data set, a folder that `save_to_disk` wrote, or what `datasets.load_dataset` reads."""
     name = options.dataset
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        return make_built_in(name)
     folder = Path(name).expanduser()
     is_path = folder.is_absolute() or name.startswith((".", "~"))
     if is_path and not folder.exists():
@@ -628,6 +648,13 @@ def read_splits(options: DataOptions) -> datasets.DatasetDict:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         expected = "a folder of images by class or of parquet files, or a Hub id"
         stop(f"--dataset {options.dataset} must be {expected}, and cannot be read: {reason[:300]}")
+
+
+def make_built_in(name: str) -> datasets.DatasetDict:
+    """Make a built-in data set; a folder of its name needs a path before it."""
+    if Path(name).is_dir():
+        say(f"--dataset {name} is built in; the folder of that name is ./{name}.")
+    return BUILT_IN[name]()
 
 
 def check_files(builder: datasets.DatasetBuilder, options: DataOptions) -> None:
@@ -706,9 +733,12 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
     if not is_labelled(train):
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
+    names = [str(label) for label in sorted(labels_in(train))]
     if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    return [str(label) for label in sorted(labels_in(train))]
+        names = list(feature.names)
+    if len(names) < 2:
+        stop(f"--dataset {options.dataset} has one class, {names[0]}: a classifier needs two or more.")
+    return names
 
 
 def number_labels(rows: datasets.Dataset, names: list[str], options: DataOptions) -> datasets.Dataset:

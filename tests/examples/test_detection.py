@@ -230,6 +230,37 @@ def test_a_data_set_of_the_hub_s_form_is_read(tmp_path, box):
     assert found.train[0].image.mode == "RGB"
 
 
+def parquet_of(folder, objects: dict) -> str:
+    rows = datasets.Dataset.from_list([{"image": Image.new("L", (40, 30)), "objects": objects}] * 2)
+    for split in ("train", "test"):
+        rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def test_a_box_without_an_area_is_not_trained_on(tmp_path):
+    boxes = [[5.0, 6.0, 20.0, 16.0], [5.0, 6.0, 0.0, 16.0]]
+    folder = parquet_of(tmp_path, {"bbox": boxes, "category": [1, 0]})
+    data = load_detections(DetectionOptions(dataset=folder))
+    _, target = detect_voc.TrainingImages(data.train, flip=0.0, seed=0)[0]
+    assert target["boxes"].tolist() == [[5, 6, 25, 22]]
+    assert target["labels"].tolist() == [2]
+
+
+def test_classes_of_objects_that_are_words_are_refused(tmp_path):
+    folder = parquet_of(tmp_path, {"bbox": [[5.0, 6.0, 20.0, 16.0]], "category": ["dog"]})
+    with pytest.raises(SystemExit, match=r"category must be numbers or a ClassLabel, and is Value\('string'\)"):
+        load_detections(DetectionOptions(dataset=folder))
+
+
+def test_a_precision_that_the_device_lacks_is_told_in_one_line(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise ValueError("bf16 mixed precision requires PyTorch >= 1.10 and a supported device.")
+
+    monkeypatch.setattr(detect_voc, "Accelerator", refuse)
+    with pytest.raises(SystemExit, match=r"^--mixed_precision bf16: bf16 mixed precision requires"):
+        detect_voc.make_run_accelerator(tmp_path, 0, DetectionOptions(mixed_precision="bf16"))
+
+
 def test_a_data_set_without_boxes_is_refused(tmp_path):
     for split in ("train", "test"):
         datasets.Dataset.from_dict({"label": [0]}).to_parquet(tmp_path / f"{split}.parquet")

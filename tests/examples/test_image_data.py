@@ -243,6 +243,7 @@ def test_samples_are_the_same_each_time(pets):
         ("text", "--dataset text: which of its columns is it (text)?"),
         ("flat", "--dataset flat: which of its columns is it (image)? Please name it by --label_column, or sort"),
         ("single", "--dataset single has one image"),
+        ("same", "--dataset same has one class, a: a classifier needs two or more"),
     ],
 )
 def test_what_is_no_data_set_is_told_in_one_line(tmp_path, monkeypatch, name, message):
@@ -252,7 +253,8 @@ def test_what_is_no_data_set_is_told_in_one_line(tmp_path, monkeypatch, name, me
     (tmp_path / "text" / "a.txt").write_text("no image")
     Image.new("L", (4, 4)).save("file.png")
     write(tmp_path / "flat", 2)
-    write_parquet(tmp_path / "single", train=["a"])
+    write_parquet(tmp_path / "same", train=["a", "a"])
+    write_parquet(tmp_path / "single", feature=datasets.ClassLabel(names=["a", "b"]), train=[0])
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
         load(name)
     assert "\n" not in str(error.value)
@@ -368,3 +370,12 @@ def test_numbers_of_unknown_scale_are_refused_by_the_files_name(tmp_path, values
     rows = [{"image": {"bytes": None, "path": str(tmp_path / "depth.tiff")}}]
     with pytest.raises(ImageError, match=r"depth\.tiff has values from .* scale integers to 0 \.\.\. 65535"):
         read_image(rows, 0)
+
+
+def test_a_folder_named_like_a_built_in_data_set_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    load("photo_crops")
+    assert "is built in" not in capsys.readouterr().out
+    (tmp_path / "photo_crops").mkdir()
+    load("photo_crops")
+    assert "--dataset photo_crops is built in; the folder of that name is ./photo_crops." in capsys.readouterr().out

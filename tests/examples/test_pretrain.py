@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -554,6 +555,30 @@ def test_a_checkpoint_of_timm_s_on_the_hub_is_named_by_its_id_there(whole, monke
     assert training.record("me/x").base_model == "timm/resnet18.a1_in1k"
 
 
+def test_a_card_shows_no_folder_of_a_checkpoint(whole, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "acme" / "vit"
+    recipe, options = parse(monkeypatch, "--model", str(checkpoint), "--no_tract")
+    training = pretrain_vit.Training.__new__(pretrain_vit.Training)
+    training.recipe, training.run, training.handle = recipe, options, None
+    training.accelerator = SimpleNamespace(num_processes=1)
+    training.data = SimpleNamespace(eval_split="test", names=list("abc"))
+    training.progress = SimpleNamespace(history=history(whole))
+    record = training.record("me/x")
+    assert record.hyperparameters["model"] == record.base_model == "vit"
+    assert "acme" not in json.dumps(record.hyperparameters)
+
+
+def test_a_checkpoint_is_told_what_it_sees(tmp_path, monkeypatch, capsys):
+    checkpoint = run(monkeypatch, tmp_path / "first", "--epochs", "1") / "model"
+    capsys.readouterr()
+    few = ["--train_samples", "32", "--test_samples", "32", "--epochs", "1", "--batch_size", "16"]
+    options = ["--model", str(checkpoint), *few, "--output_dir", str(tmp_path / "second")]
+    monkeypatch.setattr(sys, "argv", ["pretrain_vit.py", *options])
+    pretrain_vit.main()
+    reset_accelerate()
+    assert f"--model {checkpoint} gets images of --image_size 32, standardised" in capsys.readouterr().out
+
+
 def test_wrong_augmentations_are_told_in_one_line(monkeypatch):
     recipe, _ = parse(monkeypatch, "--auto_augment", "random")
     with pytest.raises(SystemExit, match="--auto_augment random is neither timm's notation nor cifar10"):
@@ -566,6 +591,21 @@ def on_a_rank(rank: int, arguments: str) -> None:
     sys.argv = ["pretrain_vit.py", *FAST, *HALF_THE_BATCH, "--output_dir", folder, *options]
     pretrain_vit.main()
     reset_accelerate()
+
+
+def buffers_on_a_rank(rank: int, module: str) -> torch.Tensor:
+    PartialState(cpu=True)
+    model = torch.nn.BatchNorm2d(3)
+    model.running_mean.fill_(1 + rank)
+    importlib.import_module(module).share_buffers(model)
+    reset_accelerate()
+    return model.running_mean
+
+
+def test_each_process_tests_the_buffers_that_are_saved(tmp_path):
+    modules = ["pretrain_vit", "detect_voc"]
+    for results in on_two_ranks(tmp_path, buffers_on_a_rank, modules):
+        assert [results[name].tolist() for name in modules] == [[1.0] * 3] * 2
 
 
 @pytest.fixture(scope="module")

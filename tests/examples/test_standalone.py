@@ -1,6 +1,7 @@
 """Each example is one file that may be copied anywhere: its header names what it imports, and it runs alone."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -154,3 +155,13 @@ def test_uv_runs_each_with_the_wheel_in_an_environment_by_its_header(name, image
     find_links = {"UV_FIND_LINKS": str(wheel_folder), "VIRTUAL_ENV": ""}
     assert "--" in run_alone(["uv", "run", copy.name, "--help"], copy.parent, **find_links)
     assert run_alone(["uv", "run", *short_run(name, images, model)], copy.parent, **find_links)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "detect_voc", "transfer"])
+def test_an_option_is_not_completed_to_another(name, monkeypatch, capsys):
+    """`--seed 3`, which other scripts have, would mean three seeds."""
+    wrong = {"transfer": "--lear", "quickstart": "--seed", "detect_voc": "--seed"}[name]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", wrong, "3"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    assert wrong in capsys.readouterr().err

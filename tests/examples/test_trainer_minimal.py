@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import pipeline
 
 import trainer_minimal
@@ -105,6 +106,7 @@ def test_it_trains_a_model_that_loads_elsewhere_and_that_is_trained_on(tmp_path,
         (["--dataset", "IMAGES", "--label_column", "kind"], "kind"),
         (["--dataset", "IMAGES", "--model", "./nowhere"], "nowhere"),
         (["--dataset", "./nowhere"], "nowhere"),
+        (["--dataset", "IMAGES", "--resume_from_checkpoint", "./nowhere"], "nowhere"),
         (["--dataset", "IMAGES", "--epochs", "0"], "--epochs 0: give a number above 0"),
         (["--dataset", "IMAGES", "--report_to", "nothing"], "nothing is not supported"),
         (["--dataset", "IMAGES", "--output_dir", "IMAGES/dark/0.png"], "0.png"),
@@ -193,3 +195,53 @@ def test_an_empty_cell_is_told(capsys):
     with pytest.raises(SystemExit):
         trainer_minimal.prepare({"image": [None], "label": [0]}, processor=None)
     assert "an image cannot be read" in capsys.readouterr().err
+
+
+def test_one_class_is_none_to_tell_apart(tmp_path, monkeypatch, capsys):
+    metadata(tmp_path / "images")
+    table = tmp_path / "images" / "metadata.csv"
+    table.write_text(table.read_text().replace(WORDS[1], WORDS[0]))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--dataset", tmp_path / "images")
+    assert "images has one class, dark: a classifier needs two or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_split_to_test_on_has_labels_and_any_usual_name(tmp_path, capsys, labelled):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(WORDS))})
+    parts = {"train": [0, 1] * 10, "test": [-1] * 4}
+    if labelled:
+        parts["valid"] = [0, 1, 1]
+    for name, labels in parts.items():
+        images = [draw(number) for number in range(len(labels))]
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        rows.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for name in parts:
+        lines += [f"  - split: {name}", f"    path: {name}.parquet"]
+    (tmp_path / "data" / "README.md").write_text("\n".join([*lines, "---", ""]))
+    splits = trainer_minimal.load_splits(trainer_minimal.parser.parse_args(["--dataset", str(tmp_path / "data")]))
+    assert splits["test"]["label"][:] == [0, 1, 1] if labelled else len(splits["test"]) == 4
+    assert ("set aside" in capsys.readouterr().out) is not labelled
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_weights_of_a_whole_one(tmp_path, monkeypatch):
+    class_folders(tmp_path / "images")
+    options = ["--dataset", tmp_path / "images", "--epochs", "2"]
+    run(monkeypatch, *options, "--output_dir", tmp_path / "whole")
+
+    class Cut(trainer_minimal.Trainer):
+        def evaluate(self, *args, **kwargs):
+            if self.state.epoch == 2:
+                raise KeyboardInterrupt
+            return super().evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_minimal, "Trainer", Cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, *options, "--output_dir", tmp_path / "cut")
+    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    run(monkeypatch, *options, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", checkpoint)
+    ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

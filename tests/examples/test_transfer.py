@@ -24,7 +24,9 @@ from transformers import (
     YolosConfig,
 )
 
+import detect_voc
 import pretrain_vit
+import quickstart
 import transfer
 from hf_tract.integrations import TrainingRecord
 from hf_tract.integrations.training_record import RECORD_FILE
@@ -120,7 +122,8 @@ def test_the_scores_are_those_of_the_best_weights_which_are_saved(checkpoint, im
     # The weights with the highest loss count as the best, so that they are not the last ones.
     best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "loss", "--greater_is_better", "True"]
     out = tmp_path / "out"
-    run(monkeypatch, capsys, *options, *best, "--save_strategy", "epoch", "--output_dir", out)
+    said = run(monkeypatch, capsys, *options, *best, "--save_strategy", "epoch", "--output_dir", out)
+    assert "The best weights are chosen on test, so their score there is too high" in said
     state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())
     folder = state["best_model_checkpoint"]
     assert not folder.endswith("checkpoint-6")
@@ -236,6 +239,8 @@ def test_a_corrupt_image_is_named_and_refused_or_left_out(checkpoint, images, tm
         (["--flip", "1.5"], "--flip 1.5: give at most 1"),
         (["--learning_rate", "-1"], "--learning_rate -1.0: give a number above 0"),
         (["--checkpoint", "x", "--load_best_model_at_end"], "These options do not fit: "),
+        (["--checkpoint", "CHECKPOINT", "--do_predict"], "--do_predict has no use here: this script trains, tests"),
+        (["--checkpoint", "CHECKPOINT", "--prediction_loss_only"], "--prediction_loss_only has no use here"),
         (
             ["--checkpoint", "CHECKPOINT", "--freeze", "vit.emebddings.*"],
             "--freeze vit.emebddings.* matches no parameter",
@@ -260,6 +265,18 @@ def test_what_cannot_be_is_refused_at_once_in_one_line(checkpoint, options, mess
         run(monkeypatch, capsys, *given, "--output_dir", "out")
     assert "hf_AbCdEfGh1234" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    for script in (transfer, pretrain_vit, quickstart, detect_voc):
+        with monkeypatch.context() as patched:
+            patched.setattr(script.tempfile, "TemporaryFile", refuse)
+            with pytest.raises(SystemExit, match=r"^--output_dir .*new cannot be written to: .*Read-only file system"):
+                script.make_folder(tmp_path / "new")
+        script.make_folder(tmp_path / "new")
 
 
 def test_an_option_that_there_is_not_is_told_without_a_list_of_all(monkeypatch, capsys):

@@ -195,3 +195,16 @@ def test_names_and_folders_that_cannot_be_are_told_in_one_line(folder, tmp_path,
     (folder / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(SystemExit, match="is no record of a training run"):
         publish(monkeypatch, folder, "--repo_id", "tester/model")
+
+
+def test_a_public_repository_gets_no_private_model(hub, folder, monkeypatch):
+    HfApi().create_repo("tester/open")
+    with pytest.raises(SystemExit, match=r"^--private: tester/open exists and is public"):
+        publish(monkeypatch, folder, "--repo_id", "tester/open", "--private")
+    with pytest.raises(SystemExit, match=r"^--hub_private_repo: tester/open exists and is public"):
+        pretrain_vit.prepare_repository("tester/open", private=True)
+    assert "model.safetensors" not in hub.repos["tester/open"].files("main")
+    pretrain_vit.prepare_repository("tester/closed", private=True)
+    assert hub.repos["tester/closed"].private
+    publish(monkeypatch, folder, "--repo_id", "tester/closed", "--private")
+    assert "model.safetensors" in hub.repos["tester/closed"].files("main")
