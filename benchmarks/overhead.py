@@ -45,9 +45,10 @@ def main() -> None:
     path = args.output_dir / "overhead.jsonl"
     if args.fresh:
         path.unlink(missing_ok=True)
-    refuse_other_origin(path)
     asked = measurements(args)
     keys = [key_of(settings) for settings in asked]
+    if args.check or not read_results(path).keys() >= set(keys):
+        refuse_other_origin(path)
     measure_missing(asked, path, args, deadline)
     if args.check:
         repeat_undecided(asked, path, args, deadline)
@@ -72,9 +73,7 @@ def refuse_other_origin(path: Path) -> None:
         for name, value in now.items():
             other = getattr(record, name)
             if other != value:
-                raise SystemExit(
-                    f"{path} holds measurements of {name} {other!r}: name another --output_dir, or use --fresh."
-                )
+                raise SystemExit(f"{path} holds measurements of {name} {other!r}: name another --output_dir.")
 
 
 def measurements(args: Namespace) -> list[Settings]:

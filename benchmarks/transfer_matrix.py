@@ -88,6 +88,9 @@ def main() -> None:
     file = args.output_dir / "matrix.jsonl"
     pretrainings = {arm: pretraining(arm, args) for arm in ARMS}
     run_missing("pre-training", list(pretrainings.values()), file, args.jobs)
+    for run in pretrainings.values():
+        if not (run.folder / "model").is_dir():
+            raise SystemExit(f"{run.folder} is not there, though {file} has its run: name another --output_dir.")
     todo = []
     for dataset in args.datasets:
         for seed in range(args.seeds):

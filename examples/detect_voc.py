@@ -491,8 +491,10 @@ def measure_precision(model: FasterRCNN, examples: Any, accelerator: Accelerator
 
 def wanted_of(example: Example) -> dict[str, Tensor]:
     """Return an image's objects; the difficult ones are COCO's crowds, which count neither as hits nor as misses."""
+    # Nothing can hit a box without an area.
+    has_area = (example.boxes[:, 2:] > example.boxes[:, :2]).all(1)
     crowds = example.difficult.int()
-    return {"boxes": example.boxes, "labels": example.labels, "iscrowd": crowds}
+    return {"boxes": example.boxes[has_area], "labels": example.labels[has_area], "iscrowd": crowds[has_area]}
 
 
 def mean_average_precision(seen: Sequence[Seen]) -> dict[str, float]:
@@ -518,16 +520,19 @@ def mean_average_precision(seen: Sequence[Seen]) -> dict[str, float]:
 def describe_run() -> Record:
     """Return the command, the versions and the hardware that a result depends on."""
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    versions = {}
-    for name in ("hf-tract", "torch", "transformers", "accelerate", "datasets"):
-        versions[name] = version(name)
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     device = PartialState().device  # the one that the run has used
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     elif device.type != "cpu":
         hardware = f"{platform.machine()}, {device.type}"
-    return {"command": command, "versions": versions, "hardware": hardware}
+    return {"command": command, "versions": library_versions(), "hardware": hardware}
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that a result depends on, before accelerate has chosen a device."""
+    names = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
+    return {name: version(name) for name in names}
 
 
 def checksum_of_files(folder: str, output_dir: str) -> int:
@@ -550,7 +555,7 @@ def read_records(folder: Path) -> list[Record]:
     lines = file.read_text(encoding="utf-8").splitlines()
     say(f"{file} holds {len(lines)} finished runs; those with the same settings and images are not trained again.")
     records = [json.loads(line) for line in lines]
-    versions = describe_run()["versions"]
+    versions = library_versions()
     if any(record.get("versions", versions) != versions for record in records):
         say("Some of them were made with other versions of libraries; with another --output_dir all are trained anew.")
     return records

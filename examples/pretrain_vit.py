@@ -206,11 +206,11 @@ def main() -> None:
     """Train, and leave a model with its card."""
     recipe, run = parse_arguments()
     hub_id = run.hub_model_id or Path(run.output_dir).absolute().name
+    make_folder(Path(run.output_dir))
     if run.push_to_hub:
         check_token(hub_id)
         if IS_MAIN_PROCESS:
             hub_id = prepare_repository(hub_id, run.hub_private_repo)
-    make_folder(Path(run.output_dir))
     try:
         training = Training(recipe, run)
         training.run_epochs()

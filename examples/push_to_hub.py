@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--license", help="of the model, as the Hub abbreviates it (mit, apache-2.0, cc-by-nc-4.0)")
     parser.add_argument("--dataset", metavar="ID", help="the data set's Hub id, if the run read it from a folder")
     parser.add_argument("--base_model", metavar="ID", help="the checkpoint's Hub id, if the run read it from a folder")
-    parser.add_argument("--private", action="store_true", default=None, help="if the repository is created")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
     parser.add_argument("--revision", help="a branch, which is created if it does not exist")
     parser.add_argument("--update", action="store_true", help="replace a model; the old one stays in the history")
     parser.add_argument("--message", default="Add model", help="of the commit (default: %(default)s)")

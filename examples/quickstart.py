@@ -659,16 +659,19 @@ def to_tensor(size: int) -> list[Any]:
 def describe_run() -> Record:
     """Return the command, the versions and the hardware that a result depends on."""
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    versions = {}
-    for name in ("hf-tract", "torch", "transformers", "accelerate", "datasets"):
-        versions[name] = version(name)
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     device = PartialState().device  # the one that the run has used
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     elif device.type != "cpu":
         hardware = f"{platform.machine()}, {device.type}"
-    return {"command": command, "versions": versions, "hardware": hardware}
+    return {"command": command, "versions": library_versions(), "hardware": hardware}
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that a result depends on, before accelerate has chosen a device."""
+    names = ("hf-tract", "torch", "transformers", "accelerate", "datasets")
+    return {name: version(name) for name in names}
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -679,7 +682,7 @@ def read_records(folder: Path) -> list[Record]:
     lines = file.read_text(encoding="utf-8").splitlines()
     say(f"{file} holds {len(lines)} finished runs; those with the same settings and images are not trained again.")
     records = [json.loads(line) for line in lines]
-    versions = describe_run()["versions"]
+    versions = library_versions()
     if any(record.get("versions", versions) != versions for record in records):
         say("Some of them were made with other versions of libraries; with another --output_dir all are trained anew.")
     return records

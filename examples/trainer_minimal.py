@@ -125,12 +125,12 @@ def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
         names = sorted(splits["train"].unique("label"))
         splits = splits.cast_column("label", datasets.ClassLabel(names=names))
     tested = [name for name in ("validation", "valid", "val", "dev", "test") if name in splits]
-    with_labels = [name for name in tested if -1 not in splits[name].unique("label")]
+    with_labels = [name for name in tested if not {-1, None} & set(splits[name].unique("label"))]
     if with_labels:
         splits["test"] = splits[with_labels[0]]
     else:
         splits = splits["train"].train_test_split(0.2, seed=0)
-        print(f"No images are set aside to test on, so {len(splits['test'])}, drawn at random, are now.")
+        print(f"No images with labels are set aside to test on, so {len(splits['test'])}, drawn at random, are now.")
     return splits
 
 

@@ -52,7 +52,7 @@ import datasets
 import numpy as np
 import sklearn.datasets
 import torch
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from scipy import stats
@@ -347,6 +347,7 @@ def parse_arguments() -> tuple[Arguments, TrainingArguments]:
     if unknown:
         parser.error(f"there is no option {unknown[0]}")
     check_arguments(args, training)
+    refuse_useless_options(training)
     check_runs(args, training)
     return args, training
 
@@ -368,13 +369,17 @@ def check_arguments(args: Arguments, training: TrainingArguments) -> None:
         stop("--hub_token would stand in your shell's history: set HF_TOKEN or run `hf auth login`.")
 
 
+def refuse_useless_options(training: TrainingArguments) -> None:
+    """Refuse options of TrainingArguments that this script would pass over, or that end it after the training."""
+    for name in ("do_predict", "prediction_loss_only", "batch_eval_metrics"):
+        if getattr(training, name):
+            stop(f"--{name} has no use here: this script trains, tests after each epoch, and saves.")
+
+
 def check_runs(args: Arguments, training: TrainingArguments) -> None:
     """Refuse folders and checkpoints that are not there, and a push without a token."""
     resume = training.resume_from_checkpoint
     folder = Path(str(training.output_dir))
-    for name in ("do_train", "do_predict", "prediction_loss_only", "batch_eval_metrics"):
-        if getattr(training, name):
-            stop(f"--{name} has no use here: this script trains, tests after each epoch, and saves.")
     if folder.is_file():
         stop(f"--output_dir {folder} is a file: name a folder.")
     if args.seeds > 1 and (training.push_to_hub or resume):
@@ -384,7 +389,22 @@ def check_runs(args: Arguments, training: TrainingArguments) -> None:
     elif resume and not Path(resume).is_dir():
         stop(f"--resume_from_checkpoint {resume}: there is no such folder.")
     if training.push_to_hub:
-        check_token(training.hub_model_id or folder.name)
+        repo_id = training.hub_model_id or folder.name
+        check_token(repo_id)
+        if training.hub_private_repo and IS_MAIN_PROCESS:
+            check_private(repo_id)
+
+
+def check_private(repo_id: str) -> None:
+    """Make a private repository, and refuse a public one: Trainer would push the model there."""
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
+        is_public = not api.model_info(repo_id).private
+    except Exception as error:  # The errors of the Hub's client and of its connections have no common class.
+        stop(f"--push_to_hub: {repo_id} cannot be written to: {one_line(error)}")
+    if is_public:
+        stop(f"--hub_private_repo: {repo_id} exists and is public. Change it on the Hub, or name another.")
 
 
 def find_last_checkpoint(folder: Path) -> str:

@@ -42,12 +42,14 @@ class Arm:
 
     @property
     def milliseconds(self) -> float:
-        """Return those of a step behind the first epoch, before which a start may stand; the mean over runs."""
+        """Return those of a step, the mean over runs; behind the first epoch, before which a start may stand."""
         found = []
         for run in self.runs.values():
             settings = run.settings
-            steps = (settings["epochs"] - 1) * (settings["train_samples"] // settings["batch_size"])
-            found.append(1000 * (run.seconds[-1] - run.seconds[0]) / steps)
+            seconds = np.diff(run.seconds, prepend=0)
+            # Smoke runs may have one epoch.
+            an_epoch = seconds[min(1, len(seconds) - 1) :].mean()
+            found.append(1000 * an_epoch / (settings["train_samples"] // settings["batch_size"]))
         return float(np.mean(found))
 
     def with_seeds_of(self, other: Arm) -> Arm:

@@ -137,7 +137,10 @@ def test_turns_of_other_code_are_neither_judged_nor_pooled(tmp_path, monkeypatch
     with pytest.raises(
         SystemExit, match=r"overhead.jsonl holds measurements of commit '.*': name another --output_dir"
     ):
-        run(monkeypatch, tmp_path, *options)
+        run(monkeypatch, tmp_path, *options, "--check")
+    with pytest.raises(SystemExit, match="holds measurements of commit"):
+        run(monkeypatch, tmp_path, "--scopes", "layer", "step", "--no_memory")
+    run(monkeypatch, tmp_path, *options)
     run(monkeypatch, tmp_path, *options, "--fresh")
     assert {record.commit for record in read_records(tmp_path / "overhead.jsonl").values()} == {"another"}
 

@@ -1,6 +1,7 @@
 """The transfer matrix runs each cell once, and tells means and gains with their intervals."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -71,6 +72,16 @@ def test_another_pretraining_makes_another_matrix(tmp_path, monkeypatch, ran):
     assert len({option(command, "--output_dir") for command in ran}) == len(ran)
     lines = (tmp_path / "m" / "matrix.md").read_text().splitlines()
     assert lines[2] == "| digits | 50.5 ± 6.4 | 60.5 ± 6.4 | 70.5 ± 6.4 | 80.5 ± 6.4 |"
+
+
+def test_a_pretraining_whose_folder_is_gone_is_told(tmp_path, monkeypatch, ran):
+    options = ["--pretrain_dataset", "photo_crops", "--datasets", "/data/digits", "--output_dir", str(tmp_path / "m")]
+    monkeypatch.setattr(sys, "argv", [transfer_matrix.__file__, *options])
+    transfer_matrix.main()
+    for folder in (tmp_path / "m").glob("pretrain-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(SystemExit, match=r"is not there, though .* has its run: name another --output_dir"):
+        transfer_matrix.main()
 
 
 def test_the_matrix_ends_where_a_run_failed(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import hf_tract.core.forward
-from helpers.models import Adapted, Gated
+from helpers.models import Adapted, Airbench, Gated
 from helpers.oracle import assert_close, expected, says
 from hf_tract import TrActConfig, TrActError, apply_tract, remove_tract, whiten_first_layer
 
@@ -485,3 +485,18 @@ def test_a_forward_that_means_its_base_class_by_its_own_type_runs():
     assert type(pickle.loads(pickle.dumps(model))[0]) is Sparse
     remove_tract(model)
     assert type(model[0]) is Sparse
+
+
+class Doubling(Airbench):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super(type(self), self).forward(x)
+
+
+def test_a_module_that_reads_its_layer_s_weight_and_means_its_base_class_by_its_own_type_runs():
+    torch.manual_seed(0)
+    plain, x = Doubling(), torch.randn(4, 3, 8, 8)
+    model = copy.deepcopy(plain)
+    apply_tract(model)
+    assert torch.equal(model(x), plain(x))
+    remove_tract(model)
+    assert type(model) is Doubling

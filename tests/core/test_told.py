@@ -163,6 +163,7 @@ def train_a_hundred_steps(model: nn.Module) -> None:
 def test_a_model_that_is_made_anew_after_tract_was_applied_is_told(told, monkeypatch, again):
     """As by skorch's `fit()`, or where a script resumes by `model = torch.load(...)`."""
     monkeypatch.setattr(first_step, "PRECONDITIONERS", weakref.WeakValueDictionary())
+    monkeypatch.setattr(first_step, "_watches", [])
     model = Net()
     apply_tract(model)
     model = Net()
@@ -194,11 +195,16 @@ class Masked(nn.Conv2d):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", ["in the forward", "pruned", "not at all"])
+@pytest.mark.parametrize("kind", ["in the forward", "pruned", "whole rows", "another buffer", "not at all"])
 def test_a_masked_weight_is_told(told, kind):
     layer = Masked()
     if kind == "pruned":
         layer = prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 20)
+    elif kind == "whole rows":
+        layer = prune.ln_structured(nn.Conv2d(3, 4, 3), "weight", 2, n=1, dim=0)
+    elif kind == "another buffer":
+        layer = nn.Conv2d(3, 4, 3)
+        layer.register_buffer("older", torch.zeros_like(layer.weight))
     elif kind == "not at all":
         layer.mask.fill_(1)
     model = nn.Sequential(layer, nn.ReLU())
@@ -207,7 +213,7 @@ def test_a_masked_weight_is_told(told, kind):
     for _ in range(2):
         model(torch.randn(4, 3, 8, 8)).sum().backward()
         optimizer.step()
-    if kind == "not at all":
+    if kind not in ("in the forward", "pruned"):
         assert told() == []
         return
     (message,) = told()

@@ -791,7 +791,26 @@ def test_a_teacher_without_gradients_counts_where_nothing_else_does(with_student
     assert [layer.name for layer in found] == ["student.0" if with_student else "teacher.0"]
 
 
-class Detector(nn.Module):
+class Filtered(nn.Module):
+    """Reads pixels by a weight that no layer has, without gradients, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, 3 * 64))
+        self.other = nn.Conv2d(3, 4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = x.flatten(1) @ self.filter.T
+        return features + self.other(x).flatten(1)
+
+
+def test_a_weight_of_no_layer_is_an_error_though_gradients_are_off():
+    with pytest.raises(TrActError, match="the first weight that the pixels meet is in the model itself"):
+        find_first_layers(Filtered(), example_batch=torch.randn(2, 3, 8, 8))
+
+
+class TwoStages(nn.Module):
     """Takes images as detectron2's do, and has a later layer registered first."""
 
     def __init__(self) -> None:
@@ -800,13 +819,27 @@ class Detector(nn.Module):
         self.stem = nn.Conv2d(3, 8, 7, 2, 3)
 
     def forward(self, batched_inputs: list) -> list:
+        return self.read(batched_inputs)
+
+    def read(self, batched_inputs: list) -> list:
         images = [row["image"] for row in batched_inputs]
         sizes = [(row["height"], row["width"], *row["original_size"]) for row in batched_inputs]
         return [self.lateral(self.stem(torch.stack(images))), sizes]
 
 
-def test_a_list_with_a_dictionary_for_each_image_is_guessed():
-    (layer,) = find_first_layers(Detector())
+class Sam(TwoStages):
+    def forward(self, batched_input: list, multimask_output: bool) -> list:
+        return self.read(batched_input)
+
+
+class Stacked(TwoStages):
+    def forward(self, batched_inputs: torch.Tensor) -> torch.Tensor:
+        return self.lateral(self.stem(batched_inputs))
+
+
+@pytest.mark.parametrize("kind", [TwoStages, Sam, Stacked])
+def test_a_list_with_a_dictionary_for_each_image_is_guessed(kind):
+    (layer,) = find_first_layers(kind())
     assert layer.name == "stem"
 
 

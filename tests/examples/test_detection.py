@@ -11,13 +11,16 @@ import pytest
 import torch
 import torchvision
 import transformers as hf
+from accelerate import PartialState
 from PIL import Image
 from torch import nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import detect_voc
+import quickstart
 from detect_voc import VOC_NAMES, DetectionOptions, Example, Seen, load_detections, mean_average_precision
 from helpers.documents import ROOT, snippets_of
+from helpers.environments import reset_accelerate
 from helpers.oracle import assert_close, expected
 from hf_tract import TrActCallback, apply_tract, find_first_layers
 
@@ -244,6 +247,7 @@ def test_a_box_without_an_area_is_not_trained_on(tmp_path):
     _, target = detect_voc.TrainingImages(data.train, flip=0.0, seed=0)[0]
     assert target["boxes"].tolist() == [[5, 6, 25, 22]]
     assert target["labels"].tolist() == [2]
+    assert detect_voc.wanted_of(data.test[0])["boxes"].tolist() == [[5, 6, 25, 22]]
 
 
 def test_classes_of_objects_that_are_words_are_refused(tmp_path):
@@ -431,3 +435,12 @@ def test_a_precision_of_accelerate_launch_that_needs_an_accelerator_is_refused_o
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(SystemExit, match="--mixed_precision fp16 needs an accelerator: use no or bf16"):
         run(monkeypatch, tmp_path, "--cpu")
+
+
+@pytest.mark.parametrize("script", [detect_voc, quickstart], ids=lambda script: script.__name__)
+def test_earlier_runs_are_read_before_a_device_is_chosen(script, tmp_path):
+    """Otherwise `--cpu` would come too late."""
+    reset_accelerate()
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    assert script.read_records(tmp_path) == [{}]
+    assert PartialState._shared_state == {}

@@ -239,7 +239,10 @@ def test_a_corrupt_image_is_named_and_refused_or_left_out(checkpoint, images, tm
         (["--flip", "1.5"], "--flip 1.5: give at most 1"),
         (["--learning_rate", "-1"], "--learning_rate -1.0: give a number above 0"),
         (["--checkpoint", "x", "--load_best_model_at_end"], "These options do not fit: "),
-        (["--checkpoint", "CHECKPOINT", "--do_predict"], "--do_predict has no use here: this script trains, tests"),
+        (
+            ["--checkpoint", "CHECKPOINT", "--do_train", "--do_predict"],
+            "--do_predict has no use here: this script trains, tests",
+        ),
         (["--checkpoint", "CHECKPOINT", "--prediction_loss_only"], "--prediction_loss_only has no use here"),
         (
             ["--checkpoint", "CHECKPOINT", "--freeze", "vit.emebddings.*"],

@@ -10,6 +10,7 @@ from huggingface_hub.utils import close_session
 
 import pretrain_vit
 import push_to_hub
+import transfer
 from helpers.hub_server import TOKEN, serving
 from hf_tract import TrActConfig
 from hf_tract.integrations import TrainingRecord
@@ -203,6 +204,8 @@ def test_a_public_repository_gets_no_private_model(hub, folder, monkeypatch):
         publish(monkeypatch, folder, "--repo_id", "tester/open", "--private")
     with pytest.raises(SystemExit, match=r"^--hub_private_repo: tester/open exists and is public"):
         pretrain_vit.prepare_repository("tester/open", private=True)
+    with pytest.raises(SystemExit, match=r"^--hub_private_repo: tester/open exists and is public"):
+        transfer.check_private("open")
     assert "model.safetensors" not in hub.repos["tester/open"].files("main")
     pretrain_vit.prepare_repository("tester/closed", private=True)
     assert hub.repos["tester/closed"].private

@@ -24,6 +24,7 @@ from hf_tract.core.forward import is_preconditioned, run_preconditioned
 from hf_tract.core.patches import CONV_OPS, LINEAR, PatchOpMode, has_torchs_conv_forward, torchs_linear
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import (
+    ORIGINAL,
     PRECONDITIONER,
     READ_LAYERS,
     TrActClass,
@@ -49,17 +50,22 @@ class TrActLayer(TrActClass):
         return copied
 
 
-class TrActOddLayer(TrActLayer, TrActClass):
+def _forward_above(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run what a class's own forward means by `super(type(self), self)`."""
+    above: Any = super(original_class(type(self)), self)
+    return above.forward(*args, **kwargs)
+
+
+class TrActOddLayer(TrActLayer):
     """Is a layer with TrAct whose class has a forward of its own."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run what that forward means by `super(type(self), self)`."""
-        above: Any = super(original_class(type(self)), self)
-        return above.forward(*args, **kwargs)
+    forward = _forward_above
 
 
 class TrActCaller(TrActClass):
     """Is a module whose own forward runs an operation with the weight of a layer that has TrAct."""
+
+    forward = _forward_above
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a copy that reads the copied layers."""
@@ -120,7 +126,7 @@ def _layer_class(cls: Any) -> type:
     if cls in _layer_classes:
         return _layer_classes[cls]
     # `__module__` is that of the original, so that torch.fx treats the layer as a leaf, like the original.
-    namespace: dict[str, Any] = {"__module__": cls.__module__}
+    namespace: dict[str, Any] = {"__module__": cls.__module__, ORIGINAL: cls}
     base: type = TrActLayer
     if has_torchs_conv_forward(cls):
         namespace["_conv_forward"] = _conv_forward_of(cls)
@@ -136,7 +142,8 @@ def _layer_class(cls: Any) -> type:
 @functools.cache
 def _caller_class(cls: Any) -> type:
     """Return the TrAct class for callers of class `cls`."""
-    namespace = {"__module__": cls.__module__, "forward": _caller_forward(cls.forward)}
+    namespace = {"__module__": cls.__module__, ORIGINAL: cls}
+    namespace["forward"] = _caller_forward(cls.forward)
     # It keeps its name, since transformers writes the name of a model's class into its config.
     return type(cls.__name__, (TrActCaller, cls), namespace)
 

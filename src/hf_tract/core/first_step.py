@@ -42,7 +42,7 @@ class FirstStepWatch:
         self._steps: Any = WeakIdKeyDictionary()
         self._looked_elsewhere = False
         for watch in list(_watches):
-            if watch._model() in (model, None):
+            if watch._model() is None or watch._model() is model:
                 watch.stop()
         _watches.append(self)
         call_after_steps(_after_step)
@@ -55,7 +55,7 @@ class FirstStepWatch:
     def _lose_model(self) -> None:
         """Wait on, with names alone, if nothing has trained the model: a script may have made it anew."""
         self._lost = [name for name, _ in self._layers_now()]
-        if self._has_acted():
+        if self._looked_elsewhere or self._has_acted() or not self._lost:
             self.stop()
         self._layers = []
 

@@ -20,6 +20,8 @@ from hf_tract.core.patches import has_torchs_conv_forward
 _warned: set[str] = set()
 PRECONDITIONER = "_tract_preconditioner"
 READ_LAYERS = "_tract_layers"
+# Of a class that TrAct has made, not of a subclass.
+ORIGINAL = "_tract_original"
 
 
 class TrActClass:
@@ -65,8 +67,9 @@ def original_class(cls: type) -> type:
     """Return `cls` without TrAct's class, even if another library, such as FSDP2, has subclassed that."""
     if TrActClass not in cls.__mro__:
         return cls
-    if any(TrActClass in base.__bases__ for base in cls.__bases__):
-        return cls.__bases__[1]
+    if ORIGINAL in vars(cls):
+        original: type = vars(cls)[ORIGINAL]
+        return original
     # Another library has subclassed TrAct's class, so its subclass is rebuilt on top of the original.
     members = dict(vars(cls))
     members.pop("__dict__", None)

@@ -20,13 +20,18 @@ def weight_parameters(layer: nn.Module | None) -> list[nn.Parameter]:
 
 
 def mask_of(layer: nn.Module) -> str:
-    """Return the name of a buffer that seems to mask a part of the weight of `layer`, or ""; this may wait."""
+    """Return the name of a buffer that seems to mask entries of the weight of `layer`, or ""; this may wait.
+
+    One that hides whole rows does no harm, since TrAct mixes the entries of a row.
+    """
     shapes = [parameter.shape for parameter in weight_parameters(layer)]
     for name, buffer in layer.named_buffers():
-        if buffer.shape not in shapes:
+        if buffer.dim() < 2 or buffer.shape not in shapes:
             continue
-        hides = buffer == 0
-        if bool((hides | (buffer == 1)).all()) and bool(hides.any()):
+        rows = buffer.flatten(1)
+        is_cut = (rows == 0).any(1) & (rows == 1).any(1)
+        is_mask = (rows == 0) | (rows == 1)
+        if bool(is_mask.all() & is_cut.any()):
             return name
     return ""
 

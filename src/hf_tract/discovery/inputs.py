@@ -94,7 +94,9 @@ def _guesses(model: nn.Module) -> Iterator[Any]:
         for shape in shapes:
             height, width = shape[-2:]
             image = {"image": make_pixels(shape[1:]), "height": height, "width": width}
-            yield [image | {"original_size": (height, width)}]
+            images = [image | {"original_size": (height, width)}]
+            yield images, *[None] * (len(required) - 1)
+            yield make_pixels(shape)
     elif argument is not None and getattr(model, "config", None) is not None:
         for shape in shapes:
             # What cannot be guessed is None: the forward may not use it before the pixels reach their layer.

@@ -122,7 +122,8 @@ def layers_reached_first(copied: nn.Module, batch: Any) -> Probe:
                 run_forward(copied, batch)
         except Exception as problem:  # whatever a model's forward raises
             error = problem
-    learned = [meeting for meeting in trace.meetings if meeting.is_learned]
+    # Without gradients, the layer is a teacher's; what is no layer's own is told as an error.
+    learned = [meeting for meeting in trace.meetings if meeting.is_learned or meeting.layer is None]
     return Probe(batch, learned or trace.meetings, trace.inputs, error)
 
 
