@@ -447,13 +447,18 @@ class TrainingImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         image, boxes, labels, difficult = self.examples[index]
         # torchvision refuses boxes without an area, which annotations may hold.
-        is_used = ~difficult & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        is_used = ~difficult & have_area(boxes)
         pixels = to_pixels(image)
         if np.random.default_rng([self.seed, self.epoch, index]).random() < self.flip:
             left, top, right, bottom = boxes.unbind(1)
             pixels = pixels.flip(-1)
             boxes = torch.stack([image.width - right, top, image.width - left, bottom], 1)
         return pixels, {"boxes": boxes[is_used], "labels": labels[is_used] + 1}
+
+
+def have_area(boxes: Tensor) -> Tensor:
+    """Return for each box, (objects, 4), whether it has an area."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -492,9 +497,9 @@ def measure_precision(model: FasterRCNN, examples: Any, accelerator: Accelerator
 def wanted_of(example: Example) -> dict[str, Tensor]:
     """Return an image's objects; the difficult ones are COCO's crowds, which count neither as hits nor as misses."""
     # Nothing can hit a box without an area.
-    has_area = (example.boxes[:, 2:] > example.boxes[:, :2]).all(1)
+    can_be_hit = have_area(example.boxes)
     crowds = example.difficult.int()
-    return {"boxes": example.boxes[has_area], "labels": example.labels[has_area], "iscrowd": crowds[has_area]}
+    return {"boxes": example.boxes[can_be_hit], "labels": example.labels[can_be_hit], "iscrowd": crowds[can_be_hit]}
 
 
 def mean_average_precision(seen: Sequence[Seen]) -> dict[str, float]:

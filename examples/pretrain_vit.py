@@ -786,7 +786,7 @@ def model_settings(recipe: Recipe) -> dict[str, Any]:
     except (ValueError, TypeError):
         stop(f"--model_config {recipe.model_config}: give JSON, such as '{json.dumps(SMALL_VIT)}'.")
     if recipe.model not in CONFIG_MAPPING:
-        if settings and not is_timm(recipe.model):
+        if settings and is_checkpoint(recipe.model):
             stop(f"--model_config is for random weights, and {recipe.model} is a checkpoint: leave it out.")
         return settings
     known = AutoConfig.for_model(recipe.model)
@@ -1311,9 +1311,10 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
     if not is_labelled(train):
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
-    names = [str(label) for label in sorted(labels_in(train))]
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
+    else:
+        names = [str(label) for label in sorted(labels_in(train))]
     if len(names) < 2:
         stop(f"--dataset {options.dataset} has one class, {names[0]}: a classifier needs two or more.")
     return names

@@ -753,9 +753,10 @@ def class_names(train: datasets.Dataset, options: DataOptions) -> list[str]:
         stop(f"--dataset {options.dataset}: labels must be words or numbers, and are {feature}.")
     if not is_labelled(train):
         stop(f"--train_split {options.train_split}: {options.dataset} has rows without a label there.")
-    names = [str(label) for label in sorted(labels_in(train))]
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
+    else:
+        names = [str(label) for label in sorted(labels_in(train))]
     if len(names) < 2:
         stop(f"--dataset {options.dataset} has one class, {names[0]}: a classifier needs two or more.")
     return names

@@ -15,7 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.records import Row
 from benchmarks.survey import families
@@ -29,8 +28,6 @@ from hf_tract.discovery.inputs import guess_inputs, pixel_argument_name
 LAM = 0.1
 # The batch whose share of operations is computed.
 BATCH = 64
-# The most numbers of a batch.
-LARGEST = 4 * 10**6
 WORKS = "ok"
 
 
@@ -101,8 +98,6 @@ def _accepted(model: nn.Module) -> Any:
     """Return the first guessed batch that the model takes and can be trained on; raise the first guess's error."""
     errors = []
     for batch in guess_inputs(model, "cpu"):
-        if _numbers(batch) > LARGEST:
-            continue
         try:
             objective(run(model, batch))
         # This was a guess; the next may fit.
@@ -111,10 +106,6 @@ def _accepted(model: nn.Module) -> Any:
         else:
             return batch
     raise errors[0]
-
-
-def _numbers(batch: Any) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
 
 
 def _remark(model: nn.Module, found: list[str]) -> str:

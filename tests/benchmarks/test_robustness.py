@@ -56,7 +56,7 @@ def test_corruptions_are_what_they_are_called():
     assert float(blurred.std()) < 0.5 * float(PIXELS.std())
 
 
-def test_no_two_images_have_the_same_noise(monkeypatch):
+def test_no_two_images_have_the_same_noise():
     seen = []
     for name, corrupt in robustness.corruptions():
         if name == "gaussian noise":

@@ -184,8 +184,8 @@ def _check(name: str, layer: nn.Module) -> None:
             "preconditioned gradient (%s). Usually the forward did not run the "
             "layer with gradients on (a batch without images, a frozen part), "
             "another library replaced its forward after TrAct was applied "
-            "(apply TrAct after it), or its weight is "
-            "used outside of the layer. This is shown once.",
+            "(apply TrAct after it), or its weight is used outside of the "
+            "layer. This is shown once.",
             name,
             _reason(layer),
         )
