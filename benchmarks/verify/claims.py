@@ -179,6 +179,7 @@ def of_what_may_hurt() -> dict[str, str]:
     longer = Quickstart("TrAct", folder="generative")
     return {
         "few_patches": pair("evidence_few_patches", TRACT).gain,
+        "long_tract": pair("evidence_long", TRACT).gain,
         "longer_tract": longer.change,
         "longer_ahead_until": longer.ahead_until,
         "longer_seeds_above": longer.seeds_above,

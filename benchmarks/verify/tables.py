@@ -212,5 +212,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "spectra_rates": lambda: spectra_table("validation"),
     "spectra": lambda: spectra_table("test"),
     "few_patches": lambda: arm_table("evidence_few_patches"),
+    "long": lambda: arm_table("evidence_long"),
     "generative": lambda: masked_table("generative"),
 }
