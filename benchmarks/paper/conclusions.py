@@ -21,6 +21,8 @@ from benchmarks.paper.time_to_accuracy import Horizons, horizons_of, in_words, i
 
 PRIMARY_ARM = "TrAct"
 FIRST = "first layer"
+# E1's experiments.
+IN_TIME = {"CIFAR-10": "evidence_cifar10", "flowers": "evidence_flowers"}
 # The choice of layers by which E4 decides.
 DEEPER = "all layers"
 PRIMARY_OPTIMIZER = "muon_split"
@@ -37,8 +39,7 @@ def lines(scale: str, have: Mapping[str, RunRecord]) -> Iterator[str]:
     """Yield, as Markdown, what follows from the experiments that are whole, at the small scale alone."""
     if scale != "small":
         return
-    data = {"CIFAR-10": "evidence_cifar10", "flowers": "evidence_flowers"}
-    found = _whole(data, scale, have)
+    found = _whole(IN_TIME, scale, have)
     if found:
         yield from in_time(found, evidence_time.SHARES)
     optimizers = {name: f"evidence_{name}" for name in OPTIMIZERS}
@@ -103,9 +104,14 @@ def _arm_names(arms: Arms) -> list[str]:
 
 def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
     """Yield what E1 decides."""
-    mixed = list(_mixed_runs(found))
     yield from ("## E1: what may be said", "")
     yield from (ABOUT_TIME, "")
+    yield from (*in_time_table(found, shares), "", *_mixed_runs(found))
+
+
+def in_time_table(found: Mapping[str, Arms], shares: Sequence[int]) -> list[str]:
+    """Return each arm's speed-up on each data set, and what follows from both."""
+    mixed = list(_mixed_runs(found))
     rows = []
     for arm in _arm_names(next(iter(found.values()))):
         if arm in (VANILLA, AT_GOALS_RATE):
@@ -117,7 +123,7 @@ def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
         said = UNDECIDED if mixed else sentence(arm, estimates)
         rank = "primary" if arm == PRIMARY_ARM else "secondary"
         rows.append([f"{arm} ({rank})", *cells, said])
-    yield from (*markdown.table(["arm", *found, "so"], rows), "", *mixed)
+    return markdown.table(["arm", *found, "so"], rows)
 
 
 class OptimizerGain(NamedTuple):

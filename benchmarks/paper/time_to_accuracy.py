@@ -105,11 +105,18 @@ def seconds_to_reach(goal: float, seconds: np.ndarray, accuracy: np.ndarray) -> 
 
 def sentence(arm: str, speed_ups: Mapping[str, Estimate]) -> str:
     """Return what may be said of an arm, from its speed-up on each data set."""
-    least = min(found.low for found in speed_ups.values())
-    if least <= LEAST:
+    if _least(speed_ups) <= LEAST:
         return NO_SPEED_UP
-    # Not rounded up.
-    return f"{arm}: at least {math.floor(100 * least) / 100:.2f} times as fast in time, on {' and '.join(speed_ups)}."
+    return f"{arm}: at least {least_in_words(speed_ups)} times as fast in time, on {' and '.join(speed_ups)}."
+
+
+def least_in_words(speed_ups: Mapping[str, Estimate]) -> str:
+    """Return the lowest end of all data sets' intervals, not rounded up."""
+    return f"{math.floor(100 * _least(speed_ups)) / 100:.2f}"
+
+
+def _least(speed_ups: Mapping[str, Estimate]) -> float:
+    return min(found.low for found in speed_ups.values())
 
 
 def in_words(found: Estimate, above_at_once: bool = False) -> str:

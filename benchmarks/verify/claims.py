@@ -9,10 +9,13 @@ from typing import Any
 import yaml
 
 from benchmarks.common.statistics import p_text
+from benchmarks.paper import conclusions
 from benchmarks.paper.catalogue import tuning_of
 from benchmarks.paper.choices import read
 from benchmarks.paper.evidence_optimizers import RATES, TUNINGS
+from benchmarks.paper.evidence_time import SHARES
 from benchmarks.paper.summary import corrected_by_name, gain
+from benchmarks.paper.time_to_accuracy import least_in_words
 from benchmarks.paper.verdicts import step_size
 from benchmarks.verify.stored import (
     CROPS_ADAMW,
@@ -65,6 +68,7 @@ def figures() -> dict[str, str]:
         **of_other_settings(),
         **of_the_start(),
         **of_the_step_size(),
+        **of_the_time(),
         **of_optimizers(),
         **of_what_may_hurt(),
         **of_colour_statistics(),
@@ -155,6 +159,22 @@ def of_the_step_size() -> dict[str, str]:
         "e0_frozen": pair(STEP_SIZE, "frozen first layer").gain,
         "e0_triple": pair(STEP_SIZE, "first rate x 3").gain,
         "e0_shorter": pair(STEP_SIZE, "vanilla in 2/3").gain,
+    }
+
+
+def of_the_time() -> dict[str, str]:
+    """Return those of E1: what TrAct saves in time."""
+    found = {data: arms(name) for data, name in conclusions.IN_TIME.items()}
+    tract, start = {}, {}
+    for data, each in found.items():
+        tract[data] = conclusions.faster_than("vanilla", each, "TrAct", SHARES)
+        start[data] = conclusions.faster_than("vanilla", each, PLANNED_START, SHARES)
+    return {
+        "e1_cifar": tract["CIFAR-10"].text(digits=2),
+        "e1_flowers": tract["flowers"].text(digits=2),
+        "e1_start_cifar": start["CIFAR-10"].text(digits=2),
+        "e1_start_flowers": start["flowers"].text(digits=2),
+        "e1_least": least_in_words(tract),
     }
 
 

@@ -11,6 +11,9 @@ from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
+from benchmarks.paper import conclusions, evidence_time
+from benchmarks.paper.choices import name_at
+from benchmarks.paper.evidence_optimizers import OPTIMIZERS
 from benchmarks.paper.summary import corrected_by_name
 from benchmarks.verify.stored import (
     CROPS_ADAMW,
@@ -185,12 +188,53 @@ def start_table() -> str:
         rows.append(_start_row(title, above, pair(experiment, START, TRACT, setting)))
     above = pair(STEP_SIZE, PLANNED_START)
     rows.append(_start_row("CIFAR-10, ViT, Adam 0.002, by a plan", above, pair(STEP_SIZE, PLANNED_START, "TrAct")))
+    for data, experiment in conclusions.IN_TIME.items():
+        start, tract, vanilla = (name_at(arm, 100) for arm in (PLANNED_START, "TrAct", "vanilla"))
+        above = pair(experiment, start, vanilla)
+        rows.append(_start_row(f"{data}, ViT, Adam, best rates, by a plan", above, pair(experiment, start, tract)))
+    above = pair("evidence_adamw", PLANNED_START)
+    alone = pair("evidence_adamw", PLANNED_START, "TrAct")
+    rows.append(_start_row("CIFAR-10, ViT, AdamW, best rates, by a plan", above, alone))
     head = ["a whitened start with TrAct", "above vanilla", "seeds", "above TrAct alone", "seeds"]
     return _table(head, rows)
 
 
 def _start_row(title: str, above: Pair, alone: Pair) -> list[str]:
     return [title, above.gain, str(len(above.arm.runs)), alone.gain, str(len(alone.arm.runs))]
+
+
+def in_time_table() -> str:
+    """Return E1's speed-ups."""
+    found = {data: arms(name) for data, name in conclusions.IN_TIME.items()}
+    return "\n".join([*conclusions.in_time_table(found, evidence_time.SHARES), ""])
+
+
+def equal_epochs_table() -> str:
+    """Return E1's accuracies after whole runs of equal lengths."""
+    head = ["data", "epochs", "vanilla, %", "TrAct", "TrAct from a whitened start", "DualPatchNorm"]
+    rows = []
+    for data, name in conclusions.IN_TIME.items():
+        for share in evidence_time.SHARES:
+            vanilla = name_at("vanilla", share)
+            found = arms(name)[vanilla]
+            row = [data, str(found.curves.shape[1]), interval(found.final).text()]
+            for arm in ("TrAct", PLANNED_START, "DualPatchNorm"):
+                row.append(pair(name, name_at(arm, share), vanilla).gain)
+            rows.append(row)
+    return _table(head, rows)
+
+
+def optimizer_table() -> str:
+    """Return what TrAct gains under each optimizer, alone and from a whitened start."""
+    found = {name: arms(f"evidence_{name}") for name in OPTIMIZERS}
+    alone = conclusions.optimizer_gains(found, "TrAct")
+    starts = conclusions.optimizer_gains(found, PLANNED_START)
+    rows = []
+    for tract, start in zip(alone, starts, strict=True):
+        vanilla = interval(found[tract.optimizer]["vanilla"].final).text()
+        cells = [tract.gain.text("+"), p_text(tract.p), start.gain.text("+"), p_text(start.p)]
+        rows.append([f"`{tract.optimizer}`", vanilla, *cells])
+    return _table(["`--optimizer`", "vanilla, %", "TrAct", "p", "TrAct from a whitened start", "p"], rows)
 
 
 # By the name that stands between their marks.
@@ -211,7 +255,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "whitened_start": start_table,
     "spectra_rates": lambda: spectra_table("validation"),
     "spectra": lambda: spectra_table("test"),
+    "in_time": in_time_table,
+    "equal_epochs": equal_epochs_table,
     "few_patches": lambda: arm_table("evidence_few_patches"),
     "long": lambda: arm_table("evidence_long"),
+    "optimizers": optimizer_table,
     "generative": lambda: masked_table("generative"),
 }
