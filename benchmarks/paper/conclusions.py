@@ -23,6 +23,8 @@ PRIMARY_ARM = "TrAct"
 FIRST = "first layer"
 # E1's experiments.
 IN_TIME = {"CIFAR-10": "evidence_cifar10", "flowers": "evidence_flowers"}
+# E3's.
+BY_OPTIMIZER = {name: f"evidence_{name}" for name in OPTIMIZERS}
 # The choice of layers by which E4 decides.
 DEEPER = "all layers"
 PRIMARY_OPTIMIZER = "muon_split"
@@ -42,8 +44,7 @@ def lines(scale: str, have: Mapping[str, RunRecord]) -> Iterator[str]:
     found = _whole(IN_TIME, scale, have)
     if found:
         yield from in_time(found, evidence_time.SHARES)
-    optimizers = {name: f"evidence_{name}" for name in OPTIMIZERS}
-    found = _whole(optimizers, scale, have)
+    found = _whole(BY_OPTIMIZER, scale, have)
     if found:
         yield from with_optimizers(found)
     found = _deeper_layers(scale, have)

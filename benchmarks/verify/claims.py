@@ -28,6 +28,7 @@ from benchmarks.verify.stored import (
     TRACT,
     Quickstart,
     arms,
+    arms_of,
     colour_statistics,
     cost,
     final_interval,
@@ -164,9 +165,8 @@ def of_the_step_size() -> dict[str, str]:
 
 def of_the_time() -> dict[str, str]:
     """Return those of E1: what TrAct saves in time."""
-    found = {data: arms(name) for data, name in conclusions.IN_TIME.items()}
     tract, start = {}, {}
-    for data, each in found.items():
+    for data, each in arms_of(conclusions.IN_TIME).items():
         tract[data] = conclusions.faster_than("vanilla", each, "TrAct", SHARES)
         start[data] = conclusions.faster_than("vanilla", each, PLANNED_START, SHARES)
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,14 @@ def runs(experiment: str) -> dict[str, RunRecord]:
 def arms(experiment: str, setting: str = "") -> Arms:
     """Return the stored arms of an experiment in one setting."""
     return collect(ALL[experiment], "small", seeds_of(experiment), runs(experiment))[setting]
+
+
+def arms_of(experiments: Mapping[str, str]) -> dict[str, Arms]:
+    """Return the stored arms of several experiments, by what tells them apart."""
+    found = {}
+    for told, name in experiments.items():
+        found[told] = arms(name)
+    return found
 
 
 def some(arm: Arm, seeds: Iterable[int]) -> Arm:

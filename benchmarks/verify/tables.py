@@ -13,7 +13,6 @@ from benchmarks.common.statistics import interval, p_text
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
 from benchmarks.paper import conclusions, evidence_time
 from benchmarks.paper.choices import name_at
-from benchmarks.paper.evidence_optimizers import OPTIMIZERS
 from benchmarks.paper.summary import corrected_by_name
 from benchmarks.verify.stored import (
     CROPS_ADAMW,
@@ -26,6 +25,7 @@ from benchmarks.verify.stored import (
     Pair,
     Quickstart,
     arms,
+    arms_of,
     costs,
     final,
     final_interval,
@@ -189,9 +189,10 @@ def start_table() -> str:
     above = pair(STEP_SIZE, PLANNED_START)
     rows.append(_start_row("CIFAR-10, ViT, Adam 0.002, by a plan", above, pair(STEP_SIZE, PLANNED_START, "TrAct")))
     for data, experiment in conclusions.IN_TIME.items():
-        start, tract, vanilla = (name_at(arm, 100) for arm in (PLANNED_START, "TrAct", "vanilla"))
-        above = pair(experiment, start, vanilla)
-        rows.append(_start_row(f"{data}, ViT, Adam, best rates, by a plan", above, pair(experiment, start, tract)))
+        start = name_at(PLANNED_START, 100)
+        above = pair(experiment, start, name_at("vanilla", 100))
+        alone = pair(experiment, start, name_at("TrAct", 100))
+        rows.append(_start_row(f"{data}, ViT, Adam, best rates, by a plan", above, alone))
     above = pair("evidence_adamw", PLANNED_START)
     alone = pair("evidence_adamw", PLANNED_START, "TrAct")
     rows.append(_start_row("CIFAR-10, ViT, AdamW, best rates, by a plan", above, alone))
@@ -205,7 +206,7 @@ def _start_row(title: str, above: Pair, alone: Pair) -> list[str]:
 
 def in_time_table() -> str:
     """Return E1's speed-ups."""
-    found = {data: arms(name) for data, name in conclusions.IN_TIME.items()}
+    found = arms_of(conclusions.IN_TIME)
     return "\n".join([*conclusions.in_time_table(found, evidence_time.SHARES), ""])
 
 
@@ -226,7 +227,7 @@ def equal_epochs_table() -> str:
 
 def optimizer_table() -> str:
     """Return what TrAct gains under each optimizer, alone and from a whitened start."""
-    found = {name: arms(f"evidence_{name}") for name in OPTIMIZERS}
+    found = arms_of(conclusions.BY_OPTIMIZER)
     alone = conclusions.optimizer_gains(found, "TrAct")
     starts = conclusions.optimizer_gains(found, PLANNED_START)
     rows = []
