@@ -156,7 +156,8 @@ class Recipe(DataOptions):
     )
     optimizer: str = option(
         "adamw",
-        "of timm.optim.create_optimizer_v2 (adamw, muon, lamb, ...), or muon_split, soap or schedule_free.",
+        "of timm.optim.create_optimizer_v2 (adamw, muon, lamb, ...), or muon_split, soap or schedule_free; "
+        "under muon and soap TrAct has shown no gain.",
     )
     learning_rate: float = option(1e-3, "its highest value.")
     weight_decay: float = option(0.0, "not of biases and norms.")

@@ -32,6 +32,7 @@ from benchmarks.verify.stored import (
     colour_statistics,
     cost,
     final_interval,
+    longest,
     pair,
     times,
 )
@@ -175,6 +176,8 @@ def of_the_time() -> dict[str, str]:
         "e1_start_cifar": start["CIFAR-10"].text(digits=2),
         "e1_start_flowers": start["flowers"].text(digits=2),
         "e1_least": least_in_words(tract),
+        "e1_dual_flowers": pair("evidence_flowers", longest("DualPatchNorm"), longest("vanilla")).gain,
+        "e1_tract_flowers": pair("evidence_flowers", longest("TrAct"), longest("vanilla")).gain,
     }
 
 

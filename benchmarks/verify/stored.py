@@ -14,6 +14,7 @@ from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval, p_text
 from benchmarks.overhead_results import OURS, Result, Results
 from benchmarks.paper.catalogue import ALL, PLANNED
+from benchmarks.paper.choices import name_at
 from benchmarks.paper.report import seeds_of
 from benchmarks.paper.summary import Arm, Arms, collect, gain, speed_up, speed_up_in_time, time_ratio
 
@@ -44,6 +45,11 @@ def runs(experiment: str) -> dict[str, RunRecord]:
 def arms(experiment: str, setting: str = "") -> Arms:
     """Return the stored arms of an experiment in one setting."""
     return collect(ALL[experiment], "small", seeds_of(experiment), runs(experiment))[setting]
+
+
+def longest(arm: str) -> str:
+    """Return the name of an arm's longest runs, where it has several lengths."""
+    return name_at(arm, 100)
 
 
 def arms_of(experiments: Mapping[str, str]) -> dict[str, Arms]:

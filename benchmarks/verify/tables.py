@@ -29,6 +29,7 @@ from benchmarks.verify.stored import (
     costs,
     final,
     final_interval,
+    longest,
     pair,
     times,
 )
@@ -189,13 +190,13 @@ def start_table() -> str:
     above = pair(STEP_SIZE, PLANNED_START)
     rows.append(_start_row("CIFAR-10, ViT, Adam 0.002, by a plan", above, pair(STEP_SIZE, PLANNED_START, "TrAct")))
     for data, experiment in conclusions.IN_TIME.items():
-        start = name_at(PLANNED_START, 100)
-        above = pair(experiment, start, name_at("vanilla", 100))
-        alone = pair(experiment, start, name_at("TrAct", 100))
-        rows.append(_start_row(f"{data}, ViT, Adam, best rates, by a plan", above, alone))
+        start = longest(PLANNED_START)
+        above = pair(experiment, start, longest("vanilla"))
+        alone = pair(experiment, start, longest("TrAct"))
+        rows.append(_start_row(f"{data}, ViT, Adam, best rate and lam, by a plan", above, alone))
     above = pair("evidence_adamw", PLANNED_START)
     alone = pair("evidence_adamw", PLANNED_START, "TrAct")
-    rows.append(_start_row("CIFAR-10, ViT, AdamW, best rates, by a plan", above, alone))
+    rows.append(_start_row("CIFAR-10, ViT, AdamW, best rate, by a plan", above, alone))
     head = ["a whitened start with TrAct", "above vanilla", "seeds", "above TrAct alone", "seeds"]
     return _table(head, rows)
 
