@@ -10,9 +10,8 @@ import yaml
 
 from benchmarks.common.statistics import p_text
 from benchmarks.paper import conclusions
-from benchmarks.paper.catalogue import tuning_of
 from benchmarks.paper.choices import read
-from benchmarks.paper.evidence_optimizers import RATES, TUNINGS
+from benchmarks.paper.evidence_optimizers import TUNINGS
 from benchmarks.paper.evidence_time import SHARES
 from benchmarks.paper.summary import corrected_by_name, gain
 from benchmarks.paper.time_to_accuracy import least_in_words
@@ -183,18 +182,32 @@ def of_the_time() -> dict[str, str]:
 
 def of_optimizers() -> dict[str, str]:
     """Return what TrAct gains under other optimizers than Adam."""
-    muon = "evidence_muon_split"
-    tuned = TUNINGS[tuning_of(muon)].arms
-    chosen = read()[tuning_of(muon)]
-    ratio = tuned[chosen["TrAct"]]["learning_rate"] / tuned[chosen["vanilla"]]["learning_rate"]
-    return {
-        "muon_rates": str(len(RATES["muon_split"])),
-        "muon_rate_ratio": f"{ratio:g}",
-        "muon_vanilla": final_interval(muon, "vanilla"),
-        "muon_tract": pair(muon, "TrAct").gain,
-        "muon_start": pair(muon, PLANNED_START).gain,
-        "muon_start_from_tract": pair(muon, PLANNED_START, "TrAct").gain,
+    split, muon = "evidence_muon_split", "evidence_muon"
+    found = {
+        "muon_tract": pair(split, "TrAct").gain,
+        "muon_start_from_tract": pair(split, PLANNED_START, "TrAct").gain,
+        "muon_both_ways": gain(arms(split)["TrAct"], arms(muon)["vanilla"]).text("+"),
+        "all_muon_tract": pair(muon, "TrAct").gain,
+        "all_muon_vanilla": final_interval(muon, "vanilla"),
+        "soap_vanilla": final_interval("evidence_soap", "vanilla"),
+        "coordinates": pair(muon, "whitened coordinates").gain,
+        "soap_tract": pair("evidence_soap", "TrAct").gain,
+        "muon_vanilla": final_interval(split, "vanilla"),
+        "adamw_vanilla": final_interval("evidence_adamw", "vanilla"),
+        "adamw_tract": pair("evidence_adamw", "TrAct").gain,
+        "adamw_start_from_tract": pair("evidence_adamw", PLANNED_START, "TrAct").gain,
     }
+    for name in ("adamw", "muon_split", "muon", "soap"):
+        found[f"{name}_rate_ratio"] = f"{rate_ratio(name):g}"
+    return found
+
+
+def rate_ratio(optimizer: str) -> float:
+    """Return TrAct's best learning rate over vanilla's, under an optimizer of E3."""
+    tuned = f"evidence_tuning_{optimizer}"
+    cells, chosen = TUNINGS[tuned].arms, read()[tuned]
+    ratio: float = cells[chosen["TrAct"]]["learning_rate"] / cells[chosen["vanilla"]]["learning_rate"]
+    return ratio
 
 
 def of_what_may_hurt() -> dict[str, str]:
