@@ -11,7 +11,7 @@ import yaml
 from benchmarks.common.statistics import p_text
 from benchmarks.paper import conclusions
 from benchmarks.paper.choices import read
-from benchmarks.paper.evidence_optimizers import TUNINGS
+from benchmarks.paper.evidence_optimizers import OPTIMIZERS, TUNINGS
 from benchmarks.paper.evidence_time import SHARES
 from benchmarks.paper.summary import corrected_by_name, gain
 from benchmarks.paper.time_to_accuracy import least_in_words
@@ -197,7 +197,10 @@ def of_optimizers() -> dict[str, str]:
         "adamw_tract": pair("evidence_adamw", "TrAct").gain,
         "adamw_start_from_tract": pair("evidence_adamw", PLANNED_START, "TrAct").gain,
     }
-    for name in ("adamw", "muon_split", "muon", "soap"):
+    free = "evidence_schedule_free"
+    found["schedule_free_tract"] = pair(free, "TrAct").gain
+    found["schedule_free_start_from_tract"] = pair(free, PLANNED_START, "TrAct").gain
+    for name in OPTIMIZERS:
         found[f"{name}_rate_ratio"] = f"{rate_ratio(name):g}"
     return found
 

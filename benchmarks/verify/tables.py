@@ -226,6 +226,19 @@ def equal_epochs_table() -> str:
     return _table(head, rows)
 
 
+def optimizer_table() -> str:
+    """Return what TrAct gains under each optimizer, alone and from a whitened start."""
+    found = arms_of(conclusions.BY_OPTIMIZER)
+    alone = conclusions.optimizer_gains(found, "TrAct")
+    starts = conclusions.optimizer_gains(found, PLANNED_START)
+    rows = []
+    for tract, start in zip(alone, starts, strict=True):
+        vanilla = interval(found[tract.optimizer]["vanilla"].final).text()
+        cells = [tract.gain.text("+"), p_text(tract.p), start.gain.text("+"), p_text(start.p)]
+        rows.append([f"`{tract.optimizer}`", vanilla, *cells])
+    return _table(["`--optimizer`", "vanilla, %", "TrAct", "p", "TrAct from a whitened start", "p"], rows)
+
+
 # By the name that stands between their marks.
 TABLES: dict[str, Callable[[], str]] = {
     "cost_step_cpu": lambda: step_table("cost-cpu.jsonl"),
@@ -248,5 +261,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal_epochs": equal_epochs_table,
     "few_patches": lambda: arm_table("evidence_few_patches"),
     "long": lambda: arm_table("evidence_long"),
+    "optimizers": optimizer_table,
     "generative": lambda: masked_table("generative"),
 }
