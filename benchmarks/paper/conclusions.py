@@ -31,8 +31,8 @@ PRIMARY_OPTIMIZER = "muon_split"
 ABOUT_TIME = """\
 Vanilla's seconds to the accuracy of its longest run over those of the arm. Each end of the 95 % interval is the wider
 of the jackknife's and that of resampled seeds. Vanilla's longest run has a rate of its own, and where its shorter ones
-are there first at that rate, these count. *At least* in a cell: the
-arm's shortest run is above the goal already. *At least* in a sentence: the lowest end of both intervals."""
+are there first at that rate, these count. *At least* in a cell: the arm's shortest run is above the goal already. *At
+least* in a sentence: the lowest end of both intervals."""
 UNDECIDED = "Nothing is decided, since times of different origins are compared."
 ADDS = "TrAct adds to Muon as it is usually used, at this size and length."
 NOT_SHOWN = "No gain under Muon as it is usually used was shown at this scale."
@@ -113,7 +113,7 @@ def in_time(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
 
 def in_time_table(found: Mapping[str, Arms], shares: Sequence[int]) -> list[str]:
     """Return each arm's speed-up on each data set, and what follows from both."""
-    mixed = list(_mixed_runs(found))
+    mixed = any(_mixed_runs(found))
     rows = []
     for arm in _arm_names(next(iter(found.values()))):
         if arm in (VANILLA, AT_GOALS_RATE):

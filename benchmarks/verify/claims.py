@@ -10,6 +10,7 @@ import yaml
 
 from benchmarks.common.statistics import p_text
 from benchmarks.paper import conclusions
+from benchmarks.paper.catalogue import tuning_of
 from benchmarks.paper.choices import read
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS, TUNINGS
 from benchmarks.paper.evidence_time import SHARES
@@ -207,7 +208,7 @@ def of_optimizers() -> dict[str, str]:
 
 def rate_ratio(optimizer: str) -> float:
     """Return TrAct's best learning rate over vanilla's, under an optimizer of E3."""
-    tuned = f"evidence_tuning_{optimizer}"
+    tuned = tuning_of(conclusions.BY_OPTIMIZER[optimizer])
     cells, chosen = TUNINGS[tuned].arms, read()[tuned]
     ratio: float = cells[chosen["TrAct"]]["learning_rate"] / cells[chosen["vanilla"]]["learning_rate"]
     return ratio
