@@ -12,7 +12,7 @@
 #     "pyyaml>=6",
 #     "scikit-image>=0.24",
 #     "scikit-learn>=1.5",
-#     "timm>=1.0.20",
+#     "timm>=1.0.21",
 #     "torch>=2.8",
 #     "torchvision>=0.23",
 #     "tqdm>=4.66",
@@ -157,7 +157,7 @@ class Recipe(DataOptions):
     optimizer: str = option(
         "adamw",
         "of timm.optim.create_optimizer_v2 (adamw, muon, lamb, ...), or muon_split, soap or schedule_free; "
-        "under muon and soap TrAct has shown no gain.",
+        "with TrAct, soap has shown no gain, and muon has ended lower.",
     )
     learning_rate: float = option(1e-3, "its highest value.")
     weight_decay: float = option(0.0, "not of biases and norms.")
@@ -656,9 +656,10 @@ def make_named_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimi
         return make_uncommon_optimizer(recipe, model)
     name = recipe.optimizer
     momentum = 0.9
-    settings = {}
+    settings: dict[str, Any] = {}
     if name in ("muon", "muon_split"):
         momentum = 0.95
+        settings["betas"] = (0.9, 0.999)  # AdamW's own, for what Muon leaves to it
     if name == "muon_split":
         name = "muon"
         first = [f"{layer.name}.*" for layer in find_first_layers(model)]

@@ -10,7 +10,7 @@
 #     "pillow>=11",
 #     "scikit-learn>=1.5",
 #     "scipy>=1.11",
-#     "timm>=1.0.20",
+#     "timm>=1.0.21",
 #     "torch>=2.8",
 #     "torchvision>=0.23",
 #     "tqdm>=4.66",

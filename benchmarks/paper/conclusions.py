@@ -32,7 +32,7 @@ ABOUT_TIME = """\
 Vanilla's seconds to the accuracy of its longest run over those of the arm. Each end of the 95 % interval is the wider
 of the jackknife's and that of resampled seeds. Vanilla's longest run has a rate of its own, and where its shorter ones
 are there first at that rate, these count. *At least* in a cell: the arm's shortest run is above the goal already. *At
-least* in a sentence: the lowest end of both intervals."""
+least* in a sentence: the lowest end of both intervals, rounded down."""
 UNDECIDED = "Nothing is decided, since times of different origins are compared."
 ADDS = "TrAct adds to Muon as it is usually used, at this size and length."
 NOT_SHOWN = "No gain under Muon as it is usually used was shown at this scale."

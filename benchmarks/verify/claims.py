@@ -154,6 +154,7 @@ def of_the_step_size() -> dict[str, str]:
         "e0_above_control": decision.above_control.text("+"),
         "e0_p": f"{decision.p:.4f}",
         "e0_lent": decision.room.text("+"),
+        "e0_lent_p": corrected_p(STEP_SIZE, decision.best_lent, "TrAct"),
         "e0_share": decision.share.text(digits=2),
         "e0_grafted": pair(STEP_SIZE, "TrAct, grafted").gain,
         "e0_grafted_from_tract": pair(STEP_SIZE, "TrAct, grafted", "TrAct").gain,

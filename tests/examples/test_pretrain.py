@@ -263,6 +263,7 @@ def test_muon_leaves_first_layer_and_head_to_adamw(monkeypatch):
     model = pretrain_vit.make_model(recipe, ["a", "b"])
     optimizer = pretrain_vit.make_named_optimizer(recipe, model)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.95}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
     for each in model.parameters():
         each.grad = torch.ones_like(each)
     optimizer.step()
