@@ -28,10 +28,13 @@ EXTRA_AXES = {"aspect_ratio_ids": (1, 4)}
 
 # What to try where neither config nor layers give a size.
 COMMON_SIZES = (224, 32, 28, 96, 1536)
-VOLUME_SIDES = (32, 96)
+# Some forwards run to their end at one size only, and until then show the first of several branches.
+OTHER_SIZES = (64, 84, 128, 256, 384, 48, 16)
+VOLUME_SIDES = (32, 96, 64, 128)
 FEW_FRAMES = 4
 GRID = 4  # patches along each side of an image that is given as rows of patches
 MOST_CHANNELS = 6  # different numbers of channels
+MOST_SIZES = 4  # that parts of a model name
 
 
 def guess_shapes(model: nn.Module, parameters: Mapping[str, Any]) -> Iterator[Shape]:
@@ -48,7 +51,8 @@ def guess_shapes(model: nn.Module, parameters: Mapping[str, Any]) -> Iterator[Sh
     dims = 2
     if convolutions:
         dims = len(convolutions[0].kernel_size)
-    for channels, size in itertools.product(channel_counts, _sizes(model, config)):
+    sizes = _sizes(model, config)
+    for channels, size in itertools.product(channel_counts, sizes):
         if dims == 1:
             yield from _signals(channels, size[0])
         elif dims == 2:
@@ -59,8 +63,9 @@ def guess_shapes(model: nn.Module, parameters: Mapping[str, Any]) -> Iterator[Sh
             yield from _clips(channels, size, frames)
             yield from _images(channels, size, extra_axes)
     if dims == 3:
-        for channels, side in itertools.product(channel_counts, VOLUME_SIDES):
-            yield (1, channels, side, side, side)
+        yield from _volumes(channel_counts)
+    elif dims == 2 and len(sizes) > 1:
+        yield from _images_of_other_sizes(channel_counts, extra_axes)
     yield from _rows_of_patches(row_lengths)
 
 
@@ -87,6 +92,16 @@ def _images(channels: int, size: Shape, extra_axes: Sequence[Shape]) -> Iterator
     for axes in extra_axes:
         yield (1, *axes, channels, *size)
     yield (1, channels, *size)
+
+
+def _images_of_other_sizes(channel_counts: Sequence[int], extra_axes: Sequence[Shape]) -> Iterator[Shape]:
+    for channels, side in itertools.product(channel_counts, OTHER_SIZES):
+        yield from _images(channels, (side, side), extra_axes)
+
+
+def _volumes(channel_counts: Sequence[int]) -> Iterator[Shape]:
+    for channels, side in itertools.product(channel_counts, VOLUME_SIDES):
+        yield (1, channels, side, side, side)
 
 
 def _clips(channels: int, size: Shape, frames: int) -> Iterator[Shape]:
@@ -146,15 +161,35 @@ def _channel_counts(config: Any, convolutions: Sequence[Any]) -> list[int]:
 
 
 def _sizes(model: nn.Module, config: Any) -> list[tuple[int, int]]:
+    """Return the size that the model's config names; else those that its parts name, and then common ones."""
     size = _config_entry(config, SIZES)
-    traits = getattr(model, "pretrained_cfg", None)
-    if not size and isinstance(traits, Mapping):
-        size = traits.get("input_size", ())[1:]
     if size:
         # A user's own config may mean something else by that name.
         with contextlib.suppress(TypeError, ValueError):
             return [side_lengths(size)]
-    return [(side, side) for side in COMMON_SIZES]
+    common = [(side, side) for side in COMMON_SIZES]
+    return list(dict.fromkeys([*_sizes_of_parts(model), *common]))
+
+
+def _sizes_of_parts(model: nn.Module) -> list[tuple[int, int]]:
+    """Return the first few sizes that parts of a model name, as timm's patch embedding does, or their configs."""
+    told = []
+    for module in model.modules():
+        attributes = vars(module)
+        told += [attributes.get(name) for name in SIZES]
+        told.append(_config_entry(attributes.get("config"), SIZES))
+    # timm's models say here what their checkpoint was trained with.
+    for module in model.modules():
+        traits = vars(module).get("pretrained_cfg")
+        if isinstance(traits, Mapping):
+            told.append(traits.get("input_size", ())[1:])
+    sizes: dict[tuple[int, int], None] = {}
+    for size in told:
+        with contextlib.suppress(TypeError, ValueError, IndexError):
+            sides = side_lengths(size)
+            if min(sides) > 0:
+                sizes[sides] = None
+    return list(sizes)[:MOST_SIZES]
 
 
 def _row_lengths(

@@ -102,12 +102,14 @@ def probe_guesses(model: nn.Module) -> Probe | None:
             return probe
         if partial is None or (probe.layers and not partial.layers):
             partial = probe
-    if partial is not None and partial.layers and isinstance(partial.batch, tuple):
+    # A model with a config takes arguments that are known by name, and what fails comes behind its first layer.
+    if partial is not None and partial.layers and not isinstance(partial.batch, Mapping):
         logger.warning(
-            "TrAct: no guess of a batch fitted the forward of the model, which "
-            "takes several arguments; one went far enough to meet %s, which is "
-            "taken. If that is not where the pixels come in, give a batch with "
-            "`example_batch=`, or name the layer with `layers=`.",
+            "TrAct: no guess of a batch fitted the forward of the model to its "
+            "end; one went far enough to meet %s, which is taken. If that is "
+            "not where the pixels come in, or not the only place (several "
+            "branches), give a batch with `example_batch=`, or name the layers "
+            "with `layers=`.",
             ", ".join(map(without_wrappers, partial.layers)),
         )
     return partial
