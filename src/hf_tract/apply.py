@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.attach import attach, attach_caller, detach, preconditioner_of
 from hf_tract.core.first_step import FirstStepWatch
+from hf_tract.core.notices import FROZEN, UNUSED_PARAMETERS
 from hf_tract.core.patches import patch_size
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import foreign_forward, original_class
@@ -24,12 +25,6 @@ from hf_tract.discovery.callers import find_functional_callers
 from hf_tract.discovery.first_layer import FirstLayer, LayerSelection, find_first_layers
 
 logger = logging.getLogger(__name__)
-
-UNUSED_PARAMETERS = (
-    "TrAct: DistributedDataParallel was made with `find_unused_parameters=True`. Every rank must run the first "
-    "layer's backward equally often, and what only some ranks use must not run before the layer, since all ranks add "
-    "up their second moments there. Where that may be otherwise, use `scope='local'`."
-)
 
 
 class TrActHandle:
@@ -90,8 +85,10 @@ class TrActHandle:
             For each layer that has had a backward: `grad_norm_raw` and `grad_norm`, the norm of the weight's gradient
             before and after preconditioning (before clipping and before ranks are averaged, in the loss's scale);
             `condition`, an estimate of the condition number of C + lam I; `mean_eigenvalue` of C, the mean square of
-            what the layer reads. Empty once TrAct is off.
+            what the layer reads. Empty once TrAct is off; a layer that was exchanged or frozen has no figures.
         """
+        if self.first_step is not None:
+            self.first_step.look_for_exchanged()
         stats = {name: preconditioner.stats() for name, preconditioner in self._preconditioners()}
         return {name: figures for name, figures in stats.items() if figures}
 
@@ -101,7 +98,7 @@ class TrActHandle:
 
     def _preconditioners(self) -> list[tuple[str, LayerPreconditioner]]:
         """Return names and preconditioners of the layers, and of copies that a library has put in their place."""
-        modules = [(layer.name, layer.module) for layer in self.layers]
+        modules = [(layer.name, layer.module) for layer in self.layers if self._has(layer)]
         if self.model is not None:
             modules += self.model.named_modules()
         names: dict[LayerPreconditioner, str] = {}
@@ -110,6 +107,10 @@ class TrActHandle:
             if preconditioner is not None:
                 names.setdefault(preconditioner, name)
         return [(name, preconditioner) for preconditioner, name in names.items()]
+
+    def _has(self, layer: FirstLayer) -> bool:
+        """Return whether a layer is still in the model, where that still exists."""
+        return self.model is None or layer.module in set(self.model.modules())
 
     def __enter__(self) -> TrActHandle:
         return self
@@ -121,7 +122,8 @@ class TrActHandle:
         lines = [f"TrAct(lam={self.config.lam:g}, scope={self.config.scope!r})"]
         for layer in self.layers:
             kind = original_class(type(layer.module)).__name__
-            lines.append(f"  {layer.name}: {kind}, n={patch_size(layer.module)} ({layer.source})")
+            source = layer.source if self._has(layer) else "exchanged since, without TrAct"
+            lines.append(f"  {layer.name}: {kind}, n={patch_size(layer.module)} ({source})")
         return "\n".join(lines)
 
 
@@ -235,14 +237,8 @@ def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
     if all(is_frozen(layer.module) for layer in handle.layers):
         # With what wrappers such as DDP add.
         full_names = {module: name for name, module in model.named_modules()}
-        logger.warning(
-            "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train it, call "
-            "`model.get_submodule(%r).requires_grad_(True)` before the optimizer is made (torchvision's detectors "
-            "freeze it unless `trainable_backbone_layers` counts it, transformers' DETR where its backbone is a "
-            "ResNet), or name the layer that you train with `layers=` (if this is a teacher's, or a fixed transform).",
-            ", ".join(layer.name for layer in handle.layers),
-            full_names[handle.layers[0].module],
-        )
+        names = ", ".join(layer.name for layer in handle.layers)
+        logger.warning(FROZEN, names, full_names[handle.layers[0].module])
     else:
         handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in handle.layers])
         logger.info("%s", handle.summary())

@@ -100,6 +100,59 @@ def test_a_layer_that_was_exchanged_is_told(told):
     assert message.startswith("TrAct: stem was exchanged for another module")
 
 
+def test_a_layer_that_is_exchanged_later_has_no_figures_and_is_told_where_they_are_asked_for(told):
+    model = Net()
+    handle = apply_tract(model)
+    step(model)
+    assert handle.stats().keys() == {"stem"}
+    model.stem = nn.Conv2d(3, 4, 4, 4)
+    step(model)
+    assert told() == []
+    for _ in range(2):
+        assert handle.stats() == {}
+    (message,) = told()
+    assert message.startswith("TrAct: stem was exchanged for another module")
+    assert "stem: Conv2d, n=48 (exchanged since, without TrAct)" in repr(handle)
+
+
+def test_a_layer_that_is_exchanged_later_is_told_after_a_while(told):
+    model = Net()
+    apply_tract(model)
+    step(model)
+    model.stem = nn.Conv2d(3, 4, 4, 4)
+    train_a_hundred_steps(model)
+    assert len(told()) == 1
+    train_a_hundred_steps(model)
+    assert len(told()) == 1
+
+
+def test_of_several_layers_those_that_are_left_keep_their_figures(told):
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 1))
+    handle = apply_tract(model, layers=["0", "1"])
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model[1] = nn.Conv2d(4, 4, 1)
+    assert handle.stats().keys() == {"0"}
+    assert "1: Conv2d, n=4 (exchanged since" in repr(handle)
+    assert "0: Conv2d, n=48 (named by the user)" in repr(handle)
+    model[0] = nn.Conv2d(3, 4, 4, 4)
+    assert handle.stats() == {}
+    assert [message.split()[1] for message in told() if "was exchanged" in message] == ["1", "0"]
+
+
+def test_a_layer_that_is_frozen_later_has_no_figures(told):
+    model = Net()
+    handle = apply_tract(model)
+    step(model)
+    model.stem.requires_grad_(False)
+    step(model)
+    assert handle.stats() == {}
+    model.stem.requires_grad_(True)
+    step(model)
+    assert handle.stats().keys() == {"stem"}
+    assert told() == []
+
+
 def test_a_weight_that_is_used_elsewhere_too_is_told(told):
     model = Net()
     apply_tract(model)

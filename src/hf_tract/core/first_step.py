@@ -1,4 +1,7 @@
-"""Checks the layers once, after the first optimizer step, and warns if TrAct did not work as it should."""
+"""Checks the layers after the first optimizer step, and warns if TrAct did not work as it should.
+
+Later it looks now and then whether they are still in the model.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 _watches: list[FirstStepWatch] = []
 # After so many steps of other optimizers, something is said.
 STEPS_ELSEWHERE = 100
+# Every so many steps of an optimizer, the model is looked through.
+STEPS_BETWEEN = 100
 
 
 class FirstStepWatch:
@@ -40,6 +45,7 @@ class FirstStepWatch:
         self._lost: list[str] = []
         # Of each optimizer: some loops have one for each parameter.
         self._steps: Any = WeakIdKeyDictionary()
+        self._looked = False
         self._looked_elsewhere = False
         for watch in list(_watches):
             if watch._model() is None or watch._model() is model:
@@ -68,27 +74,41 @@ class FirstStepWatch:
 
     def look(self) -> None:
         """Check each layer, unless this has been done already."""
-        if self not in _watches:
+        if self not in _watches or self._looked:
             return
-        self.stop()
+        self._looked = True
+        self.look_for_exchanged()
         copies = self._trained_copies()
         for name, layer in self._layers_now():
-            if layer is None:
-                logger.warning(
-                    "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has "
-                    "its ordinary gradient. Call `apply_tract` again after the model is changed. This is shown once.",
-                    name,
-                )
             # peft's `modules_to_save` trains a copy, and freezes the layer itself.
-            elif not copies or not is_frozen(layer):
+            if layer is not None and not (copies and is_frozen(layer)):
                 _check(name, layer)
         for name, layer in copies:
             _check(name, layer)
+
+    def look_for_exchanged(self) -> None:
+        """Warn of layers that are no longer in the model, once for each."""
+        if self._model() is None:
+            return
+        gone = [name for name, layer in self._layers_now() if layer is None]
+        for name in gone:
+            logger.warning(
+                "TrAct: %s was exchanged for another module after TrAct was applied, and what is there now has "
+                "its ordinary gradient. Call `apply_tract` again after the model is changed. This is shown once.",
+                name,
+            )
+        self._layers = [known for known in self._layers if known[0] not in gone]
+        if not self._layers_now():
+            self.stop()
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Check the layers if `optimizer` holds the weight of one."""
         steps = self._steps.get(optimizer, 0) + 1
         self._steps[optimizer] = steps
+        if self._looked:
+            if steps % STEPS_BETWEEN == 0:
+                self.look_for_exchanged()
+            return
         model = self._model()
         if model is not None and updated_by(optimizer, self._weights_of(model)):
             # A step without gradients only makes the optimizer's state, as torch does before it loads one.

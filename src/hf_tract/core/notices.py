@@ -20,6 +20,22 @@ LAM_SHARE = (0.05, 0.2)
 # The shares that 0.1 is of the range: a lam between them was chosen for these pixels.
 FITTING_SHARE = (0.1 / MEAN_EIGENVALUE_RANGE[1], 0.1 / MEAN_EIGENVALUE_RANGE[0])
 
+FROZEN = (
+    "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train "
+    "it, call `model.get_submodule(%r).requires_grad_(True)` before the "
+    "optimizer is made (torchvision's detectors freeze it unless "
+    "`trainable_backbone_layers` counts it, transformers' DETR where its "
+    "backbone is a ResNet), or name the layer that you train with `layers=` "
+    "(if this is a teacher's, or a fixed transform)."
+)
+UNUSED_PARAMETERS = (
+    "TrAct: DistributedDataParallel was made with "
+    "`find_unused_parameters=True`. Every rank must run the first layer's "
+    "backward equally often, and what only some ranks use must not run before "
+    "the layer, since all ranks add up their second moments there. Where that "
+    "may be otherwise, use `scope='local'`."
+)
+
 
 def warn_once(warned: set[str], message: str, *args: Any) -> None:
     """Log `message` as a warning, unless `warned` contains it already."""

@@ -106,7 +106,7 @@ class LayerPreconditioner:
         """Return the figures of `TrActHandle.stats` as of the last backward."""
         with self._lock:
             step = self.last_step
-            if step is None or step.grad is None or step.inverse is None:
+            if step is None or step.grad is None or step.inverse is None or self.steps.is_frozen():
                 return {}
             warn_if_unsolved(self.warned, step.inverse, self.config.lam)
             return {

@@ -111,6 +111,11 @@ class StepSequence:
         """Return whether a tensor is registered as the layer's weight, and not computed by the layer."""
         return weight is self._own_weight()
 
+    def is_frozen(self) -> bool:
+        """Return whether the layer's weight is a parameter that requires no gradient any more."""
+        weight = self._own_weight()
+        return weight is not None and not weight.requires_grad
+
     def _own_weight(self) -> Tensor | None:
         layer = self.layer
         return layer._parameters.get("weight") if layer else None

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_tract.apply import UNUSED_PARAMETERS, TrActHandle, apply_tract, remove_tract
+from hf_tract.apply import TrActHandle, apply_tract, remove_tract
 from hf_tract.config import Scope, TrActConfig, TrActError
+from hf_tract.core.notices import UNUSED_PARAMETERS
 from hf_tract.core.weights import is_frozen
 from hf_tract.discovery.first_layer import LayerSelection, find_first_layers
 from hf_tract.discovery.wrappers import unwrap
@@ -74,8 +75,7 @@ class TrActCallback(TrainerCallback):
         self.config = TrActConfig(lam=lam, scope=scope)
         self._handles: list[TrActHandle] = []  # one for each model, also after its training
         self._trackers: dict[TrActHandle, Trackers] = {}  # of those in training
-        # A model that is to be sharded, and the names of its first layers.
-        self._found: tuple[ref[nn.Module], list[str]] | None = None
+        self._found: tuple[ref[nn.Module], list[str]] | None = None  # a model to be sharded, and its layers' names
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: Ray pickles a Trainer with its callbacks."""
