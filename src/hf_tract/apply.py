@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_tract.config import Scope, TrActConfig, TrActError
 from hf_tract.core.attach import attach, attach_caller, detach, preconditioner_of
 from hf_tract.core.first_step import FirstStepWatch
-from hf_tract.core.notices import FROZEN, UNUSED_PARAMETERS
+from hf_tract.core.notices import FROZEN, LARGE, LARGE_PATCH, UNUSED_PARAMETERS
 from hf_tract.core.patches import patch_size
 from hf_tract.core.preconditioner import LayerPreconditioner
 from hf_tract.core.tract_class import foreign_forward, original_class
@@ -242,5 +242,8 @@ def _watch_first_step(handle: TrActHandle, model: nn.Module) -> None:
     else:
         handle.first_step = FirstStepWatch(model, [(layer.name, layer.module) for layer in handle.layers])
         logger.info("%s", handle.summary())
+        for layer in handle.layers:
+            if patch_size(layer.module) > LARGE_PATCH:
+                logger.warning(LARGE, layer.name, patch_size(layer.module))
     if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
         logger.warning(UNUSED_PARAMETERS)

@@ -472,6 +472,24 @@ class Sparse(nn.Conv2d):
         return super(type(self), self).forward(x) * (x.mean() > -9)
 
 
+def test_a_class_that_registers_its_subclasses_knows_none_of_tracts():
+    registered = {}
+
+    class Registered(nn.Conv2d):
+        def __init_subclass__(cls, *, key):
+            registered[key] = cls
+
+    class Stem(Registered, key="stem"):
+        pass
+
+    model = nn.Sequential(Stem(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 2))
+    with apply_tract(model) as handle:
+        assert [layer.name for layer in handle.layers] == ["0"]
+        assert type(model[0]).__name__ == "TrActStem"
+    assert type(model[0]) is Stem
+    assert registered == {"stem": Stem}
+
+
 def test_a_forward_that_means_its_base_class_by_its_own_type_runs():
     torch.manual_seed(0)
     plain, x = network(Sparse(3, 4, 2, 2)), torch.randn(5, 3, 8, 8)

@@ -140,6 +140,13 @@ def test_of_several_layers_those_that_are_left_keep_their_figures(told):
     assert [message.split()[1] for message in told() if "was exchanged" in message] == ["1", "0"]
 
 
+@pytest.mark.parametrize("side", [16, 17])
+def test_a_patch_of_very_many_numbers_is_told(told, side):
+    apply_tract(nn.Sequential(nn.Conv3d(1, 2, side, side), nn.Flatten()))
+    expected = [f"TrAct: 0 reads patches of n = {side**3} numbers."] if side > 16 else []
+    assert [message.partition(" Every")[0] for message in told()] == expected
+
+
 def test_a_layer_that_is_frozen_later_has_no_figures(told):
     model = Net()
     handle = apply_tract(model)

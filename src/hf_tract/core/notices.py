@@ -20,6 +20,13 @@ LAM_SHARE = (0.05, 0.2)
 # The shares that 0.1 is of the range: a lam between them was chosen for these pixels.
 FITTING_SHARE = (0.1 / MEAN_EIGENVALUE_RANGE[1], 0.1 / MEAN_EIGENVALUE_RANGE[0])
 
+# A patch of more numbers makes steps slow enough to say so.
+LARGE_PATCH = 4096
+LARGE = (
+    "TrAct: %s reads patches of n = %d numbers. Every backward factorises an "
+    "n x n matrix, which takes long on a GPU and seconds on a CPU. Smaller "
+    "patches make it cheaper, or name a smaller layer with `layers=`."
+)
 FROZEN = (
     "TrAct: the first layer (%s) is frozen, so TrAct does nothing. To train "
     "it, call `model.get_submodule(%r).requires_grad_(True)` before the "

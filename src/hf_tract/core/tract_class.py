@@ -27,6 +27,9 @@ ORIGINAL = "_tract_original"
 class TrActClass:
     """Is the first base of every class that TrAct puts on a module; the second base is the module's original class."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Leave out what the original class does with subclasses: some register them, with arguments of their own."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make an ordinary module: libraries that call `type(layer)(...)` to build a similar layer expect one."""
         super().__init__(*args, **kwargs)
