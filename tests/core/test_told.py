@@ -191,6 +191,7 @@ def test_the_step_of_another_models_optimizer_says_nothing(told):
 
 @pytest.mark.parametrize("end", ["remove", "collected", "again"])
 def test_a_watch_ends_with_what_it_watches(told, end):
+    gc.collect()  # What other tests have left ends here, and not below.
     model = Net()
     handle = apply_tract(model)
     if end == "remove":
@@ -209,6 +210,17 @@ def test_a_watch_ends_with_what_it_watches(told, end):
     if end != "again":
         assert not [watch for watch in first_step._watches if watch._model() in (None, model)]
     remove_tract(model)
+
+
+def test_a_watch_that_has_looked_ends_with_its_model(told):
+    gc.collect()
+    model = Net()
+    apply_tract(model)
+    step(model, without=True)
+    assert len(told()) == 1
+    del model
+    gc.collect()
+    assert not [watch for watch in first_step._watches if watch._model() is None]
 
 
 def train_a_hundred_steps(model: nn.Module) -> None:

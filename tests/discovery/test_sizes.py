@@ -43,6 +43,12 @@ def test_it_is_told_that_no_guess_may_have_reached_every_branch(caplog):
     assert names(TwoStreams(100), example_batch=torch.rand(1, 4, 100, 100)) == ["rgb.0", "depth.0"]
 
 
+def test_nothing_is_told_where_no_other_layer_could_read_the_pixels(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(2500, 2))
+    assert names(model) == ["0"]
+    assert not caplog.records
+
+
 def test_a_frozen_target_is_not_taken_for_its_predictor():
     class RandomDistillation(nn.Module):
         def __init__(self):

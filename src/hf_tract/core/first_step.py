@@ -61,7 +61,7 @@ class FirstStepWatch:
     def _lose_model(self) -> None:
         """Wait on, with names alone, if nothing has trained the model: a script may have made it anew."""
         self._lost = [name for name, _ in self._layers_now()]
-        if self._looked_elsewhere or self._has_acted() or not self._lost:
+        if self._looked or self._looked_elsewhere or self._has_acted() or not self._lost:
             self.stop()
         self._layers = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_tract.config import TrActError
+from hf_tract.core.patches import CONV_OPS
 from hf_tract.discovery.calling import forward_parameters, map_tensors
 from hf_tract.discovery.inputs import guess_inputs, precision
 from hf_tract.discovery.probe import Probe, copy_with_values, layers_reached_first, meta_copy
@@ -102,8 +104,7 @@ def probe_guesses(model: nn.Module) -> Probe | None:
             return probe
         if partial is None or (probe.layers and not partial.layers):
             partial = probe
-    # A model with a config takes arguments that are known by name, and what fails comes behind its first layer.
-    if partial is not None and partial.layers and not isinstance(partial.batch, Mapping):
+    if partial is not None and partial.layers and _may_have_missed_a_layer(model, partial):
         logger.warning(
             "TrAct: no guess of a batch fitted the forward of the model to its "
             "end; one went far enough to meet %s, which is taken. If that is "
@@ -113,6 +114,24 @@ def probe_guesses(model: nn.Module) -> Probe | None:
             ", ".join(map(without_wrappers, partial.layers)),
         )
     return partial
+
+
+def _may_have_missed_a_layer(model: nn.Module, probe: Probe) -> bool:
+    """Return whether the pixels may come in elsewhere too, given a run that ended early.
+
+    They may in another argument, or in a convolution that has not run and takes no more channels than they have.
+    """
+    if isinstance(probe.batch, tuple):
+        return True
+    if not isinstance(probe.batch, Tensor):
+        return False
+    have_run = {read.layer for read in probe.inputs}
+    for name, module in model.named_modules():
+        if name in have_run or not isinstance(module, tuple(CONV_OPS)):
+            continue
+        if getattr(module, "in_channels", math.inf) <= probe.batch.shape[1]:
+            return True
+    return False
 
 
 def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
