@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import robustness_results
 from benchmarks.common.statistics import p_text
 from benchmarks.paper import conclusions
 from benchmarks.paper.catalogue import tuning_of
@@ -34,6 +35,7 @@ from benchmarks.verify.stored import (
     final_interval,
     longest,
     pair,
+    robustness,
     times,
 )
 
@@ -73,6 +75,8 @@ def figures() -> dict[str, str]:
         **of_the_time(),
         **of_optimizers(),
         **of_what_may_hurt(),
+        **of_robustness(),
+        **of_the_flowers(),
         **of_colour_statistics(),
         **of_costs(),
         **of_the_quickstart(),
@@ -224,6 +228,29 @@ def of_what_may_hurt() -> dict[str, str]:
         "longer_tract": longer.change,
         "longer_ahead_until": longer.ahead_until,
         "longer_seeds_above": longer.seeds_above,
+    }
+
+
+def of_the_flowers() -> dict[str, str]:
+    """Return those of E6's masked modelling of flowers."""
+    tract = Quickstart("TrAct", folder="flowers")
+    return {
+        "flowers_vanilla": Quickstart("vanilla", folder="flowers").end,
+        "flowers_tract": tract.change,
+        "flowers_epoch": tract.epoch,
+        "flowers_start_from_tract": Quickstart("TrAct, whitened start", "TrAct", "flowers").change,
+    }
+
+
+def of_robustness() -> dict[str, str]:
+    """Return what may be said of E5's arms."""
+    found = robustness()
+    return {
+        "robust_tract_clean": robustness_results.from_vanilla(found, "clean")["TrAct"].found.text("+"),
+        "robust_tract_corrupted": robustness_results.from_vanilla(found, "corrupted")["TrAct"].found.text("+"),
+        "robust_tract": robustness_results.sentence(found, "TrAct"),
+        "robust_start": robustness_results.sentence(found, "matched start"),
+        "robust_both": robustness_results.sentence(found, PLANNED_START),
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks import ROOT, overhead_results
+from benchmarks import ROOT, overhead_results, robustness_results
 from benchmarks.common.records import RunRecord, read_records
 from benchmarks.common.statistics import Interval, epochs_to_reach, interval, p_text
 from benchmarks.overhead_results import OURS, Result, Results
@@ -149,6 +149,12 @@ def times(result: Result, arm: str = OURS) -> str:
     return "fails" if found is None else f"x {found.text()}"
 
 
+@functools.cache
+def robustness() -> dict[str, robustness_results.Arm]:
+    """Return the arms of E5, by name."""
+    return robustness_results.read(RESULTS / "robustness.jsonl")
+
+
 def colour_statistics(dataset: str) -> str:
     """Return the accuracy in per cent of a random forest on colour statistics, with its 95 % interval over seeds."""
     records = read_records(RESULTS / "colour_statistics.jsonl").values()
@@ -199,6 +205,16 @@ class Quickstart:
         """Return the base's seconds over those until then, with their bootstrap interval."""
         found = time_ratio(-self.loss, self.seconds, -self.base, self.base_seconds)
         return "never" if found is None else found.text(digits=2)
+
+
+def flower_rates() -> dict[str, str]:
+    """Return vanilla's last loss at each learning rate in the choosing runs of E6's flowers."""
+    losses: dict[float, list[float]] = {}
+    for line in (RESULTS / "flowers" / "rates.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        if run["arm"] == "vanilla":
+            losses.setdefault(run["settings"]["learning_rate"], []).append(run["loss"][-1])
+    return {f"{rate:g}": interval(np.array(losses[rate])).text(digits=4) for rate in sorted(losses)}
 
 
 def quickstart_runs(arm: str, folder: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks import overhead_results, spectra_results
+from benchmarks import overhead_results, robustness_results, spectra_results
 from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.statistics import interval, p_text
@@ -14,6 +14,7 @@ from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
 from benchmarks.paper import conclusions, evidence_time
 from benchmarks.paper.choices import name_at
 from benchmarks.paper.summary import corrected_by_name
+from benchmarks.robustness import CORRUPTIONS
 from benchmarks.verify.stored import (
     CROPS_ADAMW,
     CROPS_SGD,
@@ -29,8 +30,10 @@ from benchmarks.verify.stored import (
     costs,
     final,
     final_interval,
+    flower_rates,
     longest,
     pair,
+    robustness,
     times,
 )
 
@@ -127,6 +130,27 @@ def spectra_table(part: str) -> str:
         return _table(spectra_results.HEAD, spectra_results.rows(runs))
     rates = [f"{rate:g}" for rate in spectra_results.rates_of(runs)]
     return _table(["learning rate", *rates], spectra_results.rate_rows(runs))
+
+
+def robustness_table() -> str:
+    """Return E5's accuracy on clean and on corrupted images, and what is lost between them."""
+    return _table(robustness_results.HEAD, robustness_results.rows(robustness()))
+
+
+def corruptions_table() -> str:
+    """Return E5's accuracy under each corruption."""
+    return _table(["top-1, %", *CORRUPTIONS], robustness_results.rows_by_corruption(robustness()))
+
+
+def calibration_table() -> str:
+    """Return E5's calibration errors."""
+    return _table(robustness_results.ERROR_HEAD, robustness_results.error_rows(robustness()))
+
+
+def flower_rates_table() -> str:
+    """Return vanilla's loss at each rate, by which that of E6's flowers was chosen."""
+    found = flower_rates()
+    return _table(["learning rate", *found], [["vanilla's loss", *found.values()]])
 
 
 def masked_table(folder: str) -> str:
@@ -263,4 +287,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "long": lambda: arm_table("evidence_long"),
     "optimizers": optimizer_table,
     "generative": lambda: masked_table("generative"),
+    "flower_rates": flower_rates_table,
+    "flowers": lambda: masked_table("flowers"),
+    "robustness": robustness_table,
+    "corruptions": corruptions_table,
+    "calibration": calibration_table,
 }
