@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -210,18 +211,21 @@ class Quickstart:
 def flower_rates() -> dict[str, str]:
     """Return vanilla's last loss at each learning rate in the choosing runs of E6's flowers."""
     losses: dict[float, list[float]] = {}
-    for line in (RESULTS / "flowers" / "rates.jsonl").read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
-        if run["arm"] == "vanilla":
-            losses.setdefault(run["settings"]["learning_rate"], []).append(run["loss"][-1])
+    for run in _quickstart_rows("vanilla", "flowers/rates.jsonl"):
+        losses.setdefault(run["settings"]["learning_rate"], []).append(run["loss"][-1])
     return {f"{rate:g}": interval(np.array(losses[rate])).text(digits=4) for rate in sorted(losses)}
 
 
 def quickstart_runs(arm: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the losses and the seconds of an arm that a folder of docs/results stores, each (seeds, epochs)."""
-    lines = (RESULTS / folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    runs = [row for row in map(json.loads, lines) if row["arm"] == arm]
+    runs = _quickstart_rows(arm, f"{folder}/records.jsonl")
     runs.sort(key=lambda row: row["seed"])
     seeds = [run["seed"] for run in runs]
     assert seeds == list(range(FIRST_SEED, FIRST_SEED + len(runs))), f"{folder}: {arm} has the seeds {seeds}."
     return np.array([run["loss"] for run in runs]), np.array([run["seconds"] for run in runs])
+
+
+def _quickstart_rows(arm: str, file: str) -> list[dict[str, Any]]:
+    """Return what examples/quickstart.py has stored of an arm in a file of docs/results."""
+    lines = (RESULTS / file).read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["arm"] == arm]

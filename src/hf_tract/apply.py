@@ -110,7 +110,7 @@ class TrActHandle:
 
     def _has(self, layer: FirstLayer) -> bool:
         """Return whether a layer is still in the model, where that still exists."""
-        return self.model is None or layer.module in set(self.model.modules())
+        return self.model is None or layer.module in self.model.modules()
 
     def __enter__(self) -> TrActHandle:
         return self
