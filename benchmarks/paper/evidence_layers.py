@@ -19,7 +19,7 @@ RESNET_LAYERS: dict[str, Changes] = {
     "and first stage": RELATIVE | {"layers": ["conv1", "layer1.*"]},
     "all layers": RELATIVE | {"layers": ["*"]},
 }
-VIT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+VIT_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 # Under 16 bits TrAct computes its layers' gradients in float32, and vanilla would not. Half of the images, since a
 # step takes 2.3 times as long as the ViT's, and 2.4 times that with all layers.
 RESNET_FLOAT32 = RESNET_SMALL | {"mixed_precision": "no", "train_samples": 10_000}
