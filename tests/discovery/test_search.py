@@ -381,6 +381,12 @@ def test_an_example_that_fails_raises_with_the_forwards_own_error():
     assert type(model.stem) is type(model.decoder) is nn.Conv2d
 
 
+def test_a_loaders_list_as_an_example_is_told_to_be_one_argument():
+    pixels, labels = torch.rand(2, 13, 32, 32), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(TrActError, match=says("`example_batch` (=list of", "a list too, as the first argument")):
+        apply_tract(Bands(), example_batch=[pixels, labels])
+
+
 def test_a_forward_may_take_a_mapping():
     class Whole(Bands):
         def forward(self, batch):

@@ -161,9 +161,9 @@ def probe_example(model: nn.Module, example_batch: Any) -> Probe | None:
     argument = next(iter(forward_parameters(model)), "batch")
     raise TrActError(
         f"{named} failed on it with {type(probe.error).__name__}: "
-        f"{probe.error}. A tuple is passed as positional arguments and a "
-        f"mapping as keyword arguments; give {{{argument!r}: batch}} if the "
-        "forward takes a mapping."
+        f"{probe.error}. A tuple is passed as positional arguments, a mapping "
+        "as keyword arguments, and anything else, a list too, as the first "
+        f"argument; give {{{argument!r}: batch}} if the forward takes a mapping."
     ) from probe.error
 
 
