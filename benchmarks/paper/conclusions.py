@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.records import RunRecord
@@ -25,6 +27,8 @@ FIRST = "first layer"
 IN_TIME = {"CIFAR-10": "evidence_cifar10", "flowers": "evidence_flowers"}
 # E3's.
 BY_OPTIMIZER = {name: f"evidence_{name}" for name in OPTIMIZERS}
+# E4's.
+IN_LAYERS = {"ViT": "evidence_vit_layers", "ResNet-18": "evidence_resnet_layers"}
 # The choice of layers by which E4 decides.
 DEEPER = "all layers"
 PRIMARY_OPTIMIZER = "muon_split"
@@ -34,6 +38,9 @@ of the jackknife's and that of resampled seeds. Vanilla's longest run has a rate
 are there first at that rate, these count. *At least* in a cell: the arm's shortest run is above the goal already. *At
 least* in a sentence: the lowest end of both intervals, rounded down."""
 UNDECIDED = "Nothing is decided, since times of different origins are compared."
+ABOUT_LAYERS = """\
+*Times as fast*: the seconds in which vanilla, or TrAct in the first layer alone, reaches the accuracy of its longest
+run over those of the arm, with intervals as in E1."""
 ADDS = "TrAct adds to Muon as it is usually used, at this size and length."
 NOT_SHOWN = "No gain under Muon as it is usually used was shown at this scale."
 
@@ -55,10 +62,9 @@ def lines(scale: str, have: Mapping[str, RunRecord]) -> Iterator[str]:
 
 def _deeper_layers(scale: str, have: Mapping[str, RunRecord]) -> dict[str, Arms]:
     """Return E4's arms by model: the ResNet's too where the ViT's runs do not decide alone."""
-    models = {"ViT": "evidence_vit_layers"}
-    found = _whole(models, scale, have)
+    found = _whole({"ViT": IN_LAYERS["ViT"]}, scale, have)
     if found and _all_save_time(found["ViT"], evidence_layers.SHARES):
-        return _whole(models | {"ResNet-18": "evidence_resnet_layers"}, scale, have)
+        return _whole(IN_LAYERS, scale, have)
     return found
 
 
@@ -89,6 +95,11 @@ def _lines_of(base: str, arms: Arms, shares: Sequence[int]) -> list[Horizons]:
         longest = {name_at(AT_GOALS_RATE, shares[-1]): arms[name_at(VANILLA, shares[-1])]}
         lines.append(horizons_of(arms | longest, AT_GOALS_RATE, shares))
     return lines
+
+
+def faster_text(base: str, arms: Arms, arm: str, shares: Sequence[int]) -> str:
+    """Return the same in words."""
+    return _faster_in_words(faster_than(base, arms, arm, shares), base, arms, arm, shares)
 
 
 def _faster_in_words(found: Estimate, base: str, arms: Arms, arm: str, shares: Sequence[int]) -> str:
@@ -171,19 +182,8 @@ def _all_save_time(arms: Arms, shares: Sequence[int]) -> bool:
 def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]:
     """Yield what E4 decides, by the ViT alone where it says no."""
     yield from ("## E4: what may be said", "")
-    yield from ("Seconds to what vanilla, and what the first layer alone, reaches in its longest run.", "")
-    rows = []
-    for model, arms in found.items():
-        for arm in _arm_names(arms):
-            if arm in (VANILLA, FIRST):
-                continue
-            row = [model, arm]
-            for base in (VANILLA, FIRST):
-                found_here = faster_than(base, arms, arm, shares)
-                row.append(_faster_in_words(found_here, base, arms, arm, shares))
-            rows.append(row)
-    head = ["model", "layers", "times faster than vanilla", "than the first layer alone"]
-    yield from markdown.table(head, rows)
+    yield from (ABOUT_LAYERS, "")
+    yield from layers_table(found, shares)
     mixed = list(_mixed_runs(found))
     verdict = "That all layers save time over the first alone is not shown: there is no such option."
     if mixed:
@@ -191,6 +191,20 @@ def in_layers(found: Mapping[str, Arms], shares: Sequence[int]) -> Iterator[str]
     elif all(_all_save_time(arms, shares) for arms in found.values()):
         verdict = "All layers save time over the first alone on both models."
     yield from ("", f"**Primary.** {verdict}", "", *mixed)
+
+
+def layers_table(found: Mapping[str, Arms], shares: Sequence[int]) -> list[str]:
+    """Return what a step takes with each choice of layers, and how much faster that is than vanilla and the first."""
+    rows = []
+    for model, arms in found.items():
+        for arm in _arm_names(arms):
+            steps = [arms[name_at(arm, share)].milliseconds for share in shares]
+            row = [model, arm, f"{np.mean(steps):.1f}"]
+            for base in (VANILLA, FIRST):
+                row.append("" if arm in (VANILLA, base) else faster_text(base, arms, arm, shares))
+            rows.append(row)
+    head = ["model", "layers", "milliseconds a step", "times as fast as vanilla", "as the first layer alone"]
+    return markdown.table(head, rows)
 
 
 def _mixed_runs(found: Mapping[str, Arms]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks import robustness_results
 from benchmarks.common.statistics import p_text
-from benchmarks.paper import conclusions
+from benchmarks.paper import conclusions, evidence_layers
 from benchmarks.paper.catalogue import tuning_of
 from benchmarks.paper.choices import read
 from benchmarks.paper.evidence_optimizers import OPTIMIZERS, TUNINGS
@@ -74,6 +74,7 @@ def figures() -> dict[str, str]:
         **of_the_step_size(),
         **of_the_time(),
         **of_optimizers(),
+        **of_deeper_layers(),
         **of_what_may_hurt(),
         **of_robustness(),
         **of_the_flowers(),
@@ -217,6 +218,17 @@ def rate_ratio(optimizer: str) -> float:
     cells, chosen = TUNINGS[tuned].arms, read()[tuned]
     ratio: float = cells[chosen["TrAct"]]["learning_rate"] / cells[chosen["vanilla"]]["learning_rate"]
     return ratio
+
+
+def of_deeper_layers() -> dict[str, str]:
+    """Return those of E4 on the ViT: what TrAct saves in time and adds in deeper layers."""
+    name = conclusions.IN_LAYERS["ViT"]
+    found, first, deeper = arms(name), conclusions.FIRST, conclusions.DEEPER
+    return {
+        "layers_first": conclusions.faster_text("vanilla", found, first, evidence_layers.SHARES),
+        "layers_all": conclusions.faster_text(first, found, deeper, evidence_layers.SHARES),
+        "layers_all_points": pair(name, longest(deeper), longest(first)).gain,
+    }
 
 
 def of_what_may_hurt() -> dict[str, str]:

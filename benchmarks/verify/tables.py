@@ -11,7 +11,7 @@ from benchmarks.common import markdown
 from benchmarks.common.bootstrap import Estimate
 from benchmarks.common.statistics import interval, p_text
 from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
-from benchmarks.paper import conclusions, evidence_time
+from benchmarks.paper import conclusions, evidence_layers, evidence_time
 from benchmarks.paper.choices import name_at
 from benchmarks.paper.summary import corrected_by_name
 from benchmarks.robustness import CORRUPTIONS
@@ -241,13 +241,36 @@ def equal_epochs_table() -> str:
     rows = []
     for data, name in conclusions.IN_TIME.items():
         for share in evidence_time.SHARES:
-            vanilla = name_at("vanilla", share)
-            found = arms(name)[vanilla]
-            row = [data, str(found.curves.shape[1]), interval(found.final).text()]
-            for arm in ("TrAct", PLANNED_START, "DualPatchNorm"):
-                row.append(pair(name, name_at(arm, share), vanilla).gain)
-            rows.append(row)
+            gains = _gains_at(name, share, ("TrAct", PLANNED_START, "DualPatchNorm"))
+            rows.append([data, *gains])
     return _table(head, rows)
+
+
+def _gains_at(experiment: str, share: int, compared: tuple[str, ...]) -> list[str]:
+    """Return the epochs of one length, vanilla's accuracy after them, and what others gain over it."""
+    vanilla = name_at("vanilla", share)
+    found = arms(experiment)[vanilla]
+    row = [str(found.curves.shape[1]), interval(found.final).text()]
+    for arm in compared:
+        row.append(pair(experiment, name_at(arm, share), vanilla).gain)
+    return row
+
+
+def layers_table() -> str:
+    """Return what a step of E4 takes, and how much faster other layers are than the first alone."""
+    found = {"ViT": arms(conclusions.IN_LAYERS["ViT"])}
+    return "\n".join([*conclusions.layers_table(found, evidence_layers.SHARES), ""])
+
+
+def layers_equal_epochs_table() -> str:
+    """Return E4's accuracies after whole runs of equal lengths."""
+    name, deeper, first = conclusions.IN_LAYERS["ViT"], conclusions.DEEPER, conclusions.FIRST
+    compared = tuple(evidence_layers.VIT_LAYERS)
+    rows = []
+    for share in evidence_layers.SHARES:
+        from_first = pair(name, name_at(deeper, share), name_at(first, share)).gain
+        rows.append([*_gains_at(name, share, compared), from_first])
+    return _table(["epochs", "vanilla, %", *compared, "all layers from the first"], rows)
 
 
 def optimizer_table() -> str:
@@ -283,6 +306,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "spectra": lambda: spectra_table("test"),
     "in_time": in_time_table,
     "equal_epochs": equal_epochs_table,
+    "layers": layers_table,
+    "layers_equal_epochs": layers_equal_epochs_table,
     "few_patches": lambda: arm_table("evidence_few_patches"),
     "long": lambda: arm_table("evidence_long"),
     "optimizers": optimizer_table,

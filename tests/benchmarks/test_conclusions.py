@@ -27,6 +27,8 @@ from benchmarks.paper.time_to_accuracy import NO_SPEED_UP
 
 SEEDS = range(100, 108)
 SHARES = (33, 47, 67, 100)
+# In an epoch.
+TEN_STEPS = {"train_samples": 320, "batch_size": 32}
 NOISE = np.random.default_rng(0).normal(0, 0.002, len(SEEDS))
 
 
@@ -36,7 +38,7 @@ def arm_of_runs(top1, epochs=2, shares_of_noise=1.0, commit="abc"):
     seconds = list(map(float, range(1, epochs + 1)))
     for seed, draw in zip(SEEDS, NOISE, strict=True):
         curve = {"top1": [0.1] * (epochs - 1) + [top1 + shares_of_noise * draw]}
-        arm.runs[seed] = RunRecord("key", "arm", {}, seed, curve, seconds, commit=commit)
+        arm.runs[seed] = RunRecord("key", "arm", TEN_STEPS, seed, curve, seconds, commit=commit)
     return arm
 
 
@@ -120,7 +122,9 @@ def test_all_layers_must_be_faster_than_the_first_alone_on_both_models(stage, ev
     }
     text = "\n".join(in_layers(found, SHARES))
     assert said in text
-    assert "| ViT | all layers | 2.13 (2.13-2.13) |" in text
+    assert "| ViT | all layers | 100.0 | 2.13 (2.13-2.13) |" in text
+    assert "| ViT | first layer | 100.0 | 1.49 (1.49-1.49) |  |" in text
+    assert "| ViT | vanilla | 100.0 |  |  |" in text
 
 
 @pytest.mark.parametrize(
