@@ -45,7 +45,9 @@ def step(model: nn.Module, *args, **kwargs) -> None:
 
 
 @pytest.fixture
-def told(caplog):
+def told(caplog, monkeypatch):
+    """What has been told so far, without what models of other tests would still be told of."""
+    monkeypatch.setattr(first_step, "_watches", [])
     caplog.set_level(logging.WARNING, "hf_tract")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_tract")]
 
@@ -191,7 +193,6 @@ def test_the_step_of_another_models_optimizer_says_nothing(told):
 
 @pytest.mark.parametrize("end", ["remove", "collected", "again"])
 def test_a_watch_ends_with_what_it_watches(told, end):
-    gc.collect()  # What other tests have left ends here, and not below.
     model = Net()
     handle = apply_tract(model)
     if end == "remove":
@@ -213,7 +214,6 @@ def test_a_watch_ends_with_what_it_watches(told, end):
 
 
 def test_a_watch_that_has_looked_ends_with_its_model(told):
-    gc.collect()
     model = Net()
     apply_tract(model)
     step(model, without=True)
@@ -235,7 +235,6 @@ def train_a_hundred_steps(model: nn.Module) -> None:
 def test_a_model_that_is_made_anew_after_tract_was_applied_is_told(told, monkeypatch, again):
     """As by skorch's `fit()`, or where a script resumes by `model = torch.load(...)`."""
     monkeypatch.setattr(first_step, "PRECONDITIONERS", weakref.WeakValueDictionary())
-    monkeypatch.setattr(first_step, "_watches", [])
     model = Net()
     apply_tract(model)
     model = Net()
@@ -535,8 +534,6 @@ def test_a_trained_copy_in_the_place_of_a_frozen_layer_is_checked_and_not_the_la
 
 
 def test_a_hundred_steps_of_another_model_are_told_once(told, monkeypatch):
-    # Those of other tests.
-    monkeypatch.setattr(first_step, "_watches", [])
     monkeypatch.setattr(first_step, "PRECONDITIONERS", {})
     model, other = Net(), Net()
     apply_tract(model)
@@ -557,7 +554,6 @@ def test_a_hundred_steps_of_another_model_are_told_once(told, monkeypatch):
 
 def test_many_optimizers_that_step_in_the_backward_are_no_reason_to_warn(told, monkeypatch):
     """One for each parameter, of which the first layer's comes last."""
-    monkeypatch.setattr(first_step, "_watches", [])
     monkeypatch.setattr(first_step, "PRECONDITIONERS", {})
     model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), *(nn.Conv2d(4, 4, 1) for _ in range(60)))
     apply_tract(model)
@@ -625,7 +621,6 @@ def test_the_name_in_the_advice_on_a_frozen_layer_is_that_of_the_wrapped_model(t
 
 
 def test_steps_of_another_model_after_tract_was_removed_say_nothing(told, monkeypatch):
-    monkeypatch.setattr(first_step, "_watches", [])
     monkeypatch.setattr(first_step, "PRECONDITIONERS", {})
     model, other = Net(), Net()
     apply_tract(model).remove()
