@@ -98,7 +98,7 @@ def _lines_of(base: str, arms: Arms, shares: Sequence[int]) -> list[Horizons]:
 
 
 def faster_text(base: str, arms: Arms, arm: str, shares: Sequence[int]) -> str:
-    """Return the same in words."""
+    """Return how many times faster an arm is than a base, in words."""
     return _faster_in_words(faster_than(base, arms, arm, shares), base, arms, arm, shares)
 
 
