@@ -18,7 +18,8 @@ BASE = ARMS[0]
 CHANCE = 10
 FROM_BASE = ["from vanilla", "p"]
 HEAD = ["arm", "clean", "corrupted", *FROM_BASE, "points lost", *FROM_BASE, "share lost, %", *FROM_BASE]
-ERROR_HEAD = ["arm", "ECE of clean images, %", "of corrupted ones, %"]
+ERROR_HEAD = ["arm", "ECE of clean images, %", *FROM_BASE, "of corrupted ones, %", *FROM_BASE]
+CORRUPTION_HEAD = ["top-1, %", *CORRUPTIONS]
 
 
 class Arm:
@@ -73,11 +74,17 @@ def rows(arms: dict[str, Arm]) -> list[list[str]]:
     made = []
     for name, arm in arms.items():
         row = [name, interval(arm.clean).text()]
-        for values in ("corrupted", "lost", "share_lost"):
-            row.append(interval(getattr(arm, values)).text())
-            row += _in_words(from_vanilla(arms, values).get(name))
-        made.append(row)
+        made.append(row + _compared(arms, name, ("corrupted", "lost", "share_lost")))
     return made
+
+
+def _compared(arms: dict[str, Arm], name: str, figures: tuple[str, ...]) -> list[str]:
+    """Return each figure of an arm, how far it is from vanilla's, and p."""
+    cells = []
+    for values in figures:
+        cells.append(interval(getattr(arms[name], values)).text())
+        cells += _in_words(from_vanilla(arms, values).get(name))
+    return cells
 
 
 class Difference(NamedTuple):
@@ -110,28 +117,34 @@ def sentence(arms: dict[str, Arm], name: str) -> str:
     """Return what may be said of an arm's robustness: it needs both losses, in points and as a share."""
     points, p_of_points = from_vanilla(arms, "lost")[name]
     share, p_of_share = from_vanilla(arms, "share_lost")[name]
+    subject = name[0].upper() + name[1:]
     are_both_shown = max(p_of_points, p_of_share) < LEVEL
     if are_both_shown and max(points.mean, share.mean) < 0:
-        return f"{name} loses less than vanilla to corruptions."
+        return f"{subject} loses less than vanilla to corruptions."
     if are_both_shown and min(points.mean, share.mean) > 0:
-        return f"{name} loses more than vanilla to corruptions."
+        return f"{subject} loses more than vanilla to corruptions."
     return f"That {name} is more or less robust than vanilla is not shown."
 
 
 def error_rows(arms: dict[str, Arm]) -> list[list[str]]:
     """Return the rows under ERROR_HEAD."""
-    made = []
-    for name, arm in arms.items():
-        made.append([name, interval(arm.clean_error).text(), interval(arm.corrupted_error).text()])
-    return made
+    return [[name, *_compared(arms, name, ("clean_error", "corrupted_error"))] for name in arms]
 
 
 def rows_by_corruption(arms: dict[str, Arm]) -> list[list[str]]:
-    """Return a row for each arm: top-1 under each corruption, in the order of CORRUPTIONS."""
-    made = []
-    for name, arm in arms.items():
-        row = [name]
-        for values in arm.each.values():
-            row.append(interval(values).text())
+    """Return the rows under CORRUPTION_HEAD: vanilla's top-1, and how far the other arms are from it."""
+    base = arms[BASE]
+    made = [[BASE, *(interval(values).text() for values in base.each.values())]]
+    for name in arms:
+        if name == BASE:
+            continue
+        row = [f"{name}, from vanilla"]
+        for corruption in CORRUPTIONS:
+            row.append(under(arms, name, corruption).text("+"))
         made.append(row)
     return made
+
+
+def under(arms: dict[str, Arm], name: str, corruption: str) -> Interval:
+    """Return how far an arm is from vanilla in points of top-1 under one corruption."""
+    return interval(arms[name].each[corruption] - arms[BASE].each[corruption])

@@ -145,7 +145,7 @@ def _choice(name: str, experiment: Experiment, choices: list[Choice], settings: 
 
 def _head(name: str, experiment: Experiment) -> list[str]:
     """Return an experiment's title and the command that runs it."""
-    return [f"## {experiment.title}", "", f"`{COMMAND} run {name}`", ""]
+    return [f"## {experiment.title}", "", f"`{COMMAND} run {name} --results outputs/mine.jsonl`", ""]
 
 
 def _tables(name: str, arms: Arms, reference: str) -> list[str]:

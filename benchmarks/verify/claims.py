@@ -193,7 +193,7 @@ def of_optimizers() -> dict[str, str]:
     found = {
         "muon_tract": pair(split, "TrAct").gain,
         "muon_start_from_tract": pair(split, PLANNED_START, "TrAct").gain,
-        "muon_both_ways": gain(arms(split)["TrAct"], arms(muon)["vanilla"]).text("+"),
+        "muon_split_end": final_interval(split, "TrAct"),
         "all_muon_tract": pair(muon, "TrAct").gain,
         "all_muon_vanilla": final_interval(muon, "vanilla"),
         "soap_vanilla": final_interval("evidence_soap", "vanilla"),
@@ -228,6 +228,7 @@ def of_deeper_layers() -> dict[str, str]:
         "layers_first": conclusions.faster_text("vanilla", found, first, evidence_layers.SHARES),
         "layers_all": conclusions.faster_text(first, found, deeper, evidence_layers.SHARES),
         "layers_all_points": pair(name, longest(deeper), longest(first)).gain,
+        "layers_block_points": pair(name, longest("and first block"), longest(first)).gain,
     }
 
 
@@ -260,9 +261,15 @@ def of_robustness() -> dict[str, str]:
     return {
         "robust_tract_clean": robustness_results.from_vanilla(found, "clean")["TrAct"].found.text("+"),
         "robust_tract_corrupted": robustness_results.from_vanilla(found, "corrupted")["TrAct"].found.text("+"),
+        "robust_start_corrupted": robustness_results.from_vanilla(found, "corrupted")["matched start"].found.text("+"),
         "robust_tract": robustness_results.sentence(found, "TrAct"),
         "robust_start": robustness_results.sentence(found, "matched start"),
         "robust_both": robustness_results.sentence(found, PLANNED_START),
+        "robust_noise": robustness_results.under(found, "TrAct", "gaussian noise").text("+"),
+        "robust_blur": robustness_results.under(found, "TrAct", "gaussian blur").text("+"),
+        "robust_brightness": robustness_results.under(found, "TrAct", "brightness").text("+"),
+        "ece_clean": robustness_results.from_vanilla(found, "clean_error")["TrAct"].found.text("+"),
+        "ece_corrupted": robustness_results.from_vanilla(found, "corrupted_error")["TrAct"].found.text("+"),
     }
 
 

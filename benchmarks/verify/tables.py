@@ -14,7 +14,6 @@ from benchmarks.overhead_results import AGAIN, OURS, THEIRS, VANILLA, Result
 from benchmarks.paper import conclusions, evidence_layers, evidence_time
 from benchmarks.paper.choices import name_at
 from benchmarks.paper.summary import corrected_by_name
-from benchmarks.robustness import CORRUPTIONS
 from benchmarks.verify.stored import (
     CROPS_ADAMW,
     CROPS_SGD,
@@ -139,7 +138,7 @@ def robustness_table() -> str:
 
 def corruptions_table() -> str:
     """Return E5's accuracy under each corruption."""
-    return _table(["top-1, %", *CORRUPTIONS], robustness_results.rows_by_corruption(robustness()))
+    return _table(robustness_results.CORRUPTION_HEAD, robustness_results.rows_by_corruption(robustness()))
 
 
 def calibration_table() -> str:
@@ -273,6 +272,20 @@ def layers_equal_epochs_table() -> str:
     return _table(["epochs", "vanilla, %", *compared, "all layers from the first"], rows)
 
 
+def layers_resnet_table() -> str:
+    """Return E4's longest runs of the ResNet-18: final accuracies, and what a step takes."""
+    name, first = conclusions.IN_LAYERS["ResNet-18"], longest(conclusions.FIRST)
+    rows = []
+    for layers in ("vanilla", *evidence_layers.RESNET_LAYERS):
+        arm = longest(layers)
+        found = arms(name)[arm]
+        above = "" if layers == "vanilla" else pair(name, arm, longest("vanilla")).gain
+        above_first = "" if layers in ("vanilla", conclusions.FIRST) else pair(name, arm, first).gain
+        rows.append([layers, f"{found.milliseconds:.1f}", interval(found.final).text(), above, above_first])
+    head = ["layers", "milliseconds a step", "top-1, %", "from vanilla, points", "from the first layer, points"]
+    return _table(head, rows)
+
+
 def optimizer_table() -> str:
     """Return what TrAct gains under each optimizer, alone and from a whitened start."""
     found = arms_of(conclusions.BY_OPTIMIZER)
@@ -308,6 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal_epochs": equal_epochs_table,
     "layers": layers_table,
     "layers_equal_epochs": layers_equal_epochs_table,
+    "layers_resnet": layers_resnet_table,
     "few_patches": lambda: arm_table("evidence_few_patches"),
     "long": lambda: arm_table("evidence_long"),
     "optimizers": optimizer_table,

@@ -132,7 +132,7 @@ OLD = {"corruptions": {"jpeg": [80]}}
 
 
 def record(arm, seed, clean, corrupted):
-    curve = {"clean": [clean], "clean ECE": [0.02]}
+    curve = {"clean": [clean], "clean ECE": [clean / 10]}
     for name in CORRUPTIONS:
         curve[name] = [corrupted] * 5
         curve[f"{name} ECE"] = [0.05] * 5
@@ -169,10 +169,15 @@ def test_an_arm_that_is_better_on_both_loses_no_less(tmp_path):
     assert found["matched start"][6] == "< 0.001"
     assert found["vanilla"][2:4] == found["vanilla"][5:7] == ["", ""]
     assert (
-        robustness_results.sentence(arms, "matched start") == "matched start loses more than vanilla to corruptions."
+        robustness_results.sentence(arms, "matched start") == "Matched start loses more than vanilla to corruptions."
     )
     assert robustness_results.sentence(arms, "TrAct") == "That TrAct is more or less robust than vanilla is not shown."
-    assert robustness_results.error_rows(arms)[0] == ["vanilla", "2.0 ± 0.0", "5.0 ± 0.0"]
+    errors = robustness_results.error_rows(arms)
+    assert errors[0] == ["vanilla", interval(5 + 10 * noise).text(), "", "", "5.0 ± 0.0", "", ""]
+    assert errors[1][2] == interval(0.3 + 3 * noise).text("+")
+    assert {len(row) for row in errors} == {len(robustness_results.ERROR_HEAD)}
     assert {len(row) for row in robustness_results.rows(arms)} == {len(robustness_results.HEAD)}
     by_corruption = robustness_results.rows_by_corruption(arms)
-    assert [len(row) for row in by_corruption] == [1 + len(CORRUPTIONS)] * 4
+    assert {len(row) for row in by_corruption} == {len(robustness_results.CORRUPTION_HEAD)}
+    assert by_corruption[0] == ["vanilla", *["40.0 ± 0.0"] * len(CORRUPTIONS)]
+    assert by_corruption[2] == ["matched start, from vanilla", *["-3.0 ± 0.0"] * len(CORRUPTIONS)]
