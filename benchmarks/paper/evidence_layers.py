@@ -24,7 +24,7 @@ VIT_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 # step takes 2.3 times as long as the ViT's, and 2.4 times that with all layers.
 RESNET_FLOAT32 = RESNET_SMALL | {"mixed_precision": "no", "train_samples": 10_000}
 # With SGD the gradient's length counts too, so the range is wide.
-RESNET_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
+RESNET_RATES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 LAMS = (0.1, 1.0)
 SEEDS = range(300, 305)
 # The lengths of whole runs, in per cent of the longest: 5, 10 and 15 epochs.
