@@ -221,14 +221,16 @@ def rate_ratio(optimizer: str) -> float:
 
 
 def of_deeper_layers() -> dict[str, str]:
-    """Return those of E4 on the ViT: what TrAct saves in time and adds in deeper layers."""
-    name = conclusions.IN_LAYERS["ViT"]
+    """Return those of E4: what TrAct saves in time on the ViT, and adds in deeper layers."""
+    name, resnet = conclusions.IN_LAYERS["ViT"], conclusions.IN_LAYERS["ResNet-18"]
     found, first, deeper = arms(name), conclusions.FIRST, conclusions.DEEPER
     return {
         "layers_first": conclusions.faster_text("vanilla", found, first, evidence_layers.SHARES),
         "layers_all": conclusions.faster_text(first, found, deeper, evidence_layers.SHARES),
         "layers_all_points": pair(name, longest(deeper), longest(first)).gain,
         "layers_block_points": pair(name, longest("and first block"), longest(first)).gain,
+        "resnet_layers_points": pair(resnet, longest(deeper), longest(first)).gain,
+        "resnet_first_points": pair(resnet, longest(first), longest("vanilla")).gain,
     }
 
 
