@@ -94,11 +94,14 @@ def arm_table(experiment: str, setting: str = "", reference: str = "") -> str:
         bases.append(reference)
     rows = []
     for name, arm in found.items():
-        gains = []
-        for base in bases:
-            gains.append("" if name in (first, base) else pair(experiment, name, base, setting).gain)
+        gains = _gains_over(bases, experiment, name, setting)
         rows.append([name, str(len(arm.runs)), interval(arm.final).text(), *gains])
     return _table(["arm", "seeds", "top-1, %", *(f"from {base}, points" for base in bases)], rows)
+
+
+def _gains_over(bases: list[str], experiment: str, arm: str, setting: str = "") -> list[str]:
+    """Return what an arm gains over each base: nothing over itself, and nothing for the first of them."""
+    return ["" if arm in (bases[0], base) else pair(experiment, arm, base, setting).gain for base in bases]
 
 
 def milliseconds(estimate: Estimate | None) -> str:
@@ -274,14 +277,14 @@ def layers_equal_epochs_table() -> str:
 
 def layers_resnet_table() -> str:
     """Return E4's longest runs of the ResNet-18: final accuracies, and what a step takes."""
-    name, first = conclusions.IN_LAYERS["ResNet-18"], longest(conclusions.FIRST)
+    name = conclusions.IN_LAYERS["ResNet-18"]
+    bases = [longest("vanilla"), longest(conclusions.FIRST)]
     rows = []
     for layers in ("vanilla", *evidence_layers.RESNET_LAYERS):
         arm = longest(layers)
         found = arms(name)[arm]
-        above = "" if layers == "vanilla" else pair(name, arm, longest("vanilla")).gain
-        above_first = "" if layers in ("vanilla", conclusions.FIRST) else pair(name, arm, first).gain
-        rows.append([layers, f"{found.milliseconds:.1f}", interval(found.final).text(), above, above_first])
+        gains = _gains_over(bases, name, arm)
+        rows.append([layers, f"{found.milliseconds:.1f}", interval(found.final).text(), *gains])
     head = ["layers", "milliseconds a step", "top-1, %", "from vanilla, points", "from the first layer, points"]
     return _table(head, rows)
 
